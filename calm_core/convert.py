@@ -143,8 +143,8 @@ def _import_calm(
 def _export_calm(checkpoint: Checkpoint, target: Path) -> None:
     identity, paths = checkpoint.state["identity"], paths_of(checkpoint)
     shape = model_shape_of(identity["model"])
-    if shape.k == 1:
-        raise UserError(f"{checkpoint.path} has K=1, and no input compression: the reference has no such network.")
+    if shape.head.reads_tokens:
+        raise UserError(f"{checkpoint.path} has a softmax head: the reference has no such network.")
     first = calm_to_theirs(read_weights(checkpoint), shape)
     wanted_hash = checkpoint.state.get(FORM, {}).get("autoencoder")
     if wanted_hash or (FORM not in checkpoint.state and (paths.autoencoder / MANIFEST).exists()):

@@ -97,8 +97,8 @@ def embedding(shape: ModelShape) -> Weights:
 
 
 def compression(shape: ModelShape) -> Weights:
-    """Linear(K d -> 2 d), Linear(2 d -> d), LayerNorm; nothing where a chunk is one token."""
-    if shape.k == 1:
+    """Linear(K d -> 2 d), Linear(2 d -> d), LayerNorm; nothing before a head that reads tokens."""
+    if shape.head.reads_tokens:
         return Weights()
     d = shape.backbone.hidden
     return linear(shape.k * d, 2 * d) + linear(2 * d, d) + layer_norm(d)
@@ -254,7 +254,7 @@ def table(models: Mapping[str, ModelShape], autoencoder: AutoencoderShape) -> st
     """The paper's table of sizes and costs for `models`, as text; the autoencoder serves all but softmax heads."""
     lines = [f"{'model':<16}{'parameters':>12}{'training FLOPs':>16}{'FLOPs/token':>14}{'executed/token':>16}"]
     for name, shape in models.items():
-        decoder = None if shape.head.kind == "softmax" else autoencoder
+        decoder = None if shape.head.reads_tokens else autoencoder
         executed = executed_training(shape, PAPER_POSITIONS) / (PAPER_POSITIONS * shape.k)
         lines.append(
             f"{name:<16}{sum(parameters(shape).values()) / 1e6:>11.1f}M{paper_training(shape):>16.3g}"

@@ -62,11 +62,9 @@ def model_shape(config: Mapping[str, Any], kind: str, path: Path) -> ModelShape:
     """The shape of the reference's network with a head of this kind; what its file does not say has our default.
 
     Raises:
-        UserError: a size is missing in the file at `path`, or is none; or K is 1.
+        UserError: a size is missing in the file at `path`, or is none.
     """
     _require(config, _CALM_SIZES, path)
-    if config["patch_size"] == 1:
-        raise UserError(f"{path} says patch_size=1: networks here have no input compression then; import another.")
     backbone = BackboneConfig(**_taken(BackboneConfig, _BACKBONE, config, path))
     head = HeadConfig(kind=kind, **_taken(HeadConfig, _HEAD, config, path))
     return ModelShape(backbone, head, config["vocab_size"], config["patch_size"], config["latent_size"])

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calm_core import config as configuration
+from calm_core.autoencoder import Autoencoder, AutoencoderConfig
 from calm_core.autoencoder_artefact import load_autoencoder
 from calm_core.errors import ExitCode, UserError
 from calm_core.experiment import Experiment
-from calm_core.model.config import ModelShape
+from calm_core.model.config import BackboneConfig, HeadConfig, ModelShape
 from calm_core.parallel.checkpoint_folder import open_checkpoint
 from calm_core.parallel.config import ParallelConfig
 from calm_core.parallel.topology import distributed
+from calm_core.parallel.weights_only import write_weights
 from calm_core.reference_config import model_shape, reference_calm
-from calm_core.reference_names import AUTOENCODER_TIED, HEAD, HEAD_ALIAS
+from calm_core.reference_names import AUTOENCODER, AUTOENCODER_TIED, HEAD, HEAD_ALIAS
 from calm_core.reference_weights import EMBEDDED, TIED_TO
 from calm_core.training.launch import run_calm
 
@@ -127,17 +130,25 @@ def test_calm_there_and_back(
     assert_written_back(tmp_path / "run", tmp_path / "out", tensors, config)
 
 
-@pytest.mark.parametrize(("k", "groups", "dtype"), [(2, 1, torch.bfloat16), (3, 2, torch.float32)])
+@pytest.mark.parametrize(
+    ("k", "groups", "dtype"), [(1, 4, torch.float32), (2, 1, torch.bfloat16), (3, 2, torch.float32)]
+)
+@pytest.mark.parametrize("kind", ["energy", "flow"])
 def test_grouped_queries_any_k_and_half_precision(
-    alone: None, tmp_path: Path, k: int, groups: int, dtype: torch.dtype
+    alone: None, tmp_path: Path, tokenizer: Path, kind: str, k: int, groups: int, dtype: torch.dtype
 ) -> None:
     from calm_core.convert import import_reference
 
     config = CONFIGS["calm"] | {"patch_size": k, "num_key_value_heads": groups}
-    tensors = random_reference(model_shape(config, "energy", tmp_path), dtype)
+    shape = model_shape(config, kind, tmp_path)
+    autoencoder = Autoencoder(AutoencoderConfig(hidden=16, latent=shape.latent), shape.vocabulary, k).state_dict()
+    embedded = {EMBEDDED + theirs: autoencoder[ours].to(dtype) for theirs, ours in AUTOENCODER.items()}
+    tensors = random_reference(shape, dtype) | embedded
     assert tensors["transformer.layers.0.self_attn.k_proj.weight"].shape == (8 * groups, 32)
-    checkpoint = import_reference(write(tmp_path / "in", config, tensors), tmp_path / "run", None)
-    assert_written_back(checkpoint, tmp_path / "out", tensors, config)
+    assert tensors["embed_proj.0.weight"].shape == (64, 32 * k)
+    import_reference(write(tmp_path / "in", config, tensors), tmp_path / "run", tokenizer)
+    assert load_autoencoder(tmp_path / "run" / "autoencoder" / "frozen").k == k
+    assert_written_back(tmp_path / "run", tmp_path / "out", tensors, config)
 
 
 def test_imported_weights_give_the_recorded_hidden_states(alone: None, tmp_path: Path) -> None:
@@ -207,13 +218,20 @@ def test_wrong_folders_are_refused(alone: None, tmp_path: Path, tokenizer: Path)
     (source / "config.json").write_text(json.dumps({**CONFIGS["calm"], "hidden_size": "32"}))
     with pytest.raises(UserError, match="hidden_size"):
         import_reference(source, tmp_path / "other", tokenizer)
-    (source / "config.json").write_text(json.dumps({**CONFIGS["calm"], "patch_size": 1}))
-    with pytest.raises(UserError, match="patch_size=1"):
-        import_reference(source, tmp_path / "other", tokenizer)
     (source / "config.json").write_text(json.dumps(CONFIGS["calm"]))
     (source / "model.safetensors").unlink()
     with pytest.raises(UserError, match="neither"):
         import_reference(source, tmp_path / "other", tokenizer)
+
+
+def test_the_reference_has_no_network_with_a_softmax_head(tmp_path: Path) -> None:
+    from calm_core.convert import export_reference
+
+    shape = ModelShape(BackboneConfig(), HeadConfig(kind="softmax"), vocabulary=8, k=1, latent=0)
+    state = {"config": configuration.to_dict(Experiment()), "identity": {"model": asdict(shape)}}
+    write_weights(tmp_path / "calm" / "checkpoints" / "step-0", {"a": torch.ones(1)}, state)
+    with pytest.raises(UserError, match="softmax"):
+        export_reference(tmp_path, tmp_path / "out")
 
 
 class Malicious:

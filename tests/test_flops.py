@@ -132,10 +132,10 @@ class PlainModel(nn.Module):
         return (self.out(x) @ draws.mT).sum() + spread.sum()
 
 
-@pytest.mark.parametrize("kv_groups", [0, 2])
-def test_parameters_and_executed_flops_equal_those_of_a_plain_model(kv_groups: int) -> None:
+@pytest.mark.parametrize(("kv_groups", "k"), [(0, 4), (2, 4), (0, 1)])
+def test_parameters_and_executed_flops_equal_those_of_a_plain_model(kv_groups: int, k: int) -> None:
     backbone = BackboneConfig(hidden=32, ffn=64, layers=2, heads=4, kv_groups=kv_groups)
-    shape = ModelShape(backbone, TINY.head, TINY.vocabulary, TINY.k, TINY.latent)
+    shape = ModelShape(backbone, TINY.head, TINY.vocabulary, k, TINY.latent)
     plain, positions = PlainModel(shape), 6
     assert sum(flops.parameters(shape).values()) == sum(p.numel() for p in plain.parameters())
     with FlopCounterMode(display=False) as counter:

@@ -63,7 +63,7 @@ def load_for_inference(path: Path, device: torch.device, dtype: torch.dtype = to
     shape = model_shape_of(identity["model"])
     paths = paths_of(checkpoint)
     tokenizer = load_tokenizer(paths.tokenizer)
-    autoencoder = None if shape.head.kind == "softmax" else load_autoencoder(paths.autoencoder, str(device), dtype)
+    autoencoder = None if shape.head.reads_tokens else load_autoencoder(paths.autoencoder, str(device), dtype)
     _check_fit(checkpoint, shape, paths, tokenizer, autoencoder)
     model = CalmModel(transformer_config(shape.backbone, ParallelConfig(), dtype), shape)
     load_weights(checkpoint, [model])

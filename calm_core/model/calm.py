@@ -34,7 +34,9 @@ class CalmModel(MegatronModule):
         super().__init__(config=config)
         self.shape, self.first, self.last, self.vp_stage = shape, first, last, vp_stage
         if first:
-            self.compression = InputCompression(config, shape.vocabulary, shape.k)
+            self.compression = InputCompression(
+                config, shape.vocabulary, shape.k, embedding_only=shape.head.reads_tokens
+            )
         self.backbone = Backbone(config, shape.backbone.rope_base, first=first, last=last, vp_stage=vp_stage)
         if last:
             self.head = build_head(config, shape.head, shape.latent, shape.vocabulary)

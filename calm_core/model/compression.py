@@ -13,12 +13,12 @@ from calm_core.model.layers import column, layer_norm, row
 class InputCompression(MegatronModule):
     """Embedding, then Linear(K d -> 2 d), SiLU, Linear(2 d -> d), LayerNorm.
 
-    With K = 1 there is nothing to compress: the embedding alone, as in any autoregressive model.
+    With `embedding_only`, the embedding of the one token alone: the input of the autoregressive baseline.
     """
 
-    def __init__(self, config: TransformerConfig, vocab_size: int, k: int) -> None:
+    def __init__(self, config: TransformerConfig, vocab_size: int, k: int, *, embedding_only: bool = False) -> None:
         super().__init__(config=config)
-        self.k = k
+        self.embedding_only = embedding_only
         d = config.hidden_size
         self.embedding = VocabParallelEmbedding(
             padded_vocabulary(vocab_size),
@@ -28,7 +28,7 @@ class InputCompression(MegatronModule):
             reduce_scatter_embeddings=config.sequence_parallel,
             config=config,
         )
-        if k == 1:
+        if embedding_only:
             return
         self.expand = column(config, k * d, 2 * d)
         self.reduce = row(config, 2 * d, d)
@@ -40,7 +40,7 @@ class InputCompression(MegatronModule):
         if not self.config.sequence_parallel:
             embedded = embedded.transpose(0, 1)
         chunk = embedded.flatten(2).contiguous()
-        if self.k == 1:
+        if self.embedding_only:
             return chunk
         expanded, _ = self.expand(chunk)
         reduced, _ = self.reduce(F.silu(expanded))

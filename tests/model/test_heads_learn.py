@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calm_core.flops import whole_head
+from calm_core.flops import compression, whole_head
 from calm_core.model.calm import CalmModel
 from calm_core.model.config import HEADS, BackboneConfig, HeadConfig, ModelShape
 from calm_core.model.heads.protocol import Target
@@ -20,11 +20,11 @@ from calm_core.parallel.topology import Topology
 V, L, S, B = 16, 4, 12, 8
 
 
-def build(kind: str, seed: int = 0) -> CalmModel:
+def build(kind: str, seed: int = 0, k: int = 2) -> CalmModel:
     backbone = BackboneConfig(layers=1, hidden=32, ffn=64, heads=2)
     tokens_only = kind == "softmax"
     head = HeadConfig(kind=kind, noise=8, samples=4, target_samples=8, target_group=4)
-    shape = ModelShape(backbone, head, V, k=1 if tokens_only else 2, latent=0 if tokens_only else L)
+    shape = ModelShape(backbone, head, V, k=1 if tokens_only else k, latent=0 if tokens_only else L)
     model = CalmModel(transformer_config(backbone, ParallelConfig()), shape)
     initialize([model], std=0.1, seed=seed)
     return model
@@ -81,6 +81,15 @@ def test_the_start_is_a_function_of_the_seed_and_as_large_as_planned(topology: T
     assert not torch.equal(weights[0]["compression.embedding.weight"], weights[2]["compression.embedding.weight"])
     padding = 128 * 32 - V * 32 if kind == "softmax" else 0
     assert sum(p.numel() for p in model.head.parameters()) == whole_head(model.shape).parameters + padding
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_compression_of_one_token_is_left_out_before_softmax_alone(topology: Topology, kind: str) -> None:
+    model = build(kind, k=1)
+    modules = {name.split(".")[0] for name, _ in model.compression.named_parameters()}
+    assert modules == ({"embedding"} if kind == "softmax" else {"embedding", "expand", "reduce", "norm"})
+    rows = model.compression.embedding.weight.numel()
+    assert sum(p.numel() for p in model.compression.parameters()) == rows + compression(model.shape).parameters
 
 
 @pytest.mark.parametrize("kind", ["diffusion", "flow"])
