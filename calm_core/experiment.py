@@ -9,6 +9,7 @@ from calm_core.data.config import DataConfig
 from calm_core.model.config import BackboneConfig, HeadConfig
 from calm_core.parallel.config import ParallelConfig
 from calm_core.pipeline.config import PipelineConfig
+from calm_core.plan.config import PlanConfig
 from calm_core.tokenizer import TokenizerConfig
 from calm_core.training.config import TrainingConfig
 from calm_core.training.evaluation_config import EvaluationConfig
@@ -42,6 +43,7 @@ class Experiment:
     training: TrainingConfig = option(TrainingConfig, "training of CALM")
     evaluation: EvaluationConfig = option(EvaluationConfig, "evaluation on held-out documents")
     pipeline: PipelineConfig = option(PipelineConfig, "all stages as one command")
+    plan: PlanConfig = option(PlanConfig, "the machine that --dry-run of a training counts with")
 
     @property
     def paths(self) -> Paths:

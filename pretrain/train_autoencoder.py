@@ -8,7 +8,7 @@ from calm_core.errors import ExitCode
 from calm_core.experiment import Experiment
 from calm_core.training.launch import print_plan, run_autoencoder
 
-SECTIONS = ("data", "autoencoder", "autoencoder_training")
+SECTIONS = ("data", "autoencoder", "autoencoder_training", "plan")
 
 
 def train(experiment: Experiment, dry_run: bool) -> ExitCode:

@@ -9,7 +9,7 @@ from calm_core.errors import ExitCode
 from calm_core.experiment import Experiment
 from calm_core.training.launch import print_plan, run_calm
 
-SECTIONS = ("data", "model", "head", "parallel", "training", "evaluation")
+SECTIONS = ("data", "model", "head", "parallel", "training", "evaluation", "plan")
 
 
 def train(experiment: Experiment, dry_run: bool) -> ExitCode:

@@ -26,6 +26,10 @@ class DataConfig:
     threads: int = option(0, "threads that tokenize; 0 means all cores")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "what encodes the chunks; auto is a GPU where there is one")
     tokenizer: str = option("", "tokenizer model; empty means RUN/tokenizer/tokenizer.model")
+    vocabulary: int = option(
+        0,
+        "V of a tokenizer that data.tokenizer names: a plan counts by it, a store of another V is refused; 0 means any",
+    )
     tokens: str = option("", "token store; empty means RUN/tokens")
     autoencoder: str = option("", "frozen autoencoder; empty means RUN/autoencoder/frozen")
     chunks: str = option("", "chunk store; empty means RUN/chunks")
@@ -39,3 +43,17 @@ class DataConfig:
             raise UserError(f"data.threads={self.threads} is no number of threads: 0 means all cores.")
         if self.k < 1:
             raise UserError(f"data.k={self.k} must be at least 1 token per chunk.")
+        if self.vocabulary < 0:
+            raise UserError(f"data.vocabulary={self.vocabulary} is no number of tokens: 0 means any.")
+
+    def require_vocabulary(self, found: int, source: object) -> None:
+        """Refuse `source`, whose tokenizer has `found` tokens, where another vocabulary is declared.
+
+        Raises:
+            UserError: naming both.
+        """
+        if self.vocabulary not in (0, found):
+            raise UserError(
+                f"data.vocabulary={self.vocabulary}, but {source} has a vocabulary of {found}: set it to that, "
+                "or name what was made with the other tokenizer."
+            )

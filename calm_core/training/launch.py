@@ -30,6 +30,7 @@ def run_autoencoder(experiment: Experiment) -> ExitCode:
     """Train the autoencoder of an experiment and freeze it."""
     paths, data = experiment.paths, experiment.data
     train, held_out = (TokenStore(paths.tokens, split, data.verify) for split in ("train", "held_out"))
+    data.require_vocabulary(train.vocab_size, paths.tokens)
     with distributed(ParallelConfig()) as topology:
         from calm_core.training.autoencoder import AutoencoderTask
         from calm_core.training.loop import train as run
@@ -50,6 +51,7 @@ def run_calm(experiment: Experiment) -> ExitCode:
     """Train the CALM network of an experiment."""
     paths, config = experiment.paths, experiment.training
     train, held_out, autoencoder = _rows(experiment)
+    experiment.data.require_vocabulary(train.vocab_size, train.folder)
     shape = ModelShape(experiment.model, experiment.head, train.vocab_size, train.k, train.latent)
     with distributed(experiment.parallel) as topology:
         from calm_core.training.calm import CalmTask

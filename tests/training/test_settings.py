@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from calm_core.data.config import DataConfig
 from calm_core.errors import UserError
 from calm_core.evaluation.scores import HeldOut
 from calm_core.model.config import BackboneConfig, HeadConfig
 from calm_core.model.megatron import transformer_config
 from calm_core.parallel.config import ParallelConfig
 from calm_core.parallel.optimizer import OptimizerConfig
+from calm_core.plan.config import PlanConfig
 from calm_core.training.config import TrainingConfig
 from calm_core.training.evaluation import own_windows
 from calm_core.training.evaluation_config import EvaluationConfig
@@ -56,6 +58,11 @@ def batch(global_batch: int, micro_batch: int, ranks: int, multiple: int = 1) ->
         (lambda: TrainingConfig(save_every=-1), r"training\.save_every=-1"),
         (lambda: TrainingConfig(precision="fp16"), r"training\.precision='fp16' is unknown: choose bf16"),
         (lambda: TrainingConfig(resume="yes"), r"training\.resume='yes' is unknown: choose auto"),
+        (lambda: DataConfig(vocabulary=-1), r"data\.vocabulary=-1"),
+        (lambda: DataConfig(vocabulary=9).require_vocabulary(8, "runs/x"), r"vocabulary=9, but runs/x has .* of 8: set"),
+        (lambda: PlanConfig(world=-1), r"plan\.world=-1"),
+        (lambda: PlanConfig(peak_tflops=0), r"plan\.peak_tflops=0 must be above 0"),
+        (lambda: PlanConfig(mfu=40), r"plan\.mfu=40 is no share"),
         (lambda: batch(10, 4, 1), r"training\.global_batch=10 .* the nearest that is, is 8"),
         (lambda: batch(16, 4, 3), r"4 x 3 data-parallel ranks: the nearest that is, is 12"),
         (lambda: batch(4, 2, 1, 4), r"x 4 \(interleaved stages\): the nearest that is, is 8"),
