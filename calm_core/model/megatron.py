@@ -1,5 +1,7 @@
 """From this project's configuration to Megatron-core's: one `TransformerConfig` for every module of a model."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -10,9 +12,14 @@ from calm_core.parallel.config import ParallelConfig
 
 
 def transformer_config(
-    backbone: BackboneConfig, parallel: ParallelConfig, dtype: torch.dtype = torch.float32
+    backbone: BackboneConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype = torch.float32,
+    split: Sequence[int] = (),
 ) -> TransformerConfig:
     """The Megatron-core configuration of a model of this shape and layout, weights and activations in `dtype`.
+
+    `split` holds the layers of each part of the pipeline (see `pipeline_split`); a single stage needs none.
 
     Raises:
         UserError: if the layout cannot hold the shape.
@@ -41,6 +48,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if interleaved else None,
+        pipeline_model_parallel_layout=_pipeline_layout(split) if parallel.pipeline > 1 else None,
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -67,18 +75,18 @@ def transformer_config(
     )
 
 
+def _pipeline_layout(split: Sequence[int]) -> list[list[str]]:
+    """What each part of the pipeline holds, in the words of Megatron-core."""
+    parts = [["decoder"] * layers for layers in split]
+    return [["embedding", *parts[0]], *parts[1:-1], [*parts[-1], "loss"]]
+
+
 def _leave(weight: torch.Tensor) -> torch.Tensor:
     """An initialisation that leaves the weight as it is."""
     return weight
 
 
 def _check(backbone: BackboneConfig, parallel: ParallelConfig) -> None:
-    stages = parallel.pipeline * parallel.virtual
-    if backbone.layers % stages:
-        raise UserError(
-            f"model.layers={backbone.layers} does not divide into parallel.pipeline x parallel.virtual = {stages} "
-            "equal parts: choose a divisor of the layers."
-        )
     if backbone.key_value_heads % parallel.tensor:
         raise UserError(
             f"parallel.tensor={parallel.tensor} does not divide the {backbone.key_value_heads} key/value heads of "

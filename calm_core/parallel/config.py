@@ -16,6 +16,7 @@ class ParallelConfig:
     sequence: bool = option(False, "split activations along the sequence between the tensor-parallel ranks")
     zero: int = option(1, "DeepSpeed ZeRO stage of the optimizer; 1 is the one supported")
     recompute: str = option("none", "activations recomputed in backward: none | selective (attention) | full (layers)")
+    split: list[int] = option([], "layers of each stage, pipeline x virtual numbers; [] balances the stages by FLOPs")
     timeout_minutes: float = option(10.0, "a collective that takes longer than this ends the run")
 
     def __post_init__(self) -> None:
@@ -34,6 +35,12 @@ class ParallelConfig:
         if self.virtual > 1 and self.pipeline == 1:
             raise UserError(
                 "parallel.virtual above 1 interleaves pipeline stages: set parallel.pipeline of at least 2."
+            )
+        parts = self.pipeline * self.virtual
+        if self.split and (len(self.split) != parts or min(self.split) < 0 or 0 in self.split[1:-1]):
+            raise UserError(
+                f"parallel.split={self.split} must be parallel.pipeline x parallel.virtual = {parts} numbers of "
+                "layers, in the order of the pipeline; only the first and the last may be 0."
             )
         if self.recompute not in ("none", "selective", "full"):
             raise UserError(f"parallel.recompute={self.recompute!r} is unknown: choose none, selective or full.")

@@ -27,6 +27,7 @@ from calm_core.noise import SampleNoise
 from calm_core.parallel.config import ParallelConfig
 from calm_core.parallel.engine import Engine
 from calm_core.parallel.topology import Topology
+from calm_core.pipeline_split import describe, pipeline_split
 from calm_core.training.chunk_batch import ChunkBatch, read_batch
 from calm_core.training.evaluation import evaluate, own_windows
 from calm_core.training.evaluation_config import EvaluationConfig
@@ -63,6 +64,7 @@ class CalmTask:
     ) -> None:
         _check_sequence(positions, shape, layout)
         self.shape, self.layout, self.seed = shape, layout, seed
+        self.split = pipeline_split(shape, positions, layout)
         self.windows = Windows(train, positions)
         self.order = SampleOrder(len(self.windows), seed)
         self.tokens_per_sample = positions * shape.k
@@ -80,7 +82,9 @@ class CalmTask:
         """This rank's chunks of the network, initial weights a function of the seed alone."""
         own_windows(self._held_out, topology)  # too few for these ranks: known now, not at the first evaluation
         self._device = topology.device
-        config = transformer_config(self.shape.backbone, self.layout, dtype)
+        if self.layout.pipeline > 1:
+            topology.say(describe(self.shape, self.windows.positions, self.layout, self.split))
+        config = transformer_config(self.shape.backbone, self.layout, dtype, self.split)
         chunks = [
             CalmModel(config, self.shape, first=first, last=last, vp_stage=index)
             for first, last, index in topology.chunks

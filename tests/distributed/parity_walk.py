@@ -41,6 +41,8 @@ LAYOUTS: dict[str, tuple[ParallelConfig, int]] = {
     "pp2-virtual2": (ParallelConfig(pipeline=2, virtual=2), 2),
     "tp2-pp2-sp": (ParallelConfig(tensor=2, pipeline=2, sequence=True), 2),
     "tp2-pp2-virtual2-sp-full": (ParallelConfig(2, 2, 2, sequence=True, recompute="full"), 1),
+    "pp2-uneven": (ParallelConfig(pipeline=2, split=[3, 1]), 2),
+    "pp2-all-in-last": (ParallelConfig(pipeline=2, split=[0, 4], recompute="full"), 2),
     "pp4": (ParallelConfig(pipeline=4), 1),
 }
 

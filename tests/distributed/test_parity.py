@@ -15,7 +15,7 @@ WALK = Path(__file__).parent / "parity_walk.py"
 # Each group is one process tree that walks its layouts (see `parity_walk`); `B<A` resumes in B from a checkpoint of A.
 GROUPS = {
     "alone": (1, ["single", "single-micro1", "single-selective", "single-full"]),
-    "two": (2, ["dp", "tp2", "tp2-sp", "tp2-sp-full", "pp2", "pp2-virtual2", "pp2<tp2-sp"]),
+    "two": (2, ["dp", "tp2", "tp2-sp", "tp2-sp-full", "pp2", "pp2-virtual2", "pp2-uneven", "pp2-all-in-last<tp2-sp"]),
     "eight": (8, ["tp2-pp2-sp", "tp2-pp2-virtual2-sp-full"]),
     "two more": (2, ["tp2-sp", "tp2-sp-selective", "dp", "pp2-virtual2", "dp<pp2-virtual2", "tp2<dp", "tp2-sp<dp"]),
     "eight more": (8, ["pp4", "dp8", "tp2-pp2-sp", "dp8<tp2-pp2-sp", "tp2-pp2-virtual2-sp-full<dp8"]),

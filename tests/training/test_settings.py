@@ -36,8 +36,6 @@ def batch(global_batch: int, micro_batch: int, ranks: int, multiple: int = 1) ->
         (lambda: ParallelConfig(virtual=2), r"set parallel\.pipeline of at least 2"),
         (lambda: ParallelConfig(recompute="some"), r"parallel\.recompute='some' is unknown: choose none"),
         (lambda: ParallelConfig(tensor=2, pipeline=3).data_parallel(8), "8 ranks .* start a multiple of 6"),
-        (lambda: transformer_config(BACKBONE, ParallelConfig(pipeline=3)), r"model\.layers=4 does not divide into"),
-        (lambda: transformer_config(BACKBONE, ParallelConfig(pipeline=2, virtual=4)), r"parallel\.virtual = 8"),
         (lambda: transformer_config(BACKBONE, ParallelConfig(tensor=4)), "does not divide the 2 key/value heads"),
         (lambda: BackboneConfig(hidden=30, heads=4), r"model\.heads=4 does not divide model\.hidden=30"),
         (lambda: BackboneConfig(heads=4, hidden=32, kv_groups=3), r"model\.kv_groups=3 does not divide model\.heads=4"),
