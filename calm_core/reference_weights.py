@@ -1,12 +1,13 @@
 """Weight folders of the public reference implementation: `config.json` and `model.safetensors`.
 
-`pytorch_model.bin` is read too, as tensors and nothing else. Two pairs of names mean the same tensors there (see
+`pytorch_model.bin` is read too, as tensors and nothing else, and so is either of them in shards that a file
+`*.index.json` names; they are written as one file. Two pairs of names mean the same tensors there (see
 `reference_names`); a `Form` remembers which of them a folder had, so that it can be written back as it was.
 """
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from calm_core.errors import UserError
 from calm_core.reference_names import AUTOENCODER_TIED, HEAD, HEAD_ALIAS
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
+INDEX = ".index.json"  # after the name of a file that is in shards
 # The autoencoder's weights inside a folder of CALM.
 EMBEDDED = "ae_model."
 TIED_TO = "encoder.embed_tokens.weight"
@@ -45,18 +47,16 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors of a folder, as they are.
 
     Raises:
-        UserError: a file is missing or damaged, or holds anything but named tensors.
+        UserError: a file or a shard is missing or damaged, or holds anything but the tensors it should.
     """
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG} is no JSON object: give the folder of a released model.")
     for name, read in ((WEIGHTS, load_file), (PICKLED, _unpickle_tensors)):
-        path = folder / name
-        if path.is_file():
-            try:
-                return config, read(path)
-            except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-                raise UserError(f"{path} is damaged, or holds more than tensors: it is refused.") from error
+        if (folder / name).is_file():
+            return config, _read(folder / name, read)
+        if (folder / f"{name}{INDEX}").is_file():
+            return config, _read_shards(folder / f"{name}{INDEX}", read)
     raise UserError(f"{folder} holds neither {WEIGHTS} nor {PICKLED}: give the folder of a released model.")
 
 
@@ -123,6 +123,35 @@ def _first_name(name: str) -> str:
     if name in (AUTOENCODER_TIED, EMBEDDED + AUTOENCODER_TIED):
         return name.removesuffix(AUTOENCODER_TIED) + TIED_TO
     return HEAD + name.removeprefix(HEAD_ALIAS) if name.startswith(HEAD_ALIAS) else name
+
+
+def _read(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    try:
+        return read(path)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"{path} is damaged, or holds more than tensors: it is refused.") from error
+
+
+def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all shards; the index says which shard, a file beside it, holds which tensor."""
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise UserError(f"{index} holds no weight_map, which says the shard of each tensor: get the file again.")
+    shards = sorted(set(places.values()))
+    if missing := [s for s in shards if Path(s).name != s or not (index.parent / s).is_file()]:
+        raise UserError(f"{index.parent} lacks shards that {index.name} names ({', '.join(missing)}): get them, too.")
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        own = _read(index.parent / shard, read)
+        wrong = own.keys() ^ {name for name, place in places.items() if place == shard}
+        if wrong:
+            raise UserError(
+                f"{index.parent / shard} and {index.name} do not agree on {', '.join(sorted(wrong))}: they belong to "
+                "two models; get both again."
+            )
+        tensors |= own
+    return tensors
 
 
 def _unpickle_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Exchange weights with the public reference implementation of CALM: `import` its folders, `export` to them.
 
-A folder of the reference holds config.json and model.safetensors (or, to import, pytorch_model.bin) of an autoencoder
-or of CALM. The autoencoder becomes a frozen one; CALM becomes the folder of an experiment, to generate and evaluate
-from, or to start training from by training.init_from=DST/calm/checkpoints/step-0.
+A folder of the reference holds config.json and model.safetensors (or, to import, pytorch_model.bin; either may be in
+shards) of an autoencoder or of CALM. The autoencoder becomes a frozen one; CALM becomes the folder of an experiment, to
+generate and evaluate from, or to start training from by training.init_from=DST/calm/checkpoints/step-0.
 """
 
 from collections.abc import Sequence

@@ -12,7 +12,8 @@ import pytest
 import torch
 from golden_numbers import GOLDEN, assert_close
 from launching import ROOT, finish
-from safetensors.torch import load_file, save_file
+from reference_folders import CONFIGS, calm, part, write
+from safetensors.torch import load_file
 from torch import Tensor
 
 from calm_core import config as configuration
@@ -30,8 +31,6 @@ from calm_core.reference_names import AUTOENCODER, AUTOENCODER_TIED, HEAD, HEAD_
 from calm_core.reference_weights import EMBEDDED, TIED_TO
 from calm_core.training.launch import run_calm
 
-CONFIGS = json.loads((GOLDEN / "tiny.config.json").read_text())
-WEIGHTS = load_file(GOLDEN / "tiny.weights.safetensors")
 FIRST_AND_ALIAS = {"first": (HEAD, TIED_TO), "alias": (HEAD_ALIAS, AUTOENCODER_TIED)}
 CPU = torch.device("cpu")
 
@@ -48,33 +47,12 @@ def tokenizer(tmp_path: Path) -> Path:
     return tmp_path / "some.model"
 
 
-def part(prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): w for name, w in WEIGHTS.items() if name.startswith(prefix)}
-
-
-def calm(kind: str, embedded: bool = False) -> dict[str, Tensor]:
-    tensors = part("energy.")
-    if kind != "energy":
-        tensors = {name: w for name, w in tensors.items() if not name.startswith((HEAD, HEAD_ALIAS))} | part(f"{kind}.")
-    return tensors | ({EMBEDDED + name: w for name, w in part("ae.").items()} if embedded else {})
-
-
 def without(tensors: dict[str, Tensor], form: str) -> dict[str, Tensor]:
     """The tensors of a folder that knows one of two names only."""
     if form == "both":
         return tensors
     other = FIRST_AND_ALIAS["alias" if form == "first" else "first"]
     return {name: w for name, w in tensors.items() if not name.removeprefix(EMBEDDED).startswith(other)}
-
-
-def write(folder: Path, config: dict, tensors: dict[str, Tensor], pickled: bool = False) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    if pickled:
-        torch.save(tensors, folder / "pytorch_model.bin")
-    else:
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    return folder
 
 
 def assert_written_back(source: Path, folder: Path, tensors: dict[str, Tensor], config: dict) -> None:
@@ -149,6 +127,16 @@ def test_grouped_queries_any_k_and_half_precision(
     import_reference(write(tmp_path / "in", config, tensors), tmp_path / "run", tokenizer)
     assert load_autoencoder(tmp_path / "run" / "autoencoder" / "frozen").k == k
     assert_written_back(tmp_path / "run", tmp_path / "out", tensors, config)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_shards_are_read_as_one_file(alone: None, tmp_path: Path, tokenizer: Path, pickled: bool) -> None:
+    from calm_core.convert import import_reference
+
+    tensors = calm("energy", embedded=True)
+    source = write(tmp_path / "in", CONFIGS["calm"], tensors, pickled, shards=3)
+    import_reference(source, tmp_path / "run", tokenizer)
+    assert_written_back(tmp_path / "run", tmp_path / "out", tensors, CONFIGS["calm"])
 
 
 def test_imported_weights_give_the_recorded_hidden_states(alone: None, tmp_path: Path) -> None:
