@@ -10,6 +10,7 @@ class ExitCode(IntEnum):
     FAILED = 1  # an unexpected failure: worth a retry
     USAGE = 2  # bad usage, configuration or input: a retry would fail alike
     STOPPED = 75  # stopped on request (signal or stop file), checkpoint saved: run again to go on
+    WATCHDOG = 76  # a step, evaluation or save hung and the watchdog ended the run: worth a retry
 
 
 class UserError(Exception):

@@ -17,7 +17,7 @@ class ParallelConfig:
     zero: int = option(1, "DeepSpeed ZeRO stage of the optimizer; 1 is the one supported")
     recompute: str = option("none", "activations recomputed in backward: none | selective (attention) | full (layers)")
     split: list[int] = option([], "layers of each stage, pipeline x virtual numbers; [] balances the stages by FLOPs")
-    timeout_minutes: float = option(10.0, "a collective that takes longer than this ends the run")
+    timeout_minutes: float = option(20.0, "a collective that takes longer than this ends the run")
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "virtual"):

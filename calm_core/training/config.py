@@ -29,11 +29,18 @@ class TrainingConfig:
         "", "checkpoint folder to take weights from at the start, with a new optimizer and schedule"
     )
     bad_steps: int = option(5, "consecutive steps with a loss or gradient that is not finite before the run stops")
+    hang_minutes: float = option(
+        10.0,
+        "longest wait for a step, an evaluation or a save before the watchdog ends the run (exit code 76); 0 is off",
+    )
+    hang_start_minutes: float = option(
+        60.0, "the same until the first step is done: reading a checkpoint, first batches, compilation"
+    )
     wandb: str = option("offline", "offline | online | disabled")
 
     def __post_init__(self) -> None:
         counts = ("steps", "global_batch", "micro_batch", "positions", "log_every", "keep", "bad_steps")
-        for least, names in ((1, counts), (0, ("eval_every", "save_every"))):
+        for least, names in ((1, counts), (0, ("eval_every", "save_every", "hang_minutes"))):
             for name in names:
                 if getattr(self, name) < least:
                     raise UserError(f"training.{name}={getattr(self, name)} must be at least {least}.")
@@ -44,6 +51,11 @@ class TrainingConfig:
         ):
             if getattr(self, name) not in choices:
                 raise UserError(f"training.{name}={getattr(self, name)!r} is unknown: choose {', '.join(choices)}.")
+        if self.hang_start_minutes < self.hang_minutes:
+            raise UserError(
+                f"training.hang_start_minutes={self.hang_start_minutes} is below training.hang_minutes="
+                f"{self.hang_minutes}: a start takes a step and more; raise it."
+            )
 
     def micro_batches(self, data_size: int, multiple: int = 1) -> int:
         """Micro-batches that each data-parallel rank accumulates in a step, a multiple of `multiple`.

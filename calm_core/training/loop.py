@@ -21,8 +21,9 @@ from calm_core.training.reporter import Reporter
 from calm_core.training.resume import is_finished, start
 from calm_core.training.run_folder import RunFolder
 from calm_core.training.schedule import learning_rate_factor
-from calm_core.training.stop import StopRequest
+from calm_core.training.stop import Requests
 from calm_core.training.task import Task
+from calm_core.training.watchdog import Watchdog
 
 
 def train(
@@ -46,7 +47,7 @@ def train(
         product: the last file that `at_end` writes; a run is finished when it and the last checkpoint are there.
 
     Returns:
-        OK, or STOPPED if a signal asked for it (a checkpoint is saved).
+        OK, or STOPPED if a signal or a file asked for it (a checkpoint is saved).
 
     Raises:
         UserError: if the folder or a checkpoint cannot serve this run, or the loss stays non-finite.
@@ -56,12 +57,15 @@ def train(
     if is_finished(task, config, folder, resolved) and (product is None or product.exists()):
         topology.say(f"finished: {folder.path} holds all {config.steps} steps")
         return ExitCode.OK
+    _check_hang_time(config, topology)
     with ExitStack() as held:
+        watchdog = Watchdog(config.hang_start_minutes, config.hang_minutes, topology.rank, folder.logs)
+        held.enter_context(watchdog)
         on_first_rank(lambda: held.enter_context(folder.locked()))
         engine, progress = start(task, config, topology, folder, resolved)
         on_first_rank(lambda: configuration.save(experiment, folder.config))
         reporter = held.enter_context(Reporter(task, config, topology, folder, progress, engine.dtype, resolved))
-        stop = held.enter_context(StopRequest())
+        requests = held.enter_context(Requests(folder.path))
 
         def save() -> None:
             state = {
@@ -80,13 +84,17 @@ def train(
         while progress.step < config.steps:
             batches = reporter.waited(loader.next)
             progress = _train_step(task, config, engine, batches, progress, reporter)
+            watchdog.alive(f"step {progress.step}")
             last = progress.step == config.steps
             if last or _due(progress.step, config.eval_every):
                 reporter.evaluation(progress.step, task.evaluate(engine))
-            asked = stop.agreed(topology.device)
-            if last or asked or _due(progress.step, config.save_every):
+                watchdog.alive(f"the evaluation after step {progress.step}")
+            asked = requests.agreed(topology.device)
+            if last or asked.save or asked.stop or _due(progress.step, config.save_every):
                 reporter.saved(progress.step, save)
-            if asked and not last:
+                requests.obeyed(asked)
+                watchdog.alive(f"the checkpoint of step {progress.step}")
+            if asked.stop and not last:
                 return ExitCode.STOPPED
         if at_end is not None:
             at_end(engine)
@@ -111,6 +119,20 @@ def _train_step(
             "steps running (training.bad_steps); weights are those of the last good step; try a lower learning rate."
         )
     return progress
+
+
+def _check_hang_time(config: TrainingConfig, topology: Topology) -> None:
+    """The watchdog must come before the end of a collective's patience: that one leaves no stacks.
+
+    Raises:
+        UserError: if it does not.
+    """
+    patience = topology.layout.timeout_minutes
+    if config.hang_minutes >= patience:
+        raise UserError(
+            f"training.hang_minutes={config.hang_minutes:g} is not below parallel.timeout_minutes={patience:g}, which "
+            "would end the run first and say less: lower the one or raise the other."
+        )
 
 
 def _due(step: int, every: int) -> bool:

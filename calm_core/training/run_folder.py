@@ -1,4 +1,4 @@
-"""The folder of a training run: `config.yaml`, `metrics.jsonl`, `checkpoints/step-N/`, `wandb/`."""
+"""The folder of a training run: `config.yaml`, `metrics.jsonl`, `checkpoints/step-N/`, `logs/`, `wandb/`."""
 
 import fcntl
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.config = path / "config.yaml"
+        self.logs = path / "logs"
 
     @contextmanager
     def locked(self) -> Iterator[None]:

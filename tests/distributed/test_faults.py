@@ -1,5 +1,6 @@
 """Real process trees, killed."""
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from calm_core.training.launch import run_calm
 from calm_core.training.run_log import read_metrics
 
 SCRIPT = ROOT / "pretrain" / "train_calm.py"
+HANGING = Path(__file__).with_name("hanging_rank.py")
 
 
 def arguments(folder: Path, steps: int) -> list[str]:
@@ -30,6 +32,12 @@ def wait_for(condition: Callable[[], bool], process: psutil.Popen, seconds: floa
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < end, "too late"
         time.sleep(0.0005)
+
+
+def rank_of(process: psutil.Popen, rank: int) -> psutil.Process:
+    """The process of this rank below torchrun."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return next(c for c in children if c.name().startswith("python") and c.environ().get("RANK") == str(rank))
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -77,25 +85,48 @@ def test_one_rank_killed(tiny: Path, moment: str, capsys: pytest.CaptureFixture[
 
     with running(torchrun(2, SCRIPT, *arguments(tiny, 10_000))) as process:
         wait_for(ready, process)
-        rank = next(
-            child
-            for child in psutil.Process(process.pid).children(recursive=True)
-            if child.name().startswith("python") and child.environ().get("RANK") == "1"
-        )
-        rank.kill()
+        rank_of(process, 1).kill()
         process.wait(timeout=100)
         assert process.returncode == ExitCode.FAILED
     assert_it_goes_on(tiny, assert_nothing_reported_is_lost(tiny), capsys)
 
 
 @pytest.mark.slow
-def test_two_ranks_asked_to_stop_save_at_the_same_step(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_two_ranks_asked_to_stop_save_at_the_same_step(
+    tiny: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
     with running(torchrun(2, SCRIPT, *arguments(tiny, 10_000), "parallel.tensor=2")) as process:
         wait_for(lambda: bool(saved_steps(tiny)), process)
-        children = psutil.Process(process.pid).children(recursive=True)
-        next(child for child in children if child.environ().get("RANK") == "1").terminate()
+        rank_of(process, 1).send_signal(number)
         output, _ = process.communicate(timeout=100)
     assert process.returncode == ExitCode.STOPPED, output
+    assert_it_goes_on(tiny, assert_nothing_reported_is_lost(tiny), capsys)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_which_one_hangs(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both write their stacks: where rank 1 hangs, and that rank 0 waits for it."""
+    hang = torchrun(2, HANGING, *arguments(tiny, 10_000), "training.hang_minutes=0.1")
+    code, output = finish(hang, seconds=200)
+    assert code == ExitCode.WATCHDOG, output
+    stacks = [(tiny / "calm" / "logs" / f"stacks-rank-{rank}.txt").read_text() for rank in (0, 1)]
+    assert "in wait_for_ever\n" in stacks[1]
+    assert "in all_reduce\n" in stacks[0]
+    assert_it_goes_on(tiny, assert_nothing_reported_is_lost(tiny), capsys)
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_is_missed_by_the_others(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stopped process can write and end nothing: the other rank does, and torchrun kills the stopped one."""
+    with running(torchrun(2, SCRIPT, *arguments(tiny, 10_000), "training.hang_minutes=0.1")) as process:
+        wait_for(lambda: bool(saved_steps(tiny)), process)
+        stopped = rank_of(process, 1)
+        stopped.suspend()
+        output, _ = process.communicate(timeout=200)
+        assert not stopped.is_running()
+    assert process.returncode == ExitCode.WATCHDOG, output
+    assert [path.name for path in (tiny / "calm" / "logs").iterdir()] == ["stacks-rank-0.txt"]
     assert_it_goes_on(tiny, assert_nothing_reported_is_lost(tiny), capsys)
 
 

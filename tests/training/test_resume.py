@@ -92,6 +92,29 @@ def test_a_resume_is_bitwise_the_uninterrupted_run(
     assert tensors_of(tiny, 6) == tensors_of(whole, 6)
 
 
+def test_files_in_the_folder_ask_for_a_checkpoint_and_for_the_end(
+    whole: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(original: Any, task: Any, micro_batches: Any, model: Any) -> Any:
+        if name := {1: "save", 3: "stop"}.get(len(curve(tiny))):
+            (tiny / "calm" / name).touch()
+        return original(task, micro_batches, model)
+
+    with forward_step_of(monkeypatch, step):
+        assert train(tiny, "training.keep=9") == ExitCode.STOPPED
+    assert steps_saved(tiny) == [2, 4]
+    assert not (tiny / "calm" / "save").exists()
+    assert not (tiny / "calm" / "stop").exists()
+    assert train(tiny) == ExitCode.OK
+    assert curve(tiny) == curve(whole)
+
+
+def test_a_watchdog_that_would_come_too_late_is_refused(tiny: Path) -> None:
+    with pytest.raises(UserError, match=r"training\.hang_minutes=3 is not below parallel\.timeout_minutes=2"):
+        train(tiny, "parallel.timeout_minutes=2", "training.hang_minutes=3")
+    assert not (tiny / "calm").exists()
+
+
 def test_the_last_n_are_kept(tiny: Path) -> None:
     train(tiny, "training.save_every=1", "training.keep=3")
     assert steps_saved(tiny) == [4, 5, 6]

@@ -1,0 +1,86 @@
+"""A run that hangs ends: every rank writes down where it stands, and leaves with an exit code that asks for a retry."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from calm_core.errors import ExitCode
+
+# Between the stacks and the exit: the first rank to leave breaks the connections that others hang in, and they want to
+# write their stacks first.
+GRACE = 5.0
+_TICK = 1.0
+
+
+class Watchdog:
+    """Ends this process when `alive` has not been called for too long.
+
+    Every rank has one, so every rank of a hung collective writes its stacks, and a rank that cannot (stopped, or its
+    machine gone) is missed by the others. The stacks of all threads go to stderr and to `stacks-rank-R.txt`.
+
+    A thread of Python watches. Where a library call hangs without letting other threads run, the same stacks come from
+    a timer below Python after twice the time, on stderr alone and with exit code 1.
+
+    Args:
+        first_minutes: allowed before the first `alive`, for what a start or a resume does once: reading a checkpoint,
+            first batches, compilation.
+        minutes: allowed from one `alive` to the next; 0 watches nothing.
+        rank: of this process.
+        logs: folder of the stacks, made when there are any.
+    """
+
+    def __init__(self, first_minutes: float, minutes: float, rank: int, logs: Path) -> None:
+        self._minutes, self._rank, self._logs = minutes, rank, logs
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._expect("the start", first_minutes)
+
+    def __enter__(self) -> "Watchdog":
+        if self._minutes > 0:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if self._minutes > 0:
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+
+    def alive(self, done: str) -> None:
+        """Begin to count anew: `done` is done."""
+        self._expect(done, self._minutes)
+
+    def _expect(self, done: str, minutes: float) -> None:
+        self._state = (done, time.monotonic(), 60 * minutes)  # one assignment: the thread reads it whole
+
+    def _watch(self) -> None:
+        while True:
+            done, since, limit = self._state
+            if time.monotonic() - since > limit:
+                self._end(done, limit)
+            faulthandler.dump_traceback_later(2 * limit, exit=True, file=sys.__stderr__)
+            if self._over.wait(min(_TICK, limit / 4)):
+                return
+
+    def _end(self, done: str, limit: float) -> NoReturn:
+        time_now = datetime.now(UTC).isoformat(timespec="seconds")
+        title = f"{time_now} rank {self._rank}, process {os.getpid()}: nothing came after {done} for {limit:g} s"
+        path = self._logs / f"stacks-rank-{self._rank}.txt"
+        try:
+            print(f"watchdog: {title}; the stacks of all threads, also in {path}:", file=sys.__stderr__, flush=True)
+            faulthandler.dump_traceback(sys.__stderr__)
+            self._logs.mkdir(parents=True, exist_ok=True)
+            with open(path, "a") as file:
+                print(title, file=file, flush=True)
+                faulthandler.dump_traceback(file)
+            time.sleep(GRACE)
+        finally:
+            os._exit(ExitCode.WATCHDOG)  # nothing gentler: whatever hangs would hang the way out too

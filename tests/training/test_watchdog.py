@@ -1,0 +1,64 @@
+"""The watchdog in a process of its own: what it writes, and how the process ends."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from launching import finish
+
+from calm_core.errors import ExitCode, UserError
+from calm_core.training.config import TrainingConfig
+
+PROGRAM = """
+import ctypes, sys, time
+from pathlib import Path
+from calm_core.training.watchdog import Watchdog
+
+def rest(seconds):
+    time.sleep(seconds)
+
+def rest_alone(seconds):  # a library call that keeps Python's lock: no other thread runs meanwhile
+    ctypes.PyDLL(None).sleep(seconds)
+
+with Watchdog({first}, {later}, 3, Path(sys.argv[1]) / "logs") as watchdog:
+    {body}
+print("came to its end")
+"""
+
+
+def run(folder: Path, first: float, later: float, body: str) -> tuple[int, str]:
+    """The exit code and output of `body` under a watchdog of so many minutes."""
+    program = PROGRAM.format(first=first, later=later, body=body)
+    return finish([sys.executable, "-c", program, str(folder)], seconds=60)
+
+
+def test_what_hangs_is_ended_with_its_stacks(tmp_path: Path) -> None:
+    code, output = run(tmp_path, 10, 0.01, 'watchdog.alive("step 7"); rest(1000)')
+    assert code == ExitCode.WATCHDOG == 76
+    stacks = (tmp_path / "logs" / "stacks-rank-3.txt").read_text()
+    for text in (stacks, output):
+        assert "rank 3" in text
+        assert "nothing came after step 7 for 0.6 s" in text
+        assert "in rest\n" in text
+
+
+def test_a_call_that_lets_no_thread_run_is_ended_too(tmp_path: Path) -> None:
+    code, output = run(tmp_path, 0.02, 0.02, "rest_alone(1000)")
+    assert code == ExitCode.FAILED
+    assert "in rest_alone\n" in output
+
+
+def test_a_long_start_and_a_long_sum_of_steps_are_no_hang(tmp_path: Path) -> None:
+    body = 'rest(1.5); [(watchdog.alive("a step"), rest(0.4)) for _ in range(5)]'
+    code, output = run(tmp_path, 1, 0.02, body)
+    assert (code, output) == (0, "came to its end\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_none_is_started_where_none_is_wanted(tmp_path: Path) -> None:
+    assert run(tmp_path, 0.001, 0, "rest(1)") == (0, "came to its end\n")
+
+
+def test_a_start_is_not_shorter_than_a_step() -> None:
+    with pytest.raises(UserError, match=r"training\.hang_start_minutes=5.* is below training\.hang_minutes=10"):
+        TrainingConfig(hang_start_minutes=5.0)
