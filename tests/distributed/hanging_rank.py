@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -32,4 +33,4 @@ def wait_for_ever() -> None:
 
 if __name__ == "__main__":
     calm.CalmTask = HangingTask
-    raise SystemExit(run_calm(config.load(Experiment, sys.argv[1], sys.argv[2:])))
+    raise SystemExit(run_calm(config.load(Experiment, Path(sys.argv[1]), sys.argv[2:])))
