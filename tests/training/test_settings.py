@@ -57,7 +57,7 @@ def batch(global_batch: int, micro_batch: int, ranks: int, multiple: int = 1) ->
         (lambda: TrainingConfig(precision="fp16"), r"training\.precision='fp16' is unknown: choose bf16"),
         (lambda: TrainingConfig(resume="yes"), r"training\.resume='yes' is unknown: choose auto"),
         (lambda: DataConfig(vocabulary=-1), r"data\.vocabulary=-1"),
-        (lambda: DataConfig(vocabulary=9).require_vocabulary(8, "runs/x"), r"vocabulary=9, but runs/x has .* of 8: set"),
+        (lambda: DataConfig(vocabulary=9).require_vocabulary(8, "runs/x"), r"vocabulary=9, but runs/x has .* of 8"),
         (lambda: PlanConfig(world=-1), r"plan\.world=-1"),
         (lambda: PlanConfig(peak_tflops=0), r"plan\.peak_tflops=0 must be above 0"),
         (lambda: PlanConfig(mfu=40), r"plan\.mfu=40 is no share"),
