@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from calm_core.model.sequence import replicated
+from calm_core.model.sequence import all_positions, replicated
 
 
 class RMSNorm(nn.Module):
@@ -134,12 +134,13 @@ class Backbone(TransformerBlock):
             config.kv_channels, rotary_percent=1.0, rotary_base=int(rope_base), use_cpu_initialization=True
         )
 
-    def forward(self, hidden: Tensor | None, positions: int, cache: KeyValueCache | None = None) -> Tensor:
-        """Hidden states `[S, B, d]` -> `[S, B, d]` (S over the tensor-parallel ranks, if sequence-parallel).
+    def forward(self, hidden: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
+        """Hidden states `[S, B, d]` -> `[S, B, d]` (S/TP rows if sequence-parallel).
 
-        `positions` is the number of new positions over all ranks. `hidden` is None on a stage that is not the
-        first: its input came through `set_input_tensor`. With a cache, the new positions follow those in it.
+        `hidden` is None on a stage that is not the first: its input came through `set_input_tensor`. With a cache,
+        the new positions follow those in it.
         """
+        positions = all_positions(hidden if self.pre_process else self.input_tensor, self.config)
         for layer in self.layers:
             layer.self_attention.core_attention.cache = cache
         rotary = self.rope(positions, offset=cache.length if cache else 0)

@@ -45,12 +45,11 @@ class CalmModel(MegatronModule):
         """Receive the previous stage's hidden states (called by the schedule)."""
         self.backbone.set_input_tensor(input_tensor[0])
 
-    def hidden(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Hidden states `[S, B, d]` of this stage for the chunks `tokens` `[B, S, K]`."""
-        vectors = self.compression(tokens) if self.first else None
-        return self.backbone(vectors, positions=tokens.shape[1], cache=cache)
+    def hidden(self, tokens: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
+        """Hidden states `[S, B, d]` of this stage for the chunks `tokens` `[B, S, K]`, which the first stage reads."""
+        return self.backbone(self.compression(tokens) if self.first else None, cache)
 
-    def forward(self, tokens: Tensor, target: Target, noise: Noise) -> Tensor | HeadLoss:
-        """The head's loss on the last stage, the hidden states for the next stage on any other."""
+    def forward(self, tokens: Tensor | None, target: Target | None, noise: Noise) -> Tensor | HeadLoss:
+        """The head's loss against `target` on the last stage, the hidden states for the next stage on any other."""
         hidden = self.hidden(tokens)
         return self.head.loss(hidden, target, noise) if self.last else hidden

@@ -28,7 +28,7 @@ from calm_core.parallel.config import ParallelConfig
 from calm_core.parallel.engine import Engine
 from calm_core.parallel.topology import Topology
 from calm_core.pipeline_split import describe, pipeline_split
-from calm_core.training.chunk_batch import ChunkBatch, read_batch
+from calm_core.training.chunk_batch import ChunkBatch, needed_columns, read_batch
 from calm_core.training.evaluation import evaluate, own_windows
 from calm_core.training.evaluation_config import EvaluationConfig
 
@@ -77,11 +77,13 @@ class CalmTask:
         }
         self._held_out = HeldOut(Windows(held_out, positions), autoencoder, train.token_counts(), seed, evaluation)
         self._device = torch.device("cpu")
+        self._columns = list(train.columns)
 
     def build(self, topology: Topology, dtype: torch.dtype) -> list[MegatronModule]:
         """This rank's chunks of the network, initial weights a function of the seed alone."""
         own_windows(self._held_out, topology)  # too few for these ranks: known now, not at the first evaluation
         self._device = topology.device
+        self._columns = needed_columns(self.windows.store, first=topology.first, last=topology.last)
         if self.layout.pipeline > 1:
             topology.say(describe(self.shape, self.windows.positions, self.layout, self.split))
         config = transformer_config(self.shape.backbone, self.layout, dtype, self.split)
@@ -103,14 +105,16 @@ class CalmTask:
         return "backbone." if changed else ""
 
     def load(self, samples: np.ndarray) -> ChunkBatch:
-        """The windows behind these samples."""
-        return read_batch(self.windows, self.order.window(samples), samples)
+        """What this rank's stages need of the windows behind these samples."""
+        return read_batch(self.windows, self.order.window(samples), samples, self._columns)
 
     def forward_step(self, micro_batches: Iterator[ChunkBatch], model: CalmModel) -> tuple[Any, Any]:
         """Forward of one micro-batch; the loss is the mean over its positions and samples."""
         batch = next(micro_batches)
         noise = SampleNoise(self.seed, batch.samples, self._device)
-        output = model(batch.inputs(self._device), batch.target(self._device), noise)
+        inputs = batch.inputs(self._device) if model.first else None
+        target = batch.target(self._device) if model.last else None
+        output = model(inputs, target, noise)
         count = len(batch.samples) * self.windows.positions
         return output, partial(_mean_loss, count=count)
 

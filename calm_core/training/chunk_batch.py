@@ -1,18 +1,20 @@
 """Micro-batches of chunk windows."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from calm_core.data.store import Store
 from calm_core.data.windows import Windows
 from calm_core.model.heads.protocol import Target
 
 
 @dataclass(frozen=True)
 class ChunkBatch:
-    """A micro-batch of windows.
+    """A micro-batch of windows; a pipeline stage has the columns it works on (see `needed_columns`).
 
     Attributes:
         samples: global index of each sample `[B]`; its noise follows from it.
@@ -22,7 +24,7 @@ class ChunkBatch:
     """
 
     samples: np.ndarray
-    tokens: Tensor
+    tokens: Tensor | None = None
     mean: Tensor | None = None
     log_std: Tensor | None = None
 
@@ -37,8 +39,23 @@ class ChunkBatch:
         return Target(tokens, *(x.float() for x in latents))
 
 
-def read_batch(windows: Windows, chosen: np.ndarray, samples: np.ndarray) -> ChunkBatch:
-    """The windows `chosen` as the samples with these global indices; a row of a token store is a chunk of one token."""
-    columns = {name: torch.from_numpy(array) for name, array in windows.batch(chosen, windows.store.columns).items()}
-    tokens = columns.pop("tokens").view(len(chosen), windows.positions + 1, windows.store.k)
-    return ChunkBatch(samples, tokens, **columns)
+def needed_columns(store: Store, *, first: bool, last: bool) -> list[str]:
+    """What a pipeline stage reads of a store: the first its inputs, the last the targets, those between nothing."""
+    if last:
+        return list(store.columns)
+    return ["tokens"] if first else []
+
+
+def read_batch(
+    windows: Windows, chosen: np.ndarray, samples: np.ndarray, columns: Iterable[str] | None = None
+) -> ChunkBatch:
+    """The windows `chosen` as the samples with these global indices; a row of a token store is a chunk of one token.
+
+    `columns` are those of the store that are read; None means all.
+    """
+    names = list(windows.store.columns) if columns is None else list(columns)
+    if not names:
+        return ChunkBatch(samples)
+    arrays = {name: torch.from_numpy(array) for name, array in windows.batch(chosen, names).items()}
+    tokens = arrays.pop("tokens").view(len(chosen), windows.positions + 1, windows.store.k)
+    return ChunkBatch(samples, tokens, **arrays)

@@ -15,7 +15,7 @@ from calm_core.evaluation.scores import ClusteredScores, HeldOut, clustered, sco
 from calm_core.model.calm import CalmModel
 from calm_core.parallel.engine import Engine, Pass
 from calm_core.parallel.topology import Topology
-from calm_core.training.chunk_batch import read_batch
+from calm_core.training.chunk_batch import needed_columns, read_batch
 
 
 def evaluate(engine: Engine, held_out: HeldOut) -> dict[str, Any]:
@@ -28,7 +28,9 @@ def evaluate(engine: Engine, held_out: HeldOut) -> dict[str, Any]:
     windows = own_windows(held_out, engine.topology)
     for chunk in engine.chunks:
         chunk.eval()
-    step = partial(_forward_step, held_out=held_out, device=engine.topology.device)
+    topology = engine.topology
+    columns = needed_columns(held_out.windows.store, first=topology.first, last=topology.last)
+    step = partial(_forward_step, held_out=held_out, columns=columns, device=topology.device)
     shape = Pass(held_out.windows.positions, held_out.config.micro_batch)
     parts = engine.evaluate(step, windows, shape)
     for chunk in engine.chunks:
@@ -59,16 +61,16 @@ def own_windows(held_out: HeldOut, topology: Topology) -> list[np.ndarray]:
 
 
 def _forward_step(
-    micro_batches: Iterator[np.ndarray], model: CalmModel, held_out: HeldOut, device: torch.device
+    micro_batches: Iterator[np.ndarray], model: CalmModel, held_out: HeldOut, columns: list[str], device: torch.device
 ) -> tuple[Tensor, Any]:
     chosen = next(micro_batches)
-    batch = read_batch(held_out.windows, chosen, chosen)
+    batch = read_batch(held_out.windows, chosen, chosen, columns)
 
     def score(hidden: Tensor, non_loss_data: bool) -> ClusteredScores:
         scored = scored_batch(model, hidden, batch, held_out)
         return clustered(scores(scored), scored)
 
-    return model.hidden(batch.inputs(device)), score
+    return model.hidden(batch.inputs(device) if model.first else None), score
 
 
 def _gathered(parts: list[ClusteredScores], engine: Engine) -> list[ClusteredScores]:

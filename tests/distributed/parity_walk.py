@@ -116,6 +116,7 @@ def train(folder: Path, out: Path, name: str, micro_batch: int, topology: Topolo
     record["weights"] = local_tensors(engine, lambda parameter: parameter)
     record["evaluation"] = {k: value for k, value in task.evaluate(engine).items() if isinstance(value, float)}
     batches = [task.load(samples) for samples in plan]
+    record["columns"] = [name for name in ("tokens", "mean", "log_std") if getattr(batches[0], name) is not None]
     record["refused"] = [
         refused_step(engine, poisoned(task.forward_step, topology), batches, shape_of_pass, lambda norm: True),
         refused_step(engine, task.forward_step, batches, shape_of_pass, lambda norm: topology.rank != 0),
@@ -187,7 +188,8 @@ def assembled(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     whole = {kind: whole_tensors(ranks, kind) for kind in ("gradients", "weights")}
     same = {key: first[key] for key in ("loss", "norm", "evaluation")}
     refused = all(all(rank["refused"]) for rank in ranks)
-    return {**same, **whole, "replica_spread": spread, "noise": noise, "refused": refused}
+    columns = [rank["columns"] for rank in ranks]
+    return {**same, **whole, "replica_spread": spread, "noise": noise, "refused": refused, "columns": columns}
 
 
 def whole_tensors(ranks: list[dict[str, Any]], kind: str) -> dict[str, Tensor]:

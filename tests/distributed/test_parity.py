@@ -79,6 +79,12 @@ def test_a_layout_is_the_single_process(walked: Walked, group: str, name: str) -
     assert found["refused"]
 
 
+def test_a_stage_reads_only_what_it_works_on(walked: Walked) -> None:
+    everything = ["tokens", "mean", "log_std"]
+    assert walked("two")["dp"]["columns"] == [everything] * 2
+    assert walked("two")["pp2"]["columns"] == [["tokens"], everything]
+
+
 def test_head_noise_is_that_of_the_sample(walked: Walked) -> None:
     data_parallel, tensor_parallel = (walked("two")[name]["noise"] for name in ("dp", "tp2"))
     assert not set(data_parallel[0, 0]) & set(data_parallel[1, 0])
