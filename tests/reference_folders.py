@@ -30,12 +30,15 @@ def write(folder: Path, config: dict, tensors: dict[str, Tensor], pickled: bool 
     """A folder of the reference; in several shards with the index that names them."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    name, save = ("pytorch_model.bin", torch.save) if pickled else ("model.safetensors", save_file)
+    name = "pytorch_model.bin" if pickled else "model.safetensors"
     places = {}
     for shard in range(shards):
         file = name if shards == 1 else name.replace(".", f"-{shard + 1:05}-of-{shards:05}.")
-        own = sorted(tensors)[shard::shards]
-        save({tensor: tensors[tensor].clone() for tensor in own}, folder / file)
+        own = {tensor: tensors[tensor] for tensor in sorted(tensors)[shard::shards]}
+        if pickled:
+            torch.save(own, folder / file)
+        else:
+            save_file({tensor: values.clone() for tensor, values in own.items()}, folder / file)
         places |= dict.fromkeys(own, file)
     if shards > 1:
         index = {"metadata": {"total_size": 1}, "weight_map": places}

@@ -1,9 +1,7 @@
 """Exchange with the public reference implementation: what is read is written back, what is wrong is named."""
 
 import json
-import os
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from golden_numbers import GOLDEN, assert_close
-from launching import ROOT, finish
 from reference_folders import CONFIGS, calm, part, write
 from safetensors.torch import load_file
 from torch import Tensor
@@ -220,25 +217,6 @@ def test_the_reference_has_no_network_with_a_softmax_head(tmp_path: Path) -> Non
     write_weights(tmp_path / "calm" / "checkpoints" / "step-0", {"a": torch.ones(1)}, state)
     with pytest.raises(UserError, match="softmax"):
         export_reference(tmp_path, tmp_path / "out")
-
-
-class Malicious:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.path),)
-
-
-def test_the_script_runs_nothing_from_a_pickle(tmp_path: Path) -> None:
-    source = write(tmp_path / "in", CONFIGS["autoencoder"], {"a": Malicious(tmp_path / "harm")}, pickled=True)
-    script = [sys.executable, str(ROOT / "pretrain" / "convert.py"), "import", str(source), str(tmp_path / "out")]
-    code, output = finish(script, seconds=200)
-    assert code == ExitCode.USAGE
-    assert "pytorch_model.bin is damaged, or holds more than tensors" in output
-    assert "Traceback" not in output
-    assert not (tmp_path / "harm").exists()
-    assert not (tmp_path / "out").exists()
 
 
 def imported(tiny: Path, folder: Path) -> Path:
