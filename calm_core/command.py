@@ -33,11 +33,12 @@ def run(
     sections: Sequence[str],
     action: Callable[[Config, bool], int | None],
     argv: Sequence[str] | None = None,
+    default: Path = DEFAULT_CONFIG,
 ) -> int:
     """Run `action(config, dry_run)` for `SCRIPT [CONFIG.yaml] [key=value ...] [--dry-run] [--help]`; the exit code.
 
     `doc` is the script's docstring, `cls` the root of the configuration and `sections` those of its sections that the
-    script reads. Without a CONFIG.yaml the demo's is used. Errors end as `guard` says.
+    script reads. Without a CONFIG.yaml the one at `default` is used, the demo's. Errors end as `guard` says.
     """
 
     def command() -> int | None:
@@ -55,7 +56,7 @@ def run(
         paths = [Path(argument) for argument in parsed.arguments if not OVERRIDE.fullmatch(argument)]
         if len(paths) > 1:
             raise UserError(f"{paths[1]} is a second configuration after {paths[0]}: give one, and key=value for more.")
-        path = paths[0] if paths else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
+        path = paths[0] if paths else default if default.exists() else None
         return action(config.load(cls, path, overrides, sections), parsed.dry_run)
 
     return guard(command)

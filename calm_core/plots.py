@@ -33,7 +33,7 @@ def plot_brier(evaluations: Records, path: Path) -> None:
     shown = [n for n in (1, 2) if f"brier_{n}" in evaluations[-1]]
     figure = Figure(figsize=(5 * len(shown), 4), layout="constrained")
     for n, axes in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
-        _style(axes, f"Brier-{n} on held-out documents", "step", "")
+        style(axes, f"Brier-{n} on held-out documents", "step", "")
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
         _with_errors(axes, evaluations, f"brier_{n}", MODEL, "CALM")
         axes.axhline(evaluations[-1][f"unigram_brier_{n}"], color=BASELINE, linestyle="--", label="unigram")
@@ -58,11 +58,12 @@ def plot_noise_curve(evaluation: Mapping[str, Any], path: Path) -> None:
 def _figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    _style(axes, title, xlabel, ylabel)
+    style(axes, title, xlabel, ylabel)
     return figure, axes
 
 
-def _style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+def style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    """Give axes their title, their labels and the look of all our plots."""
     axes.set_title(title)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -96,12 +97,13 @@ def stages(experiment: Experiment) -> list[Stage]:
     ]
 
 
-def run_stages(experiment: Experiment) -> int:
-    """Run what is not finished yet; the exit code of the first stage that fails.
+def run_stages(experiment: Experiment, names: Collection[str] | None = None) -> int:
+    """Run what is not finished yet, of the stages of these names or of all; the exit code of the first that fails.
 
     The seconds of a stage count all attempts; they and what was finished are kept in RUN/stages.json.
     """
     run, plan = Path(experiment.run), stages(experiment)
+    chosen = [stage for stage in plan if names is None or stage.name in names]
     run.mkdir(parents=True, exist_ok=True)
     configuration.save(experiment, config_path(experiment))
     # Where the run lies is no input: a folder that was moved or copied is as finished as it was.
@@ -110,9 +112,11 @@ def run_stages(experiment: Experiment) -> int:
     )
     ledger = Ledger(run / "stages.json")
     for number, stage in enumerate(plan, 1):
-        products = [stage.product for stage in plan[:number]]
+        products = [before.product for before in plan[:number] if before.given or before in chosen]
         title = f"== {number}/{len(plan)} {stage.name}"
         before = ledger.seconds(stage.name)
+        if stage not in chosen:
+            continue
         if stage.given:
             print(f"{title}: {stage.product} is given", flush=True)
             continue

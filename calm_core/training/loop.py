@@ -85,12 +85,12 @@ def train(
             batches = reporter.waited(loader.next)
             progress = _train_step(task, config, engine, batches, progress, reporter)
             watchdog.alive(f"step {progress.step}")
-            last = progress.step == config.steps
-            if last or _due(progress.step, config.eval_every):
+            last, milestone = progress.step == config.steps, progress.step in config.milestones
+            if last or milestone or _due(progress.step, config.eval_every):
                 reporter.evaluation(progress.step, task.evaluate(engine))
                 watchdog.alive(f"the evaluation after step {progress.step}")
             asked = requests.agreed(topology.device)
-            if last or asked.save or asked.stop or _due(progress.step, config.save_every):
+            if last or milestone or asked.save or asked.stop or _due(progress.step, config.save_every):
                 reporter.saved(progress.step, save)
                 requests.obeyed(asked)
                 watchdog.alive(f"the checkpoint of step {progress.step}")

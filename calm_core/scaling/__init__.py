@@ -1,0 +1,1 @@
+"""Scaling laws over size, data and K: plan a ladder of models, run it, fit its results, plot them."""

@@ -1,0 +1,180 @@
+"""Saturating power laws, fitted by robust least squares to what is lost: 1 - Brier-n, 100 - BrierLM, or cross-entropy.
+
+    loss(x) = floor + scale (x / reference)^(-exponent)                          one variable: compute
+    loss(N, D, K) = floor + K^k_exponent (a (N / N0)^-alpha + b (D / D0)^-beta)  size, tokens, tokens per chunk
+
+Residuals are divided by the standard errors of the losses and pass through a soft L1 loss, so that a run that went
+wrong does not bend the law. Floor and scales are not negative. numpy and scipy alone; proven on laws that are known.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares, nnls
+
+Array = NDArray[np.float64]
+
+EXPONENTS = np.geomspace(0.02, 2.0, 13)  # where the search begins
+K_EXPONENTS = np.linspace(-0.5, 1.5, 5)
+MOST = 4.0  # a larger exponent is a step, not a law
+
+
+class TooFewError(ValueError):
+    """The points cannot determine the form; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """loss(x) = floor + scale (x / reference)^(-exponent)."""
+
+    floor: float
+    scale: float
+    exponent: float
+    reference: float
+
+    def __call__(self, x: Array) -> Array:
+        """The loss at `x`."""
+        return self.floor + self.scale * (np.asarray(x, float) / self.reference) ** -self.exponent
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """What an interval can be given for."""
+        return {"floor": self.floor, "scale": self.scale, "exponent": self.exponent}
+
+
+@dataclass(frozen=True)
+class JointLaw:
+    """loss(N, D, K) = floor + K^k_exponent (a (N / N0)^-alpha + b (D / D0)^-beta); one K leaves k_exponent at 0."""
+
+    floor: float
+    a: float
+    alpha: float
+    b: float
+    beta: float
+    k_exponent: float
+    n_reference: float
+    d_reference: float
+
+    def __call__(self, n: Array, d: Array, k: Array) -> Array:
+        """The loss of models of N parameters after D tokens at K tokens per chunk."""
+        size = self.a * (np.asarray(n, float) / self.n_reference) ** -self.alpha
+        data = self.b * (np.asarray(d, float) / self.d_reference) ** -self.beta
+        return self.floor + np.asarray(k, float) ** self.k_exponent * (size + data)
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """What an interval can be given for."""
+        names = ("floor", "a", "alpha", "b", "beta", "k_exponent")
+        return {name: getattr(self, name) for name in names}
+
+
+def fit_power_law(x: Array, loss: Array, error: Array) -> PowerLaw:
+    """The power law through losses `[n]` with standard errors `[n]` at `x` `[n]`.
+
+    Raises:
+        TooFewError: with fewer than 4 different `x`, one more than the law has parameters.
+    """
+    _require(x, 4, "values of compute")
+    reference = _middle(x)
+    scaled = x / reference
+
+    def columns(exponents: Array) -> Array:
+        return np.stack([np.ones_like(scaled), scaled ** -exponents[0]], -1)
+
+    (floor, scale), (exponent,) = _fit(columns, [EXPONENTS], loss, error, [(0.0, MOST)])
+    return PowerLaw(floor, scale, exponent, reference)
+
+
+def fit_joint(n: Array, d: Array, k: Array, loss: Array, error: Array) -> JointLaw:
+    """The joint law through losses `[n]` with standard errors `[n]` of models of N, D and K `[n]`.
+
+    Raises:
+        TooFewError: with fewer than 3 sizes or 3 numbers of tokens, or no more points than parameters.
+    """
+    _require(n, 3, "sizes")
+    _require(d, 3, "numbers of tokens")
+    several = len(np.unique(k)) > 1
+    if len(loss) <= 5 + several:
+        raise TooFewError(f"{len(loss)} points for {5 + several} parameters: at least one more point is needed.")
+    n_reference, d_reference = _middle(n), _middle(d)
+
+    def columns(exponents: Array) -> Array:
+        alpha, beta, k_exponent = exponents if several else (*exponents, 0.0)
+        penalty = k**k_exponent
+        return np.stack([np.ones_like(n), penalty * (n / n_reference) ** -alpha, penalty * (d / d_reference) ** -beta], -1)
+
+    starts = [EXPONENTS[::3], EXPONENTS[::3], *([K_EXPONENTS] if several else [])]
+    bounds = [(0.0, MOST), (0.0, MOST), *([(-MOST, MOST)] if several else [])]
+    (floor, a, b), exponents = _fit(columns, starts, loss, error, bounds)
+    alpha, beta, k_exponent = exponents if several else (*exponents, 0.0)
+    return JointLaw(floor, a, alpha, b, beta, k_exponent, n_reference, d_reference)
+
+
+def bootstrap(
+    fit: Callable[[Array], PowerLaw | JointLaw], clusters: Sequence[str], draws: int, seed: int = 0
+) -> list[PowerLaw | JointLaw]:
+    """Laws fitted to resampled runs.
+
+    Args:
+        fit: the law of the rows with these indices `[m]`.
+        clusters: the run that each row comes from; the rows of a run stay together.
+        draws: resamplings; those that no longer determine the form are left out.
+        seed: of the resampling.
+    """
+    generator = np.random.default_rng(seed)
+    names = np.array(clusters)
+    runs = [np.flatnonzero(names == name) for name in np.unique(names)]
+    laws = []
+    for _ in range(draws):
+        chosen = generator.integers(len(runs), size=len(runs))
+        try:
+            laws.append(fit(np.concatenate([runs[index] for index in chosen])))
+        except TooFewError:
+            continue
+    return laws
+
+
+def interval(values: Sequence[float], confidence: float) -> tuple[float, float]:
+    """The central interval that holds this share of the values."""
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _fit(
+    columns: Callable[[Array], Array],
+    starts: Sequence[Array],
+    loss: Array,
+    error: Array,
+    bounds: Sequence[tuple[float, float]],
+) -> tuple[Array, Array]:
+    """(linear coefficients, exponents) of the law whose columns are a function of the exponents.
+
+    Given the exponents the law is linear: the best point of a grid of exponents, with its coefficients by non-negative
+    least squares, is where the robust fit of all of them begins.
+    """
+    grid = np.stack(np.meshgrid(*starts, indexing="ij"), -1).reshape(-1, len(starts))
+    first, residual = zip(*(nnls(columns(e) / error[:, None], loss / error) for e in grid), strict=True)
+    best = int(np.argmin(residual))
+    count = len(first[best])
+    typical = float(np.mean(loss))
+
+    def misfit(parameters: Array) -> Array:
+        return (columns(parameters[count:]) @ (parameters[:count] * typical) - loss) / error
+
+    low, high = zip(*([(0.0, np.inf)] * count + list(bounds)), strict=True)
+    start = np.clip([*(first[best] / typical), *grid[best]], np.array(low) + 1e-9, np.minimum(high, 1e9))
+    found = least_squares(misfit, start, bounds=(low, high), loss="soft_l1", x_scale="jac", max_nfev=2000).x
+    return found[:count] * typical, found[count:]
+
+
+def _middle(values: Array) -> float:
+    """Their geometric mean: scale and exponent are least entangled there."""
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def _require(values: Array, least: int, what: str) -> None:
+    different = len(np.unique(values))
+    if different < least:
+        raise TooFewError(f"{different} different {what}: at least {least} are needed.")

@@ -1,0 +1,75 @@
+"""Scaling laws over size, data and K, on one YAML: scaling_laws.py ACTION [CONFIG.yaml] [key=value ...].
+
+plan:    the models that the ladder and the grid give, what each costs, how long it takes; nothing runs.
+prepare: what the models share: tokenizer, tokens, and for each K the autoencoder and the chunks.
+run:     prepare, then the models one after another; finished ones are skipped, half-done ones resume. task=N trains
+         model N of the plan alone, as a task of a job array does after prepare.
+fit:     the evaluations in RUN/results.parquet, the laws fitted to them in RUN/laws.json.
+plot:    the figures of results and laws, below RUN/figures.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from calm_core import command
+from calm_core.errors import UserError
+from calm_core.scaling.config import DEFAULT_CONFIG, ScalingConfig
+
+SECTIONS = ("ladder", "grid", "fit", "hardware", "base")
+
+
+def plan(config: ScalingConfig, dry_run: bool) -> None:
+    """Print the table of models and costs."""
+    from calm_core.scaling.plan import plan_table
+
+    print(plan_table(config))
+
+
+def prepare(config: ScalingConfig, dry_run: bool) -> int | None:
+    """Make what the models share."""
+    from calm_core.scaling import sweep
+
+    return plan(config, dry_run) if dry_run else sweep.prepare(config)
+
+
+def run(config: ScalingConfig, dry_run: bool) -> int | None:
+    """Train the models, or one of them."""
+    from calm_core.scaling import sweep
+
+    if dry_run:
+        return plan(config, dry_run)
+    return (sweep.prepare(config) if config.task < 0 else 0) or sweep.train_points(config)
+
+
+def fit(config: ScalingConfig, dry_run: bool) -> None:
+    """Collect the results, fit the laws, print them."""
+    from calm_core.scaling.report import fit_study
+
+    print(fit_study(config, write=not dry_run))
+
+
+def plot(config: ScalingConfig, dry_run: bool) -> None:
+    """Draw the figures, and print where they are."""
+    from calm_core.scaling.figures import draw_study
+
+    print("\n".join(map(str, draw_study(config))))
+
+
+ACTIONS = {"plan": plan, "prepare": prepare, "run": run, "fit": fit, "plot": plot}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Hand over to the action that the first argument names."""
+    if argv and argv[0] in ACTIONS:
+        return command.run(__doc__, ScalingConfig, SECTIONS, ACTIONS[argv[0]], argv[1:], DEFAULT_CONFIG)
+    if argv and argv[0] in ("-h", "--help"):
+        return command.run(__doc__, ScalingConfig, SECTIONS, plan, argv)
+    return command.guard(_no_action)
+
+
+def _no_action() -> None:
+    raise UserError(f"scaling_laws.py wants one of {', '.join(ACTIONS)} as its first argument; --help says more.")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

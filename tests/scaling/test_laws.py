@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+
+from calm_core.scaling.laws import JointLaw, PowerLaw, TooFewError, bootstrap, fit_joint, fit_power_law, interval
+
+
+def test_a_power_law_is_found_again() -> None:
+    law = PowerLaw(floor=0.7, scale=0.1, exponent=0.3, reference=1e18)
+    x = np.geomspace(1e17, 1e20, 12)
+    found = fit_power_law(x, law(x), np.full(12, 1e-3))
+    assert found(x) == pytest.approx(law(x), abs=1e-6)
+    assert found.exponent == pytest.approx(0.3, abs=1e-3)
+    assert found.floor == pytest.approx(0.7, abs=1e-3)
+
+
+@pytest.mark.parametrize("k", [[2.0, 4.0, 8.0], [4.0]])
+def test_a_joint_law_is_found_again(k: list[float]) -> None:
+    law = JointLaw(floor=0.6, a=0.1, alpha=0.4, b=0.15, beta=0.25, k_exponent=0.5, n_reference=1e8, d_reference=1e10)
+    n, d, k_ = (a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e9, 4), np.geomspace(1e9, 1e11, 4), k))
+    found = fit_joint(n, d, k_, law(n, d, k_), np.full(n.size, 1e-3))
+    assert found(n, d, k_) == pytest.approx(law(n, d, k_), abs=1e-5)
+    assert found.alpha == pytest.approx(0.4, abs=0.01)
+    assert found.beta == pytest.approx(0.25, abs=0.01)
+    if len(k) > 1:
+        assert found.k_exponent == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_run_that_went_wrong_does_not_bend_the_law() -> None:
+    law = PowerLaw(floor=0.7, scale=0.1, exponent=0.3, reference=1e18)
+    x = np.geomspace(1e17, 1e20, 12)
+    loss = law(x)
+    loss[4] += 0.2
+    assert fit_power_law(x, loss, np.full(12, 1e-3)).exponent == pytest.approx(0.3, abs=0.03)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    law = PowerLaw(floor=0.7, scale=0.1, exponent=0.3, reference=1e18)
+    generator = np.random.default_rng(0)
+    covered = 0
+    for trial in range(20):
+        x = np.repeat(np.geomspace(1e17, 1e21, 10), 3)
+        loss = law(x) + generator.normal(0, 2e-3, x.size)
+
+        def fit(rows: np.ndarray, x: np.ndarray = x, loss: np.ndarray = loss) -> PowerLaw:
+            return fit_power_law(x[rows], loss[rows], np.full(rows.size, 2e-3))
+
+        laws = bootstrap(fit, [str(i) for i in range(x.size)], draws=60, seed=trial)
+        low, high = interval([found.exponent for found in laws], 0.9)
+        covered += low <= 0.3 <= high
+    assert 14 <= covered <= 20
+
+
+def test_too_few_points_are_no_law() -> None:
+    x = np.array([1.0, 2.0, 3.0])
+    with pytest.raises(TooFewError, match="3 different values of compute"):
+        fit_power_law(x, x, x)
+    n, d = np.repeat([1e7, 1e8], 3), np.tile([1e9, 1e10, 1e11], 2)
+    with pytest.raises(TooFewError, match="2 different sizes"):
+        fit_joint(n, d, n * 0 + 4, n, n)
