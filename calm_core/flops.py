@@ -179,6 +179,15 @@ def autoencoder_parameters(shape: AutoencoderShape) -> int:
     return (encoder + autoencoder_decoder(shape)).parameters + shape.vocabulary * h
 
 
+def autoencoder_training(shape: AutoencoderShape) -> int:
+    """FLOPs of training on one chunk, forward and backward; what runs once per token counts K times."""
+    h, per_token = shape.hidden, _block(shape) * shape.k
+    encoder = per_token + linear(shape.k * h, h) + _block(shape) + linear(h, 2 * shape.latent)
+    decoder = linear(shape.latent, h) + _block(shape) + linear(h, shape.k * h) + per_token
+    logits = linear(h, shape.vocabulary, bias=False) * shape.k
+    return (encoder + decoder + logits).training
+
+
 def autoencoder_decoding(shape: AutoencoderShape) -> int:
     """FLOPs of decoding one latent into the logits of its K tokens: the second block and the table run K times."""
     once_per_token = _block(shape).forward * (shape.k - 1) + 2 * shape.k * shape.vocabulary * shape.hidden

@@ -7,6 +7,7 @@ from torch.nn.functional import silu
 from torch.utils.flop_counter import FlopCounterMode
 
 from calm_core import flops
+from calm_core.autoencoder import Autoencoder, AutoencoderConfig
 from calm_core.flops import AutoencoderShape, ModelShape
 from calm_core.model.config import BackboneConfig, HeadConfig
 
@@ -178,3 +179,12 @@ def test_utilisation_and_table() -> None:
     assert "371.7M" in text
     assert "2.91e+08" in text
     assert "4.42e+08" in text
+
+
+def test_the_autoencoders_training_is_what_torch_counts() -> None:
+    shape = AutoencoderShape(vocabulary=300, k=4, hidden=16, ffn=40, latent=8)
+    model = Autoencoder(AutoencoderConfig(hidden=16, latent=8), 300, 4)
+    with FlopCounterMode(display=False) as counter:
+        mean, log_std = model.encode(torch.randint(300, (5, 4)))
+        (model.decode(mean).sum() + log_std.sum()).backward()
+    assert 5 * flops.autoencoder_training(shape) == counter.get_total_flops()

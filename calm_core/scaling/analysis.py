@@ -1,4 +1,4 @@
-"""The laws of a study: compute by family, jointly over size, data and K, isoFLOP minima, the best model for a budget."""
+"""The laws of a study: over compute, jointly over size, data and K, isoFLOP minima, the best model for a budget."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -41,7 +41,9 @@ class Losses:
 
     def at(self, rows: Array) -> "Losses":
         """Some of the rows, in this order."""
-        arrays = {name: getattr(self, name)[rows] for name in ("loss", "error", "flops", "size", "tokens", "k", "budget")}
+        arrays = {
+            name: getattr(self, name)[rows] for name in ("loss", "error", "flops", "size", "tokens", "k", "budget")
+        }
         return Losses(**arrays, model=[self.model[row] for row in rows])
 
 
@@ -167,7 +169,7 @@ def _named(law: PowerLaw | JointLaw, draws: list[Any], confidence: float) -> dic
 def _held_out(
     data: Losses, fit: Callable[[Losses], Any], predict: Callable[[Any, Losses], Array], best_only: bool = False
 ) -> dict[str, float] | None:
-    """How far a law fitted without the largest budget misses there: mean error and its share of the typical error bar."""
+    """How far a law fitted without the largest budget misses there, on average and in standard errors."""
     last = data.budget == data.budget.max()
     if last.all():
         return None
@@ -204,7 +206,9 @@ def best_model(
     config: ScalingConfig, law: JointLaw, draws: list[JointLaw], of: list[str], budget: float
 ) -> dict[str, Any]:
     """The family and rung of least loss that `budget` training FLOPs can pay, with its tokens and the loss foretold."""
-    candidates = [(family, depth, *_size_and_tokens(config, family, depth, budget)) for family in of for depth in _depths()]
+    candidates = [
+        (family, depth, *_size_and_tokens(config, family, depth, budget)) for family in of for depth in _depths()
+    ]
     size, tokens = (np.array([c[i] for c in candidates], float) for i in (2, 3))
     k = np.array([shape_of(config, c[0], c[1]).k for c in candidates], float)
     foretold = law(size, tokens, k)

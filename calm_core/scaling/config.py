@@ -10,6 +10,7 @@ from calm_core.experiment import Experiment
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "scaling" / "two_cores.yaml"
 
+
 @dataclass(frozen=True)
 class LadderConfig:
     """The rule that makes a whole model from its depth.

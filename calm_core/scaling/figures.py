@@ -48,7 +48,7 @@ def draw_study(config: ScalingConfig) -> list[Path]:
 
 
 def _performance(config: ScalingConfig, rows: list[Row], laws: Mapping[str, Any], measure: str) -> Figure:
-    """Performance against training compute: every point, the best of each family joined, the published models beside."""
+    """Performance against training compute: every point, the best of each family joined, published models beside."""
     figure, axes = _axes(f"{_title(measure)} against training compute", "training FLOPs", _title(measure))
     axes.set_xscale("log")
     for number, family in enumerate(families(config)):
@@ -91,8 +91,11 @@ def _equal_compute(config: ScalingConfig, rows: list[Row], measure: str) -> Figu
     for number, budget in enumerate(sorted({row["budget"] for row in rows})):
         at = [row for row in rows if row["budget"] == budget]
         sign = 1 if measure == "cross_entropy" else -1
-        best = {f: min(own, key=lambda row: sign * row[measure]) for f in families(config)
-                if (own := [row for row in at if row["family"] == f])}
+        best = {
+            f: min(own, key=lambda row: sign * row[measure])
+            for f in families(config)
+            if (own := [row for row in at if row["family"] == f])
+        }
         calm = sorted((row for f, row in best.items() if f != BASELINE), key=lambda row: row["k"])
         label = f"{np.mean([row['flops'] for row in at]):.2g} FLOPs"
         axes.errorbar([row["k"] for row in calm], *_values(calm, measure), marker="o", color=f"C{number}", label=label)

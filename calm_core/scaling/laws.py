@@ -103,7 +103,9 @@ def fit_joint(n: Array, d: Array, k: Array, loss: Array, error: Array) -> JointL
     def columns(exponents: Array) -> Array:
         alpha, beta, k_exponent = exponents if several else (*exponents, 0.0)
         penalty = k**k_exponent
-        return np.stack([np.ones_like(n), penalty * (n / n_reference) ** -alpha, penalty * (d / d_reference) ** -beta], -1)
+        return np.stack(
+            [np.ones_like(n), penalty * (n / n_reference) ** -alpha, penalty * (d / d_reference) ** -beta], -1
+        )
 
     starts = [EXPONENTS[::3], EXPONENTS[::3], *([K_EXPONENTS] if several else [])]
     bounds = [(0.0, MOST), (0.0, MOST), *([(-MOST, MOST)] if several else [])]

@@ -182,4 +182,3 @@ def hours(config: ScalingConfig, point: Point) -> float:
     """Hours of training on the configured hardware, by the FLOPs that this code executes."""
     samples = point.tokens(point.steps) / point.context
     return flops.executed_training(point.shape, point.positions) * samples / config.hardware.flops_per_hour
-

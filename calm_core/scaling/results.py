@@ -80,7 +80,5 @@ def _row(point: Point, budget: int, step: int, autoencoder: float, evaluation: d
             value = evaluation.get(key)
             row[key] = None if value is None else float(value)
     likelihood = point.shape.head.reads_tokens
-    row["cross_entropy"], row["cross_entropy_error"] = (
-        (row["loss"], row["loss_error"]) if likelihood else (None, None)
-    )
+    row["cross_entropy"], row["cross_entropy_error"] = (row["loss"], row["loss_error"]) if likelihood else (None, None)
     return row

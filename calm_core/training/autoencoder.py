@@ -11,6 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from calm_core import flops
 from calm_core.autoencoder import Autoencoder, AutoencoderConfig, autoencoder_loss
 from calm_core.config import differences
 from calm_core.data.order import SampleOrder
@@ -18,6 +19,7 @@ from calm_core.data.store import TokenStore
 from calm_core.data.windows import Windows
 from calm_core.errors import UserError
 from calm_core.evaluation.autoencoder import evaluate_autoencoder
+from calm_core.flops import AutoencoderShape
 from calm_core.noise import SampleNoise, stream_seed
 from calm_core.parallel.checkpoint import full_weights
 from calm_core.parallel.engine import Engine
@@ -63,7 +65,8 @@ class AutoencoderTask:
         self.order = SampleOrder(len(self.windows), seed)
         self.tokens_per_sample = positions * k
         shape = {**asdict(config), "vocab_size": self.vocab_size, "k": k}
-        self.flops_per_sample = 6.0 * positions * _matrix_parameters_per_chunk(config, self.vocab_size, k)
+        sizes = AutoencoderShape(self.vocab_size, k, config.hidden, config.ffn_width, config.latent)
+        self.flops_per_sample = float(positions * flops.autoencoder_training(sizes))
         self.identity = {"model": shape, "data": train.content_hash, "positions": positions, "seed": seed}
         self._held_out = held_out
         self._device = torch.device("cpu")
@@ -108,11 +111,3 @@ class AutoencoderTask:
         weights = {name.removeprefix("autoencoder."): w for name, w in full_weights(engine).items()}
         model.load_state_dict(weights)
         return model.eval()
-
-
-def _matrix_parameters_per_chunk(config: AutoencoderConfig, vocab_size: int, k: int) -> int:
-    """Multiply-adds of one chunk through encoder and decoder."""
-    h, block = config.hidden, 3 * config.hidden * config.ffn_width
-    encoder = k * block + k * h * h + block + h * 2 * config.latent
-    decoder = config.latent * h + block + h * k * h + k * block + k * h * vocab_size
-    return encoder + decoder
