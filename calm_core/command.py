@@ -5,9 +5,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from calm_core import config
 from calm_core.errors import ExitCode, UserError
@@ -31,19 +31,23 @@ def run(
     doc: str | None,
     cls: type[Config],
     sections: Sequence[str],
-    action: Callable[[Config, bool], int | None],
+    action: Callable[..., int | None],
     argv: Sequence[str] | None = None,
-    default: Path = DEFAULT_CONFIG,
+    default: Path | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> int:
     """Run `action(config, dry_run)` for `SCRIPT [CONFIG.yaml] [key=value ...] [--dry-run] [--help]`; the exit code.
 
     `doc` is the script's docstring, `cls` the root of the configuration and `sections` those of its sections that the
-    script reads. Without a CONFIG.yaml the one at `default` is used, the demo's. Errors end as `guard` says.
+    script reads. Without a CONFIG.yaml the one at `default` is used, or the demo's. `options` are further ones,
+    `--name` to what argparse takes; `action` gets their values by name. Errors end as `guard` says.
     """
+    further = options or {}
 
     def command() -> int | None:
+        shown = "".join(f" [{' '.join(filter(None, [flag, how.get('metavar')]))}]" for flag, how in further.items())
         parser = Parser(
-            usage="%(prog)s [CONFIG.yaml] [key=value ...] [--dry-run] [--help]",
+            usage=f"%(prog)s [CONFIG.yaml] [key=value ...]{shown} [--dry-run] [--help]",
             description=doc,
             epilog=f"keys, their types, defaults and meanings:\n{config.describe(cls, sections)}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -51,13 +55,17 @@ def run(
         )
         parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
         parser.add_argument("--dry-run", action="store_true", help="print what would be done and start nothing")
+        for flag, how in further.items():
+            parser.add_argument(flag, **how)
         parsed = parser.parse_intermixed_args(argv)
+        given = {name: value for name, value in vars(parsed).items() if name not in ("arguments", "dry_run")}
         overrides = [argument for argument in parsed.arguments if OVERRIDE.fullmatch(argument)]
         paths = [Path(argument) for argument in parsed.arguments if not OVERRIDE.fullmatch(argument)]
         if len(paths) > 1:
             raise UserError(f"{paths[1]} is a second configuration after {paths[0]}: give one, and key=value for more.")
-        path = paths[0] if paths else default if default.exists() else None
-        return action(config.load(cls, path, overrides, sections), parsed.dry_run)
+        usual = default or DEFAULT_CONFIG
+        path = paths[0] if paths else usual if usual.exists() else None
+        return action(config.load(cls, path, overrides, sections), parsed.dry_run, **given)
 
     return guard(command)
 

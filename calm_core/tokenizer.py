@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
 
 from calm_core.config import option
@@ -59,9 +60,9 @@ class Tokenizer:
         """The token ids of a text."""
         return self._processor.encode(text)
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The token ids of each text."""
-        return self._processor.encode(list(texts), num_threads=threads)
+        return self._processor.encode(list(texts), num_threads=1, return_type="numpy")
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens are silent.

@@ -1,21 +1,24 @@
 """Encode the token store with the frozen autoencoder into the chunk store RUN/chunks.
 
-Killed and run again it goes on where it was.
+Killed and run again it goes on where it was. Several machines share the work by --shard i/n, one i each, and one
+--finish after them completes the store.
 """
 
 import torch
 
 from calm_core import command
 from calm_core.autoencoder_artefact import load_autoencoder
-from calm_core.data.chunks import build_chunks, chunk_store_builder
+from calm_core.data.chunks import ChunkStoreBuild
+from calm_core.data.manifest import read_manifest
+from calm_core.data.share import OPTIONS, Share, carry_out
 from calm_core.errors import UserError
 from calm_core.experiment import Experiment
 
 SECTIONS = ("data",)
 
 
-def prepare(experiment: Experiment, dry_run: bool) -> None:
-    """Encode the chunks, unless that is done; or print what would be done."""
+def prepare(experiment: Experiment, dry_run: bool, shard: Share | None = None, finish: bool = False) -> None:
+    """Encode the chunks or a share of them, unless that is done; or print what would be done."""
     data, paths = experiment.data, experiment.paths
     if dry_run and not (paths.tokens.exists() and paths.autoencoder.exists()):
         print(f"would encode {paths.tokens} with {paths.autoencoder}, which are not both there yet: {paths.chunks}")
@@ -26,10 +29,13 @@ def prepare(experiment: Experiment, dry_run: bool) -> None:
             f"data.k={data.k}, but the autoencoder {paths.autoencoder} is made for {autoencoder.k} tokens per chunk: "
             f"set data.k={autoencoder.k} or train another autoencoder."
         )
-    if dry_run and not chunk_store_builder(paths.tokens, autoencoder, paths.chunks).is_complete:
+    build = ChunkStoreBuild.begin(paths.tokens, autoencoder, paths.chunks, data.verify)
+    if dry_run and not build.builder.is_complete:
         print(f"would encode {paths.tokens} in chunks of {data.k} tokens with {paths.autoencoder}: {paths.chunks}")
         return
-    manifest = build_chunks(paths.tokens, autoencoder, paths.chunks, data.verify)
+    if not carry_out(build.builder, build.run, build.finish, shard, finish):
+        return
+    manifest = read_manifest(paths.chunks, "chunks")
     for split, content in manifest["splits"].items():
         print(f"{split}: {content['rows']:,} chunks of {manifest['k']} tokens, {content['bytes'] / 1e6:,.1f} MB")
     print(f"finished: {paths.chunks}")
@@ -44,4 +50,4 @@ def device_of(name: str) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(command.run(__doc__, Experiment, SECTIONS, prepare))
+    raise SystemExit(command.run(__doc__, Experiment, SECTIONS, prepare, options=OPTIONS))

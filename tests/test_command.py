@@ -45,6 +45,21 @@ def test_the_action_gets_the_configuration(tmp_path):
     assert calls == [(Root(2, Training(9), Other(9)), True)]
 
 
+def test_further_options_reach_the_action_by_name(capsys):
+    calls = []
+    options = {"--shard": {"metavar": "i/n", "help": "a part"}, "--finish": {"action": "store_true"}}
+
+    def action(config, dry_run, **further):
+        calls.append(further)
+
+    for argv in (["--shard", "1/2"], ["seed=2", "--finish"]):
+        assert command.run("Prepare.", Root, ["training"], action, argv, options=options) == ExitCode.OK
+    assert calls == [{"shard": "1/2", "finish": False}, {"shard": None, "finish": True}]
+    with pytest.raises(SystemExit):
+        command.run("Prepare.", Root, ["training"], action, ["--help"], options=options)
+    assert "[--shard i/n] [--finish] [--dry-run]" in capsys.readouterr().out
+
+
 def test_without_a_configuration_the_demo_is_used(tmp_path):
     calls = []
     run(action=lambda *arguments: calls.append(arguments))

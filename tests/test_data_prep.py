@@ -33,8 +33,9 @@ def experiment(tmp_path: Path) -> Path:
 
 def run(name: str, *arguments: object) -> int:
     script = runpy.run_path(str(SCRIPTS / f"{name}.py"))
+    argv = [str(argument) for argument in arguments]
     return command.run(
-        script["__doc__"], Experiment, script["SECTIONS"], script["prepare"], [str(argument) for argument in arguments]
+        script["__doc__"], Experiment, script["SECTIONS"], script["prepare"], argv, options=script.get("OPTIONS")
     )
 
 
@@ -59,6 +60,28 @@ def test_from_text_to_chunks(experiment, capsys):
             assert "finished: " in capsys.readouterr().out
     assert TokenStore(folder / "tokens", "train").document_count > 20
     assert ChunkStore(folder / "chunks", "held_out").k == 2
+
+
+def test_shares_and_a_finish_make_the_stores(experiment, capsys):
+    small, folder = "data.shard_bytes=500", experiment.parent / "run"
+    run("train_tokenizer", experiment)
+    for name, store in (("tokenize_corpus", "tokens"), ("build_chunks", "chunks")):
+        if name == "build_chunks":
+            freeze_autoencoder(folder, k=2)
+        assert run(name, experiment, small, f"data.{store}={folder}/whole_{store}") == 0
+        assert run(name, experiment, small, "--shard", "1/2") == 0
+        assert "finished share 1 of 2" in capsys.readouterr().out
+        if name == "build_chunks":
+            assert run(name, experiment, small, "--finish") == 2
+            assert "are not done: 0 (" in capsys.readouterr().err
+        assert run(name, experiment, small, "--shard", "0/2") == 0
+        assert run(name, experiment, small, "--shard", "0/2", "--finish") == 2
+        assert "two steps" in capsys.readouterr().err
+        assert run(name, experiment, small, "--finish") == 0
+        assert f"finished: {folder / store}" in capsys.readouterr().out
+        left, right = (sorted((folder / place).iterdir()) for place in (store, f"whole_{store}"))
+        assert [path.name for path in left] == [path.name for path in right]
+        assert all(one.read_bytes() == other.read_bytes() for one, other in zip(left, right, strict=True))
 
 
 def test_chunks_of_another_k_than_the_autoencoder_are_refused(experiment, capsys):

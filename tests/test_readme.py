@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from launching import ROOT, finish
 
+from calm_core.data import share
+
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [
@@ -54,7 +56,12 @@ def test_options_of_tools_are_known():
         text = (ROOT / next(word for word in command if word.endswith(".py"))).read_text()
         for option in (word for word in command if word.startswith("--")):
             name = option.removeprefix("--")
-            assert name in ("dry-run", "nproc-per-node") or f'"{option}"' in text or f'"{name}"' in text, option
+            assert (
+                name in ("dry-run", "nproc-per-node")
+                or option in share.OPTIONS
+                or f'"{option}"' in text
+                or f'"{name}"' in text
+            ), option
 
 
 def test_targets_and_links_are_there():

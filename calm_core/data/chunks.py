@@ -1,5 +1,6 @@
 """Building chunk stores: token shards and a frozen autoencoder -> K tokens, mean and log_std of every chunk."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,67 +9,123 @@ import pyarrow as pa
 import torch
 
 from calm_core.autoencoder import Autoencoder
-from calm_core.data.builder import StoreBuilder
+from calm_core.data.builder import StoreBuilder, shard_name
 from calm_core.data.manifest import read_manifest, store_hash
 from calm_core.data.shards import Verify, list_column, write_shard
-from calm_core.data.store import TokenStore
+from calm_core.data.share import WHOLE, Share
+from calm_core.data.store import ShardView, TokenStore
 from calm_core.errors import UserError
 from calm_core.folded_encoder import FoldedEncoder
 from calm_core.progress import Progress
 
+SHARD_ROWS = 1 << 20  # chunks in a shard at most: it is held in memory while it is written, 0.55 GB at l=128
 ENCODED_AT_ONCE = 1 << 12  # chunks: few enough for their activations to stay in cache
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
-def chunk_store_builder(tokens: Path, autoencoder: Autoencoder, folder: Path) -> StoreBuilder:
-    """The builder of the chunk store that the autoencoder makes of a token store.
+@dataclass(frozen=True)
+class ChunkStoreBuild:
+    """A chunk store in the making: a token store encoded by a frozen autoencoder, on the autoencoder's device.
 
-    Raises:
-        UserError: if the autoencoder was trained with another tokenizer, or the folder holds something else.
+    A token shard is a part of the work: its documents run on, pad fills its last chunk, and it becomes as many chunk
+    shards as it needs. The parts may be shared among machines.
     """
-    manifest = read_manifest(tokens, "tokens")
-    tokenizer_hash = manifest["made_from"]["tokenizer"]
-    if tokenizer_hash != autoencoder.tokenizer_hash:
-        raise UserError(
-            f"The autoencoder was trained with the tokenizer {autoencoder.tokenizer_hash}, but the tokens in {tokens} "
-            f"are of {tokenizer_hash}: set data.autoencoder or data.tokens to one that fits the other."
-        )
-    made_from = {
-        "tokenizer": tokenizer_hash,
-        "tokens": store_hash(tokens),
-        "autoencoder": autoencoder.content_hash,
-        "data.k": autoencoder.k,
-    }
-    special = {name: manifest[name] for name in ("vocab_size", "pad", "bos", "eos")}
-    return StoreBuilder(folder, "chunks", made_from, k=autoencoder.k, latent=autoencoder.config.latent, **special)
+
+    autoencoder: Autoencoder
+    builder: StoreBuilder
+    parts: list[tuple[TokenStore, int]]
+    """A split of the token store, and the number of the shard in it."""
+
+    @classmethod
+    def begin(cls, tokens: Path, autoencoder: Autoencoder, folder: Path, verify: Verify = "auto") -> "ChunkStoreBuild":
+        """Begin the chunk store of a token store, or go on with it; nothing is written yet.
+
+        Raises:
+            UserError: if the autoencoder was trained with another tokenizer, a token shard is damaged, or the folder
+                holds something else.
+        """
+        manifest = read_manifest(tokens, "tokens")
+        tokenizer_hash = manifest["made_from"]["tokenizer"]
+        if tokenizer_hash != autoencoder.tokenizer_hash:
+            raise UserError(
+                f"The autoencoder was trained with the tokenizer {autoencoder.tokenizer_hash}, but the tokens in "
+                f"{tokens} are of {tokenizer_hash}: set data.autoencoder or data.tokens to one that fits the other."
+            )
+        made_from = {
+            "tokenizer": tokenizer_hash,
+            "tokens": store_hash(tokens),
+            "autoencoder": autoencoder.content_hash,
+            "data.k": autoencoder.k,
+        }
+        stores = [TokenStore(tokens, split, verify) for split in manifest["splits"]]
+        parts = [(store, index) for store in stores for index in range(len(store.shards))]
+        names = [store.shards[index]["file"] for store, index in parts]
+        shape = {"k": autoencoder.k, "latent": autoencoder.config.latent}
+        special = {name: manifest[name] for name in ("vocab_size", "pad", "bos", "eos")}
+        return cls(autoencoder, StoreBuilder(folder, "chunks", made_from, names, **shape, **special), parts)
+
+    def run(self, share: Share = WHOLE) -> None:
+        """Encode what is not done yet of a share of the token shards.
+
+        Raises:
+            UserError: if a latent is beyond the range of float16.
+        """
+        mine = [part for part in share.of(range(len(self.parts))) if not self.builder.is_done(part)]
+        encoder = FoldedEncoder(self.autoencoder)
+        self.builder.begin()
+        with Progress("encoding", sum(self._rows(part) for part in mine), "chunks") as progress:
+            for part in mine:
+                self._encode_part(part, encoder, progress)
+
+    def finish(self) -> dict[str, Any]:
+        """Complete the store; its manifest.
+
+        Raises:
+            UserError: naming parts that are not done.
+        """
+        return self.builder.finish()
+
+    def _tokens(self, part: int) -> int:
+        store, index = self.parts[part]
+        return store.shards[index]["tokens"]
+
+    def _rows(self, part: int) -> int:
+        return -(-self._tokens(part) // self.autoencoder.k)
+
+    def _encode_part(self, part: int, encoder: FoldedEncoder, progress: Progress) -> None:
+        store, index = self.parts[part]
+        shard, k = store.shard(index), self.autoencoder.k
+        chunks = chunked(shard.columns["tokens"], k, self.builder.header["pad"])
+        begins = range(0, len(chunks), SHARD_ROWS)
+        for piece, begin in enumerate(begins):
+            if not self.builder.has(part, piece):
+                rows = range(begin, min(begin + SHARD_ROWS, len(chunks)))
+                mean, log_std = _encode(encoder, chunks[rows.start : rows.stop], progress)
+                columns = {
+                    "tokens": list_column(chunks[rows.start : rows.stop]),
+                    "mean": list_column(mean),
+                    "log_std": list_column(log_std),
+                }
+                path = self.builder.folder / shard_name(store.split, index, piece)
+                metadata = {name: str(value) for name, value in self.builder.header["made_from"].items()}
+                entry = _write(path, columns, shard, rows, k, metadata)
+                entry["tokens"] = min(rows.stop * k, self._tokens(part)) - rows.start * k
+                self.builder.add(part, piece, piece == len(begins) - 1, {store.split: entry})
 
 
 def build_chunks(tokens: Path, autoencoder: Autoencoder, folder: Path, verify: Verify = "auto") -> dict[str, Any]:
-    """Encode a token store into a chunk store, on the device of the autoencoder; its manifest.
+    """Encode a whole token store into a chunk store; its manifest.
 
-    Each token shard becomes a chunk shard of the same name: its documents run on, and pad fills its last chunk. A store
-    that is finished is left as it is; one that was killed half made is gone on with, and ends the same to the byte.
+    A store that is finished is left as it is; one that was killed half made is gone on with, and ends the same.
 
     Raises:
-        UserError: if the inputs do not fit each other, a token shard is damaged, a latent is beyond the range of
-            float16, or the folder holds something else.
+        UserError: as `ChunkStoreBuild` does.
     """
-    builder = chunk_store_builder(tokens, autoencoder, folder)
-    if builder.is_complete:
+    build = ChunkStoreBuild.begin(tokens, autoencoder, folder, verify)
+    if build.builder.is_complete:
         return read_manifest(folder, "chunks")
-    stores = [TokenStore(tokens, split, verify) for split in read_manifest(tokens, "tokens")["splits"]]
-    steps = [(store, index) for store in stores for index in range(len(store.shards))]
-    sizes = [-(-store.shards[index]["tokens"] // autoencoder.k) for store, index in steps]
-    finished = len(builder.steps)
-    encoder = FoldedEncoder(autoencoder)
-    builder.begin()
-    with Progress("encoding", sum(sizes), "chunks", done=sum(sizes[:finished])) as progress:
-        for store, index in steps[finished:]:
-            chunks = chunked(store.shard(index).columns["tokens"], autoencoder.k, builder.header["pad"])
-            mean, log_std = _encode(encoder, chunks, progress)
-            entry = _write(folder, store, index, chunks, mean, log_std, builder.header["made_from"])
-            builder.add({store.split: entry})
-    return builder.finish()
+    build.run()
+    return build.finish()
 
 
 def chunked(tokens: np.ndarray, k: int, pad: int) -> np.ndarray:
@@ -96,33 +153,32 @@ def _encode(encoder: FoldedEncoder, chunks: np.ndarray, progress: Progress) -> t
 
 
 def _write(
-    folder: Path,
-    store: TokenStore,
-    index: int,
-    chunks: np.ndarray,
-    mean: np.ndarray,
-    log_std: np.ndarray,
-    made_from: dict[str, Any],
+    path: Path, columns: dict[str, pa.Array], shard: ShardView, rows: range, k: int, metadata: dict[str, str]
 ) -> dict[str, Any]:
-    """Write the chunk shard of one token shard, and the sidecar with its documents; the entry in the manifest."""
-    shard = store.shard(index)
-    document = shard.document_of(np.arange(0, len(chunks) * chunks.shape[1], chunks.shape[1]))
-    columns = {
-        "tokens": list_column(chunks),
-        "mean": list_column(mean),
-        "log_std": list_column(log_std),
-        "document": pa.array(document.astype(np.int32)),
-    }
+    """Write the chunks `rows` of a token shard, and the sidecar with their documents; the entry in the manifest."""
+    document, inside, continues = documents_of(shard.offsets, rows, k)
+    columns["document"] = pa.array(document.astype(np.int32))
     sidecar = {
-        "document": shard.names,
-        "chunks": pa.array(np.bincount(document, minlength=len(shard.names)).astype(np.int64)),
+        "document": shard.names[inside.start : inside.stop],
+        "chunks": pa.array(np.bincount(document, minlength=len(inside)).astype(np.int64)),
     }
-    path = folder / store.shards[index]["file"]
-    metadata = {name: str(value) for name, value in made_from.items()}
     return {
         **write_shard(path, columns, metadata),
-        "rows": len(chunks),
-        "tokens": store.shards[index]["tokens"],
-        "documents": len(shard.names),
+        "rows": len(rows),
+        "documents": len(inside) - continues,
+        **({"continues": True} if continues else {}),
         "sidecar": write_shard(path.with_suffix(".documents.arrow"), sidecar, metadata),
     }
+
+
+def documents_of(offsets: np.ndarray, rows: range, k: int) -> tuple[np.ndarray, range, bool]:
+    """The documents of the chunks `rows` of a token shard, whose documents begin at the tokens `offsets`.
+
+    A chunk belongs to the document of its first token. Returns the document of each chunk, counted within the second
+    result; the documents of these chunks, one that has begun in the chunks before among them; and whether one has.
+    """
+    # With the chunks before and after: a document too short for a chunk of its own goes with the chunk before it.
+    around = np.arange(rows.start - 1, rows.stop + 1) * k
+    before, *document, after = np.searchsorted(offsets, around, side="right") - 1
+    first, last = document[0], document[-1]
+    return np.array(document) - first, range(int(first), int(max(after, last + 1))), bool(before == first)

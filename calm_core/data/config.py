@@ -18,14 +18,16 @@ class DataConfig:
     )
     text_field: str = option("text", "the field of a JSON line, or the column of a parquet file, that holds the text")
     held_out: float = option(0.02, "share of the documents held out of training, chosen by a hash of their text")
-    shard_tokens: int = option(1 << 22, "tokens in a token shard, at most; a longer document is a shard by itself")
+    max_malformed: float = option(1e-3, "share of the corpus's records that may be malformed and are left out")
+    eos: bool = option(True, "whether each document ends with eos; it begins with bos in any case")
+    shard_bytes: int = option(1 << 26, "text in a token shard, at most; a longer document is a shard by itself")
     k: int = option(4, "K, tokens per chunk")
     verify: Verify = option(
         "auto", "check of a store when opened: full = checksums, size = lengths, auto = full if small"
     )
-    threads: int = option(0, "threads that tokenize; 0 means all cores")
+    workers: int = option(0, "processes that tokenize; 0 means one for each core")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "what encodes the chunks; auto is a GPU where there is one")
-    tokenizer: str = option("", "tokenizer model; empty means RUN/tokenizer/tokenizer.model")
+    tokenizer: str = option("", "tokenizer file; empty means RUN/tokenizer/tokenizer.model")
     vocabulary: int = option(
         0,
         "V of a tokenizer that data.tokenizer names: a plan counts by it, a store of another V is refused; 0 means any",
@@ -37,10 +39,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0.0 <= self.held_out < 1.0:
             raise UserError(f"data.held_out={self.held_out} is no share of the documents: choose 0 <= held_out < 1.")
-        if self.shard_tokens < 1:
-            raise UserError(f"data.shard_tokens={self.shard_tokens} must be at least 1.")
-        if self.threads < 0:
-            raise UserError(f"data.threads={self.threads} is no number of threads: 0 means all cores.")
+        if not 0.0 <= self.max_malformed < 1.0:
+            raise UserError(f"data.max_malformed={self.max_malformed} is no share: choose 0 <= max_malformed < 1.")
+        if self.shard_bytes < 1:
+            raise UserError(f"data.shard_bytes={self.shard_bytes} must be at least 1.")
+        if self.workers < 0:
+            raise UserError(f"data.workers={self.workers} is no number of processes: 0 means one for each core.")
         if self.k < 1:
             raise UserError(f"data.k={self.k} must be at least 1 token per chunk.")
         if self.vocabulary < 0:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from calm_core.errors import UserError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 HASH_BYTES = 16
+PARTIAL = ".partial"
 
 
 def new_hash() -> "hashlib.blake2b":
@@ -35,9 +37,9 @@ def hash_file(path: Path) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name to write `path` under: fsynced and renamed when the block ends well, removed when it fails.
 
-    The name is the same each time, so what a killed process left behind is written over by the next.
+    The name is this process's own: two that make the same file, on one machine or two, each make it whole.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
     try:
         yield temporary
         _sync(temporary)
@@ -45,6 +47,12 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed processes left of files they had not finished, where no other process is at work."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

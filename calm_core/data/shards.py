@@ -66,6 +66,14 @@ def verify_shards(folder: Path, entries: Iterable[Mapping[str, Any]], verify: Ve
                 )
 
 
+def files_of(shards: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    """The entries of all the files of the shards, sidecars included."""
+    for shard in shards:
+        yield shard
+        if "sidecar" in shard:
+            yield shard["sidecar"]
+
+
 def list_column(rows: np.ndarray) -> pa.FixedSizeListArray:
     """The rows of `[rows, width]` as a fixed-size list column, without a copy where they are contiguous."""
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1])

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from calm_core.data.manifest import read_manifest, store_hash
-from calm_core.data.shards import Verify, read_shard, rows_of, verify_shards
+from calm_core.data.shards import Verify, files_of, read_shard, rows_of, verify_shards
 from calm_core.errors import UserError
 
 OPEN_SHARDS = 1024  # a process may map 65,530 files (vm.max_map_count); a large corpus has more shards
@@ -62,7 +62,10 @@ class Store:
         self.shards: list[dict[str, Any]] = self.manifest["splits"][split]["shards"]
         verify_shards(self.folder, files_of(self.shards), verify)
         self._starts = [0, *accumulate(shard[self.unit] for shard in self.shards)]
-        self._first_documents = [0, *accumulate(shard["documents"] for shard in self.shards)]
+        # A shard counts the documents that begin in it; its first one may have begun in the shard before.
+        begun = [0, *accumulate(shard["documents"] for shard in self.shards)]
+        continued = [*(int(shard.get("continues", False)) for shard in self.shards), 0]
+        self._first_documents = [before - goes_on for before, goes_on in zip(begun, continued, strict=True)]
         self.shard = lru_cache(maxsize=OPEN_SHARDS)(self._open)
 
     def __len__(self) -> int:
@@ -214,11 +217,3 @@ class ChunkStore(Store):
             names=sidecar.column("document"),
             offsets=np.append(0, np.cumsum(sidecar.column("chunks").to_numpy())),
         )
-
-
-def files_of(shards: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
-    """The entries of all the files of the shards, sidecars included."""
-    for shard in shards:
-        yield shard
-        if "sidecar" in shard:
-            yield shard["sidecar"]

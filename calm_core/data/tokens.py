@@ -1,25 +1,33 @@
 """Building token stores: corpus -> token shards, split by document into train and held-out."""
 
+import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from calm_core.data.builder import StoreBuilder
+from calm_core.data.builder import StoreBuilder, shard_name
 from calm_core.data.config import DataConfig
-from calm_core.data.corpus import Document, Source, documents, fingerprint, sources
+from calm_core.data.corpus import Source, fingerprint, sources
+from calm_core.data.documents import EARLY, Document, Tally, documents
 from calm_core.data.manifest import read_manifest
+from calm_core.data.records import Block, blocks, parts, records
 from calm_core.data.shards import token_dtype, write_shard
+from calm_core.data.share import WHOLE, Share
+from calm_core.data.workers import spread
 from calm_core.errors import UserError
 from calm_core.progress import Progress
 from calm_core.tokenizer import Tokenizer
 
-BATCH_CHARACTERS = 1 << 21  # text that is tokenized at once, by all threads
+BATCH_CHARACTERS = 1 << 20  # text that a process tokenizes at once
 TRAIN, HELD_OUT = "train", "held_out"
 
 
@@ -33,89 +41,142 @@ def training_texts(config: DataConfig, megabytes: int) -> Iterator[str]:
     """Text of the train split for a tokenizer to learn from: `megabytes` million characters at most.
 
     Each file gives an equal share; what a short one leaves of it goes to those after it.
+
+    Raises:
+        UserError: if there is no text and malformed records are the reason.
     """
-    corpus = sources(config.corpus)
+    corpus, tally = sources(config.corpus), Tally()
     left = megabytes * 1_000_000
-    for number in range(len(corpus)):
+    for number, source in enumerate(corpus):
         share = left // (len(corpus) - number)
-        for document in documents(corpus[number : number + 1], config.text_field):
+        for document in documents(records(source, config.text_field), config.text_field, tally):
             if share <= 0:
                 break
             if side(document.text, config.held_out) == TRAIN:
                 text = document.text[:share]
                 share, left = share - len(text), left - len(text)
                 yield text
+    if not tally.kept:
+        tally.require(0.0)
 
 
-def token_store_builder(config: DataConfig, tokenizer: Tokenizer, folder: Path) -> tuple[StoreBuilder, list[Source]]:
-    """The builder of the token store of a corpus, and the files of the corpus."""
-    corpus = sources(config.corpus)
-    made_from = {
-        "tokenizer": tokenizer.content_hash,
-        "corpus": fingerprint(corpus),
-        "data.text_field": config.text_field,
-        "data.held_out": config.held_out,
-        "data.shard_tokens": config.shard_tokens,
-    }
-    special = {"pad": tokenizer.pad, "bos": tokenizer.bos, "eos": tokenizer.eos}
-    return StoreBuilder(folder, "tokens", made_from, vocab_size=tokenizer.vocab_size, **special), corpus
+@dataclass(frozen=True)
+class TokenStoreBuild:
+    """A token store in the making. Each document is bos, its tokens and, where `data.eos` says so, eos.
+
+    The parts of the corpus may be shared among processes and machines: the store is the same to the byte.
+    """
+
+    config: DataConfig
+    tokenizer: Tokenizer
+    builder: StoreBuilder
+    parts: list[list[Source]]
+
+    @classmethod
+    def begin(cls, config: DataConfig, tokenizer: Tokenizer, folder: Path) -> "TokenStoreBuild":
+        """Begin the store of a corpus, or go on with it; nothing is written yet.
+
+        Raises:
+            UserError: if there is no such corpus, or the folder holds something else.
+        """
+        corpus = sources(config.corpus)
+        made_from = {
+            "tokenizer": tokenizer.content_hash,
+            "corpus": fingerprint(corpus),
+            "data.text_field": config.text_field,
+            "data.held_out": config.held_out,
+            "data.eos": config.eos,
+            "data.shard_bytes": config.shard_bytes,
+        }
+        files = parts(corpus, config.shard_bytes)
+        special = {"pad": tokenizer.pad, "bos": tokenizer.bos, "eos": tokenizer.eos}
+        names = [part[0].name for part in files]
+        builder = StoreBuilder(folder, "tokens", made_from, names, vocab_size=tokenizer.vocab_size, **special)
+        return cls(config, tokenizer, builder, files)
+
+    def run(self, share: Share = WHOLE, workers: int = 1) -> None:
+        """Tokenize what is not done yet of a share of the parts.
+
+        Raises:
+            UserError: if a file cannot be read, or too many records are malformed.
+        """
+        tally, size, started = Tally(), 0, time.perf_counter()
+        tokenize = partial(_tokenize_block, self.config, self.tokenizer, self.builder)
+        mine = [part for part in share.of(range(len(self.parts))) if not self.builder.is_done(part)]
+        with Progress("tokenizing", len(mine), "parts") as progress:
+            for block, (shards, counts) in spread(tokenize, self._blocks(mine), workers):
+                shown = len(tally.examples)
+                tally.add(counts)
+                for example in tally.examples[shown:]:
+                    print(f"left out: {example}", file=sys.stderr)
+                tally.require(self.config.max_malformed, at_least=EARLY)
+                self.builder.add(block.part, block.piece, block.last, shards, documents=counts.as_dict())
+                size += block.bytes
+                rate = size / 1e6 / (time.perf_counter() - started)
+                progress.advance(int(block.last), f"{size / 1e6:,.1f} MB of text, {rate:,.1f} MB/s")
+
+    def finish(self) -> dict[str, Any]:
+        """Complete the store; its manifest.
+
+        Raises:
+            UserError: naming parts that are not done; if too many records are malformed or none holds text.
+        """
+        tally = Tally()
+        for entry in self.builder.entries():
+            tally.add(Tally(**entry["documents"]))
+        tally.require(self.config.max_malformed)
+        if not tally.kept:
+            self.builder.discard()
+            raise UserError(
+                f"The corpus ({', '.join(self.config.corpus)}) holds no text: name files that do in data.corpus."
+            )
+        return self.builder.finish(records=tally.as_dict())
+
+    def _blocks(self, mine: Iterable[int]) -> Iterator[Block]:
+        cut = (blocks(part, self.parts[part], self.config.text_field, self.config.shard_bytes) for part in mine)
+        return (block for block in chain.from_iterable(cut) if not self.builder.has(block.part, block.piece))
 
 
-def build_tokens(config: DataConfig, tokenizer: Tokenizer, folder: Path, threads: int = 1) -> dict[str, Any]:
-    """Tokenize the corpus into a token store; its manifest. Each document is bos, its tokens, eos.
+def build_tokens(config: DataConfig, tokenizer: Tokenizer, folder: Path, workers: int = 1) -> dict[str, Any]:
+    """Tokenize a whole corpus into a token store; its manifest.
 
-    A step takes documents until they hold `data.shard_tokens` tokens, and writes a shard for each split among them.
-    Documents without text are left out, and counted. A store that is finished is left as it is; one that was killed
-    half made is gone on with, and ends the same to the byte.
+    A store that is finished is left as it is; one that was killed half made is gone on with, and ends the same.
 
     Raises:
         UserError: if the corpus has no text or cannot be read, or the folder holds something else.
     """
-    builder, corpus = token_store_builder(config, tokenizer, folder)
-    if builder.is_complete:
+    build = TokenStoreBuild.begin(config, tokenizer, folder)
+    if build.builder.is_complete:
         return read_manifest(folder, "tokens")
-    step = _Step(next=tuple(builder.steps[-1]["next"]) if builder.steps else (0, 0))
-    stream = documents(corpus, config.text_field, step.next)
-    with Progress("tokenizing", len(corpus), "files", done=step.next[0]) as progress:
-        for document, tokens in _tokenized(stream, tokenizer, threads):
-            if step.tokens and step.tokens + len(tokens) > config.shard_tokens:
-                _write(step, builder, tokenizer)
-                step = _Step(next=step.next)
-            progress.advance(document.source - step.next[0])
-            step.take(document, tokens, side(document.text, config.held_out))
-        progress.advance(len(corpus) - step.next[0])
-    if not step.tokens and not builder.steps:
-        raise UserError(f"The corpus ({', '.join(config.corpus)}) holds no text: name files that do in data.corpus.")
-    if step.tokens or step.empty:
-        _write(step, builder, tokenizer)
-    return builder.finish(empty_documents=sum(step["empty"] for step in builder.steps))
+    build.run(workers=workers)
+    return build.finish()
 
 
-@dataclass
-class _Step:
-    """Documents on their way into shards, and where in the corpus the next step begins."""
-
-    next: tuple[int, int]
-    tokens: int = 0
-    empty: int = 0
-    documents: dict[str, list[tuple[str, np.ndarray]]] = field(default_factory=lambda: defaultdict(list))
-
-    def take(self, document: Document, tokens: np.ndarray, split: str) -> None:
-        """Add a document, or count it if it is empty."""
-        self.next = (document.source, document.record + 1)
-        if document.text:
-            self.tokens += len(tokens)
-            self.documents[split].append((document.name, tokens))
-        else:
-            self.empty += 1
-
-
-def _tokenized(stream: Iterable[Document], tokenizer: Tokenizer, threads: int) -> Iterator[tuple[Document, np.ndarray]]:
-    """Each document with its tokens, bos and eos around them; tokenized many at a time."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    for batch in _batches(stream):
-        for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch], threads), strict=True):
-            yield document, np.array([tokenizer.bos, *ids, tokenizer.eos], dtype)
+def _tokenize_block(
+    config: DataConfig, tokenizer: Tokenizer, builder: StoreBuilder, block: Block
+) -> tuple[dict[str, Any], Tally]:
+    """Write the shards of a block; their entries by split, and what became of its records."""
+    tally, dtype = Tally(), token_dtype(tokenizer.vocab_size)
+    bos, end = np.array([tokenizer.bos], dtype), np.array([tokenizer.eos] if config.eos else [], dtype)
+    names, tokens = defaultdict(list), defaultdict(list)
+    for batch in _batches(documents(block.records, config.text_field, tally)):
+        for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
+            split = side(document.text, config.held_out)
+            names[split].append(document.name)
+            tokens[split].append(np.concatenate([bos, np.asarray(ids).astype(dtype), end]))
+    shards = {}
+    for split, documents_of_split in tokens.items():
+        builder.begin()
+        offsets = np.cumsum([0, *map(len, documents_of_split)])
+        columns = {
+            "tokens": pa.LargeListArray.from_arrays(offsets, np.concatenate(documents_of_split)),
+            "document": pa.array(names[split], pa.string()),
+        }
+        path = builder.folder / shard_name(split, block.part, block.piece)
+        rows = len(documents_of_split)
+        entry = write_shard(path, columns, {"tokenizer": tokenizer.content_hash})
+        shards[split] = {**entry, "rows": rows, "tokens": int(offsets[-1]), "documents": rows}
+    return shards, tally
 
 
 def _batches(stream: Iterable[Document]) -> Iterator[list[Document]]:
@@ -128,20 +189,3 @@ def _batches(stream: Iterable[Document]) -> Iterator[list[Document]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _write(step: _Step, builder: StoreBuilder, tokenizer: Tokenizer) -> None:
-    """Write the shards of a step and enter them in the journal."""
-    builder.begin()
-    shards = {}
-    for split, taken in step.documents.items():
-        names, tokens = zip(*taken, strict=True)
-        offsets = np.cumsum([0, *map(len, tokens)])
-        columns = {
-            "tokens": pa.LargeListArray.from_arrays(offsets, np.concatenate(tokens)),
-            "document": pa.array(names, pa.string()),
-        }
-        path = builder.folder / f"{split}-{len(builder.steps):05d}.arrow"
-        entry = write_shard(path, columns, {"tokenizer": tokenizer.content_hash})
-        shards[split] = {**entry, "rows": len(names), "tokens": int(offsets[-1]), "documents": len(names)}
-    builder.add(shards, next=step.next, empty=step.empty)

@@ -41,7 +41,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     lines = [json.dumps({"text": text}) for text in texts()]
     (folder / "a.jsonl").write_text("\n".join(lines[:25]) + "\n")
     (folder / "b.jsonl").write_text("\n".join(lines[25:]))
-    return DataConfig(corpus=[f"{folder}/*.jsonl"], held_out=0.25, shard_tokens=3000)
+    return DataConfig(corpus=[f"{folder}/*.jsonl"], held_out=0.25, shard_bytes=6000)
 
 
 @pytest.fixture(scope="session")

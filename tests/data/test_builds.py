@@ -5,14 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from calm_core.autoencoder_artefact import load_autoencoder, save_autoencoder
+from calm_core.data import chunks
 from calm_core.data.builder import JOURNAL, StoreBuilder
-from calm_core.data.chunks import build_chunks
+from calm_core.data.chunks import ChunkStoreBuild, build_chunks
 from calm_core.data.config import DataConfig
 from calm_core.data.manifest import MANIFEST, hash_file, read_json, write_json
-from calm_core.data.tokens import build_tokens
+from calm_core.data.share import Share
+from calm_core.data.store import TokenStore
+from calm_core.data.tokens import TokenStoreBuild, build_tokens
 from calm_core.errors import UserError
 
 # A build that stops at a given shard, which is half written under its temporary name, and waits to be killed.
@@ -24,31 +28,34 @@ from calm_core.data.config import DataConfig
 from calm_core.autoencoder_artefact import load_autoencoder
 from calm_core.tokenizer import load_tokenizer
 
-what, stop, folder, source, maker, corpus, held_out, shard_tokens = sys.argv[1:]
+what, stop, folder, source, maker, corpus, held_out, shard_bytes = sys.argv[1:]
 write = tokens.write_shard
 
 def stalling(path, columns, metadata):
     if path.name == stop:
-        path.with_name(f".{path.name}.partial").write_text("half a shard")
+        path.with_name(f".{path.name}.there-1.partial").write_text("half a shard")
         print("stalled", flush=True)
         time.sleep(60)
     return write(path, columns, metadata)
 
 tokens.write_shard = chunks.write_shard = stalling
 if what == "tokens":
-    config = DataConfig(corpus=[corpus], held_out=float(held_out), shard_tokens=int(shard_tokens))
-    tokens.build_tokens(config, load_tokenizer(maker), Path(folder))
+    config = DataConfig(corpus=[corpus], held_out=float(held_out), shard_bytes=int(shard_bytes))
+    tokens.build_tokens(config, load_tokenizer(maker), Path(folder), workers=2)
 else:
+    chunks.SHARD_ROWS = 100
     chunks.build_chunks(Path(source), load_autoencoder(Path(maker)), Path(folder))
 """
 
 
 def kill_at(stop: str, what: str, folder: Path, source: Path, maker: Path, config: DataConfig) -> None:
     """Run a build in another process until it is in the middle of shard `stop`, then kill -9 it."""
-    settings = [config.corpus[0], str(config.held_out), str(config.shard_tokens)]
+    settings = [config.corpus[0], str(config.held_out), str(config.shard_bytes)]
     command = [sys.executable, "-c", STALLED, what, stop, str(folder), str(source), str(maker), *settings]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "stalled\n"
+        for child in psutil.Process(process.pid).children():
+            child.kill()
         process.kill()
     assert process.returncode == -9
     assert not (folder / MANIFEST).exists()
@@ -58,31 +65,65 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hash_file(path) for path in folder.rglob("*") if path.is_file()}
 
 
+def journal(folder: Path) -> set[str]:
+    return {path.name for path in (folder / JOURNAL).iterdir()} - {"header.json"}
+
+
 def test_a_killed_tokenization_goes_on_and_ends_the_same(config, tokens, tokenizer, tokenizer_path, tmp_path):
-    folder = tmp_path / "tokens"
-    for stop in ("train-00000.arrow", "train-00003.arrow"):
-        kill_at(stop, "tokens", folder, Path(), tokenizer_path, config)
-    before = (folder / "train-00002.arrow").stat().st_mtime_ns
+    folder, stop = tmp_path / "tokens", "train-00001-00002.arrow"
+    kill_at("train-00000-00000.arrow", "tokens", folder, Path(), tokenizer_path, config)
+    kill_at(stop, "tokens", folder, Path(), tokenizer_path, config)
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("train-*.arrow")}
+    finished = len(journal(folder))
+    assert finished > 2
     build_tokens(config, tokenizer, folder)
-    assert (folder / "train-00002.arrow").stat().st_mtime_ns == before
+    redone = [path for path, written in kept.items() if path.stat().st_mtime_ns != written]
+    assert len(kept) - len(redone) >= finished
     assert contents(folder) == contents(tokens)
 
 
-def test_a_killed_encoding_goes_on_and_ends_the_same(config, tokens, autoencoder, tmp_path):
+def test_a_killed_encoding_goes_on_and_ends_the_same(config, tokens, autoencoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "SHARD_ROWS", 100)
     save_autoencoder(autoencoder, tmp_path / "autoencoder", autoencoder.tokenizer_hash, {})
     frozen = load_autoencoder(tmp_path / "autoencoder")
     build_chunks(tokens, frozen, tmp_path / "whole")
     folder = tmp_path / "chunks"
-    kill_at("train-00002.documents.arrow", "chunks", folder, tokens, tmp_path / "autoencoder", config)
-    before = (folder / "train-00001.arrow").stat().st_mtime_ns
+    kill_at("train-00002-00001.documents.arrow", "chunks", folder, tokens, tmp_path / "autoencoder", config)
+    before = (folder / "train-00002-00000.arrow").stat().st_mtime_ns
     build_chunks(tokens, frozen, folder)
-    assert (folder / "train-00001.arrow").stat().st_mtime_ns == before
+    assert (folder / "train-00002-00000.arrow").stat().st_mtime_ns == before
     assert contents(folder) == contents(tmp_path / "whole")
 
 
-def test_the_number_of_threads_changes_nothing(config, tokens, tokenizer, tmp_path):
-    build_tokens(config, tokenizer, tmp_path / "tokens", threads=3)
+def test_the_number_of_workers_changes_nothing(config, tokens, tokenizer, tmp_path):
+    build_tokens(config, tokenizer, tmp_path / "tokens", workers=3)
     assert contents(tmp_path / "tokens") == contents(tokens)
+
+
+def test_shares_make_the_store_that_one_machine_makes(config, tokens, tokenizer, autoencoder, built_chunks, tmp_path):
+    builds = {
+        "tokens": (lambda: TokenStoreBuild.begin(config, tokenizer, tmp_path / "tokens"), tokens),
+        "chunks": (lambda: ChunkStoreBuild.begin(tokens, autoencoder, tmp_path / "chunks"), built_chunks),
+    }
+    for name, (begin, whole) in builds.items():
+        begin().run(Share(1, 2))
+        first = begin()
+        assert not first.builder.is_done(0)
+        with pytest.raises(UserError, match=r"\d of the \d+ parts of .* are not done: 0 \(.*share p mod n"):
+            first.finish()
+        assert not (tmp_path / name / MANIFEST).exists()
+        begin().run(Share(0, 2))
+        begin().finish()
+        assert contents(tmp_path / name) == contents(whole)
+
+
+def test_a_shard_that_went_missing_is_named_before_the_manifest_is_written(config, tokenizer, tmp_path):
+    build = TokenStoreBuild.begin(config, tokenizer, tmp_path / "tokens")
+    build.run()
+    (tmp_path / "tokens" / "train-00000-00001.arrow").unlink()
+    with pytest.raises(UserError, match=r"train-00000-00001\.arrow is missing"):
+        build.finish()
+    assert not (tmp_path / "tokens" / MANIFEST).exists()
 
 
 def test_a_finished_store_is_left_alone(config, tokens, tokenizer):
@@ -103,12 +144,12 @@ def test_a_store_of_other_inputs_is_refused(config, tokens, tokenizer, autoencod
 
 
 def test_a_half_made_store_of_other_inputs_is_refused(tmp_path):
-    builder = StoreBuilder(tmp_path / "store", "tokens", {"tokenizer": "one"})
+    builder = StoreBuilder(tmp_path / "store", "tokens", {"tokenizer": "one"}, [])
     builder.begin()
     assert (tmp_path / "store" / JOURNAL).is_dir()
-    assert not StoreBuilder(tmp_path / "store", "tokens", {"tokenizer": "one"}).is_complete
+    assert not StoreBuilder(tmp_path / "store", "tokens", {"tokenizer": "one"}, []).is_complete
     with pytest.raises(UserError, match="another tokenizer"):
-        StoreBuilder(tmp_path / "store", "tokens", {"tokenizer": "two"})
+        StoreBuilder(tmp_path / "store", "tokens", {"tokenizer": "two"}, [])
 
 
 def test_a_folder_of_something_else_is_refused_and_kept(config, tokenizer, tmp_path):
@@ -126,20 +167,42 @@ def test_a_corpus_without_text_is_refused_and_leaves_nothing(tokenizer, tmp_path
     assert not (tmp_path / "tokens").exists()
 
 
-def test_empty_documents_are_left_out_and_counted(tokenizer, tmp_path):
-    (tmp_path / "some.jsonl").write_text('{"text": ""}\n{"text": "a word"}\n{"text": ""}\n')
-    config = DataConfig(corpus=[f"{tmp_path}/some.jsonl"], held_out=0.0)
+def test_the_manifest_counts_every_record(tokenizer, tmp_path, capsys):
+    lines = [b'{"text": ""}', b'{"text": "a word"}', b"", b'{"text": "\xff"}', b'{"text": 1}', b"broken"]
+    (tmp_path / "some.jsonl").write_bytes(b"\n".join(lines))
+    config = DataConfig(corpus=[f"{tmp_path}/some.jsonl"], held_out=0.0, max_malformed=0.4)
     manifest = build_tokens(config, tokenizer, tmp_path / "tokens")
-    assert manifest["empty_documents"] == 2
-    assert manifest["splits"]["train"]["documents"] == 1
+    counts = manifest["records"]
+    assert [counts[name] for name in ("kept", "repaired", "empty", "malformed")] == [2, 1, 2, 2]
+    assert counts["examples"][0] == "some.jsonl:5 has no text in 'text'"
+    assert "left out: some.jsonl:6 is not valid JSON" in capsys.readouterr().err
+    assert manifest["splits"]["train"]["documents"] == 2
     assert "held_out" not in manifest["splits"]
 
 
-def test_a_bad_byte_in_the_corpus_ends_the_build_before_the_manifest(tokenizer, tmp_path):
-    (tmp_path / "part.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "\xff"}\n')
-    with pytest.raises(UserError, match=r"part\.jsonl, line 2 is not UTF-8"):
-        build_tokens(DataConfig(corpus=[f"{tmp_path}/part.jsonl"]), tokenizer, tmp_path / "tokens")
+def test_too_many_malformed_lines_end_the_build_before_the_manifest(tokenizer, tmp_path):
+    (tmp_path / "part.jsonl").write_bytes(b'{"text": "fine"}\nbroken\n')
+    config = DataConfig(corpus=[f"{tmp_path}/part.jsonl"])
+    with pytest.raises(UserError, match=r"part\.jsonl:2 is not valid JSON"):
+        build_tokens(config, tokenizer, tmp_path / "tokens")
+    assert not (tmp_path / "tokens" / MANIFEST).exists()
+    build_tokens(dataclasses.replace(config, max_malformed=0.5), tokenizer, tmp_path / "tokens")
+
+
+def test_a_wrong_text_field_stops_at_once_and_leaves_nothing(config, tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"data\.text_field"):
+        build_tokens(dataclasses.replace(config, text_field="body", max_malformed=0), tokenizer, tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
+
+
+def test_documents_end_with_eos_only_if_told(config, tokens, tokenizer, tmp_path):
+    manifest = build_tokens(dataclasses.replace(config, eos=False), tokenizer, tmp_path / "tokens")
+    assert manifest["made_from"]["data.eos"] is False
+    with_eos, without = (TokenStore(folder, "train") for folder in (tokens, tmp_path / "tokens"))
+    assert len(with_eos) - len(without) == without.document_count
+    found = without.read(0, len(without), ("tokens",))["tokens"]
+    assert (found == tokenizer.bos).sum() == without.document_count
+    assert not (found == tokenizer.eos).any()
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,14 @@ import pandas
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from calm_core.data.chunks import build_chunks, chunked
-from calm_core.data.corpus import documents, sources
+from calm_core.data import chunks as chunk_stores
+from calm_core.data.chunks import build_chunks, chunked, documents_of
+from calm_core.data.corpus import sources
+from calm_core.data.documents import Tally, documents
+from calm_core.data.records import records
 from calm_core.data.store import ChunkStore, TokenStore
 from calm_core.data.tokens import build_tokens, side
 from calm_core.data.windows import Windows
@@ -13,8 +18,8 @@ from calm_core.errors import UserError
 
 
 def corpus_of(config, split):
-    whole = documents(sources(config.corpus), config.text_field)
-    return [document for document in whole if side(document.text, config.held_out) == split]
+    whole = [record for source in sources(config.corpus) for record in records(source, config.text_field)]
+    return [document for document in documents(whole, "text", Tally()) if side(document.text, config.held_out) == split]
 
 
 def all_tokens(store):
@@ -47,14 +52,42 @@ def test_side_of_a_document_depends_on_its_text_alone():
     assert side("document", 0.0) == "train"
 
 
-def test_shards_hold_at_most_the_tokens_asked_for(config, tokens):
-    both = [TokenStore(tokens, split).shards for split in ("train", "held_out")]
-    sizes = {}
-    for shard in both[0] + both[1]:
-        step = shard["file"].split("-")[1]
-        sizes[step] = sizes.get(step, 0) + shard["tokens"]
-    assert max(sizes.values()) <= config.shard_tokens
-    assert len(sizes) > 3
+def test_shards_hold_at_most_the_text_asked_for(config, tokens):
+    shards = [shard for split in ("train", "held_out") for shard in TokenStore(tokens, split).shards]
+    assert len(shards) > 6
+    assert max(shard["tokens"] - 2 * shard["documents"] for shard in shards) <= config.shard_bytes
+
+
+def test_chunk_shards_are_bounded_and_documents_go_on_across_them(tokens, autoencoder, tmp_path, monkeypatch):
+    rows = 50
+    build_chunks(tokens, autoencoder, tmp_path / "whole")
+    monkeypatch.setattr(chunk_stores, "SHARD_ROWS", rows)
+    build_chunks(tokens, autoencoder, tmp_path / "cut")
+    whole, cut = (ChunkStore(tmp_path / name, "held_out") for name in ("whole", "cut"))
+    assert max(shard["rows"] for shard in cut.shards) == rows
+    assert len(cut.shards) > len(whole.shards)
+    assert cut.document_count == whole.document_count
+    for counted in ("rows", "tokens", "documents"):
+        assert cut.manifest["splits"]["held_out"][counted] == whole.manifest["splits"]["held_out"][counted]
+    for name, values in whole.read(0, len(whole), ("tokens", "mean", "log_std")).items():
+        np.testing.assert_allclose(cut.read(0, len(cut), (name,))[name], values, rtol=2e-3, atol=1e-4)
+    assert np.array_equal(cut.document_ids(0, len(cut)), whole.document_ids(0, len(whole)))
+    for number in range(whole.document_count):
+        assert cut.document_name(number) == whole.document_name(number)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 5), st.integers(1, 9))
+def test_pieces_of_a_shard_hold_its_documents(lengths, k, rows):
+    offsets = np.cumsum([0, *lengths])
+    count = -(-offsets[-1] // k)
+    found, begun = [], 0
+    for begin in range(0, count, rows):
+        document, inside, continues = documents_of(offsets, range(begin, min(begin + rows, count)), k)
+        assert inside.start == begun - continues  # none is missed and only one that goes on comes twice
+        found += [inside[number] for number in document]
+        begun = inside.stop
+    assert begun == len(lengths)
+    assert found == [int(np.searchsorted(offsets, row * k, side="right")) - 1 for row in range(count)]
 
 
 def test_rows_are_read_across_shards(tokens):
@@ -106,32 +139,32 @@ def test_padding_fills_the_last_chunk():
 
 
 def test_plain_arrow_and_pandas_open_the_stores(tokens, chunks):
-    with pa.memory_map(str(tokens / "train-00000.arrow")) as source:
+    with pa.memory_map(str(tokens / "train-00000-00000.arrow")) as source:
         frame = pa.ipc.open_file(source).read_pandas()
     assert frame["document"][0].endswith(".jsonl:1")
     assert frame["tokens"][0][0] == 1
     assert frame["tokens"][0][-1] == 2
-    frame = pandas.read_feather(chunks / "train-00000.arrow")
+    frame = pandas.read_feather(chunks / "train-00000-00000.arrow")
     store = ChunkStore(chunks, "train")
     assert np.array_equal(np.stack(frame["mean"]), store.shard(0).columns["mean"])
-    sidecar = pandas.read_feather(chunks / "train-00000.documents.arrow")
+    sidecar = pandas.read_feather(chunks / "train-00000-00000.documents.arrow")
     assert sidecar["document"][frame["document"][3]] == store.document(3)
     assert sidecar["chunks"].sum() == len(frame)
 
 
 @pytest.mark.parametrize("verify", ["full", "auto"])
 def test_flipped_byte_is_named(chunks, verify):
-    path = chunks / "train-00001.arrow"
+    path = chunks / "train-00001-00000.arrow"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"train-00001\.arrow has changed"):
+    with pytest.raises(UserError, match=r"train-00001-00000\.arrow has changed"):
         ChunkStore(chunks, "train", verify)
     ChunkStore(chunks, "train", "size")
     ChunkStore(chunks, "held_out")
 
 
-@pytest.mark.parametrize("name", ["train-00001.arrow", "train-00002.documents.arrow"])
+@pytest.mark.parametrize("name", ["train-00001-00000.arrow", "train-00002-00000.documents.arrow"])
 def test_truncated_and_missing_shards_are_named(chunks, name):
     path = chunks / name
     path.write_bytes(path.read_bytes()[:-8])
