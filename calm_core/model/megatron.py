@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from calm_core.errors import UserError
-from calm_core.model.config import VOCABULARY_MULTIPLE, BackboneConfig
+from calm_core.model.config import BackboneConfig
 from calm_core.parallel.config import ParallelConfig
 
 
@@ -20,11 +19,8 @@ def transformer_config(
     """The Megatron-core configuration of a model of this shape and layout, weights and activations in `dtype`.
 
     `split` holds the layers of each part of the pipeline (see `pipeline_split`); a single stage needs none.
-
-    Raises:
-        UserError: if the layout cannot hold the shape.
+    Whether the layout can hold the model is checked before (`layout.check_layout`).
     """
-    _check(backbone, parallel)
     recompute = {
         "none": {},
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -84,18 +80,3 @@ def _pipeline_layout(split: Sequence[int]) -> list[list[str]]:
 def _leave(weight: torch.Tensor) -> torch.Tensor:
     """An initialisation that leaves the weight as it is."""
     return weight
-
-
-def _check(backbone: BackboneConfig, parallel: ParallelConfig) -> None:
-    if backbone.key_value_heads % parallel.tensor:
-        raise UserError(
-            f"parallel.tensor={parallel.tensor} does not divide the {backbone.key_value_heads} key/value heads of "
-            "the model: choose a divisor."
-        )
-    for name in ("hidden", "ffn"):
-        if getattr(backbone, name) % parallel.tensor:
-            raise UserError(
-                f"parallel.tensor={parallel.tensor} does not divide model.{name}={getattr(backbone, name)}."
-            )
-    if VOCABULARY_MULTIPLE % parallel.tensor:
-        raise UserError(f"parallel.tensor={parallel.tensor} is not a divisor of {VOCABULARY_MULTIPLE}.")

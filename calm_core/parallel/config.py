@@ -23,6 +23,8 @@ class ParallelConfig:
         for name in ("tensor", "pipeline", "virtual"):
             if getattr(self, name) < 1:
                 raise UserError(f"parallel.{name}={getattr(self, name)} must be at least 1.")
+        if self.timeout_minutes <= 0:
+            raise UserError(f"parallel.timeout_minutes={self.timeout_minutes} must be above 0.")
         if self.zero != 1:
             raise UserError(
                 f"parallel.zero={self.zero} is not supported: the pipeline schedule accumulates whole gradients, "

@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from calm_core.errors import UserError
 from calm_core.parallel.config import ParallelConfig
 
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -60,7 +61,7 @@ def distributed(layout: ParallelConfig) -> Iterator[Topology]:
     Where the process has initialised torch.distributed already, that group is the world, and stays.
 
     Raises:
-        UserError: if the layout does not divide the world.
+        UserError: if the layout does not divide the world, or this rank has no GPU where others have one.
     """
     device = _device()
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -102,7 +103,13 @@ def distributed(layout: ParallelConfig) -> Iterator[Topology]:
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= found:
+        raise UserError(
+            f"this machine has {found} GPUs for more ranks than that (local rank {local}): start one rank per GPU, "
+            f"--nproc-per-node {found}."
+        )
+    device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     return device
 

@@ -21,6 +21,7 @@ from calm_core.evaluation.scores import HeldOut
 from calm_core.model.calm import CalmModel
 from calm_core.model.config import ModelShape
 from calm_core.model.heads.protocol import HeadLoss
+from calm_core.model.layout import check_layout
 from calm_core.model.megatron import transformer_config
 from calm_core.model.parameters import initialize
 from calm_core.noise import SampleNoise
@@ -62,7 +63,7 @@ class CalmTask:
         autoencoder: Autoencoder | None,
         evaluation: EvaluationConfig,
     ) -> None:
-        _check_sequence(positions, shape, layout)
+        check_layout(shape, positions, layout)
         self.shape, self.layout, self.seed = shape, layout, seed
         self.split = pipeline_split(shape, positions, layout)
         self.windows = Windows(train, positions)
@@ -121,18 +122,6 @@ class CalmTask:
     def evaluate(self, engine: Engine) -> dict[str, Any]:
         """Brier scores and loss on held-out documents."""
         return evaluate(engine, self._held_out)
-
-
-def _check_sequence(positions: int, shape: ModelShape, layout: ParallelConfig) -> None:
-    """Sequence-parallel ranks take whole groups of positions that share draws, as any other layout does."""
-    group = shape.head.positions_together
-    together = layout.tensor * group
-    if layout.sequence and positions % together:
-        raise UserError(
-            f"training.positions={positions} is not a multiple of {together}, parallel.tensor x the {group} positions "
-            "that share draws of the loss (head.target_group of the energy head), which parallel.sequence=true needs: "
-            "change one of them."
-        )
 
 
 def _mean_loss(output: HeadLoss, count: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -10,15 +10,12 @@ from calm_core.data.config import DataConfig
 from calm_core.errors import UserError
 from calm_core.evaluation.scores import HeldOut
 from calm_core.model.config import BackboneConfig, HeadConfig
-from calm_core.model.megatron import transformer_config
 from calm_core.parallel.config import ParallelConfig
 from calm_core.parallel.optimizer import OptimizerConfig
 from calm_core.plan.config import PlanConfig
 from calm_core.training.config import TrainingConfig
 from calm_core.training.evaluation import own_windows
 from calm_core.training.evaluation_config import EvaluationConfig
-
-BACKBONE = BackboneConfig(layers=4, hidden=32, ffn=48, heads=4, kv_groups=2)
 
 
 def batch(global_batch: int, micro_batch: int, ranks: int, multiple: int = 1) -> int:
@@ -36,7 +33,7 @@ def batch(global_batch: int, micro_batch: int, ranks: int, multiple: int = 1) ->
         (lambda: ParallelConfig(virtual=2), r"set parallel\.pipeline of at least 2"),
         (lambda: ParallelConfig(recompute="some"), r"parallel\.recompute='some' is unknown: choose none"),
         (lambda: ParallelConfig(tensor=2, pipeline=3).data_parallel(8), "8 ranks .* start a multiple of 6"),
-        (lambda: transformer_config(BACKBONE, ParallelConfig(tensor=4)), "does not divide the 2 key/value heads"),
+        (lambda: ParallelConfig(timeout_minutes=0.0), r"parallel\.timeout_minutes=0\.0 must be above 0"),
         (lambda: BackboneConfig(hidden=30, heads=4), r"model\.heads=4 does not divide model\.hidden=30"),
         (lambda: BackboneConfig(heads=4, hidden=32, kv_groups=3), r"model\.kv_groups=3 does not divide model\.heads=4"),
         (lambda: BackboneConfig(layers=0), r"model\.layers=0"),
