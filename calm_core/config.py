@@ -158,6 +158,8 @@ def type_name(annotation: Any) -> str:
         return " | ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
         return " | ".join(map(type_name, arguments))
+    if _is_section(annotation):
+        return f"{{{', '.join(field.name for field in dataclasses.fields(annotation))}}}"
     if origin:
         return f"{origin.__name__}[{', '.join(map(type_name, arguments))}]"
     return annotation.__name__
@@ -166,7 +168,7 @@ def type_name(annotation: Any) -> str:
 def convert(value: Any, annotation: Any) -> Any:
     """`value`, as YAML gives it, as the type `annotation`; `TypeError` where it is none.
 
-    An int, and text such as `3e-4`, is a float; a bool is no number.
+    An int, and text such as `3e-4`, is a float; a bool is no number; a dataclass in a list is a mapping of its fields.
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
@@ -177,6 +179,11 @@ def convert(value: Any, annotation: Any) -> Any:
         return [convert(item, arguments[0]) for item in value]
     if origin is dict and isinstance(value, dict):
         return {convert(key, arguments[0]): convert(item, arguments[1]) for key, item in value.items()}
+    if _is_section(annotation) and isinstance(value, dict):
+        hints = typing.get_type_hints(annotation)
+        if not value.keys() <= hints.keys():
+            raise TypeError
+        return annotation(**{name: convert(item, hints[name]) for name, item in value.items()})
     if type(value) is annotation and value == value:  # not-a-number is no value
         return value
     if annotation is float and (type(value) is int or (isinstance(value, str) and FLOAT_TEXT.fullmatch(value))):

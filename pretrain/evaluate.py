@@ -10,7 +10,8 @@ from typing import Any
 from calm_core import command
 from calm_core.autoencoder_artefact import load_autoencoder
 from calm_core.data.manifest import write_json
-from calm_core.data.store import ChunkStore, TokenStore
+from calm_core.data.opening import chunk_rows, token_rows
+from calm_core.data.store import TokenStore
 from calm_core.evaluation.autoencoder import examine_autoencoder, find_autoencoder, paths_of_autoencoder
 from calm_core.evaluation.report import autoencoder_table, checkpoint_table
 from calm_core.evaluation.text import chunks_of_text, tokens_of_text
@@ -67,18 +68,18 @@ def evaluate_model(path: Path, text: Path | None, config: EvaluationConfig, scra
 
     with distributed(ParallelConfig()) as topology:
         from calm_core.evaluation.checkpoint import evaluate_checkpoint
-        from calm_core.inference.load import find_checkpoint, load_for_inference, paths_of
+        from calm_core.inference.load import experiment_of, find_checkpoint, load_for_inference
         from calm_core.parallel.checkpoint_folder import open_checkpoint
 
-        paths = paths_of(open_checkpoint(find_checkpoint(path)))
+        experiment = experiment_of(open_checkpoint(find_checkpoint(path)))
         loaded = load_for_inference(path, topology.device)
         if loaded.autoencoder is None:
-            store, of_text = partial(TokenStore, paths.tokens), tokens_of_text
+            rows, of_text = token_rows(experiment.data, experiment.paths.tokens), tokens_of_text
         else:
-            store, of_text = partial(ChunkStore, paths.chunks), partial(chunks_of_text, autoencoder=loaded.autoencoder)
-        train = store("train")
-        held_out = of_text(text, tokenizer=loaded.tokenizer, folder=scratch) if text else store("held_out")
-        return evaluate_checkpoint(loaded, train, held_out, SEED, config)
+            rows = chunk_rows(experiment.data, experiment.paths.chunks)
+            of_text = partial(chunks_of_text, autoencoder=loaded.autoencoder)
+        held_out = of_text(text, tokenizer=loaded.tokenizer, folder=scratch) if text else rows.held_out
+        return evaluate_checkpoint(loaded, rows.train.first, held_out, SEED, config)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from calm_core import command, config
-from calm_core.data.order import SampleOrder
-from calm_core.data.store import ChunkStore, TokenStore
-from calm_core.data.windows import Windows
+from calm_core.data.opening import chunk_rows, token_rows
+from calm_core.data.samples import Samples
 from calm_core.errors import UserError
 from calm_core.experiment import Experiment
 from calm_core.tokenizer import load_tokenizer
@@ -29,24 +28,23 @@ def inspect(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{arguments.run} holds no training run: give a folder such as runs/demo/calm.")
     experiment = config.load(Experiment, run / "config.yaml", [])
     experiment = replace(experiment, run=str(run.absolute().parent))  # the run may have been moved
-    windows = windows_of(run, experiment)
+    source = samples_of(run, experiment)
     tokenizer = load_tokenizer(experiment.paths.tokenizer)
     samples = samples_of_step(run, arguments.step)
-    chosen = SampleOrder(len(windows), experiment.seed).window(np.array(samples))
     print(f"{'sample':>10}  {'window':>10}  documents, and the text that the sample begins with")
-    for sample, window in zip(samples, chosen, strict=True):
+    for sample, (windows, window) in zip(samples, source.places(np.array(samples)), strict=True):
         tokens = windows.batch(np.array([window]), ("tokens",))["tokens"].flatten()[:SHOWN_TOKENS]
         text = " ".join(tokenizer.decode(tokens.tolist()).split())
-        print(f'{sample:>10}  {window:>10}  {", ".join(windows.documents(int(window)))}: "{text}"')
+        print(f'{sample:>10}  {window:>10}  {", ".join(windows.documents(window))}: "{text}"')
 
 
-def windows_of(run: Path, experiment: Experiment) -> Windows:
-    """The windows that the samples of a run are drawn from."""
-    paths = experiment.paths
-    if run.name == paths.calm_run.name:
-        return Windows(ChunkStore(paths.chunks, "train", "size"), experiment.training.positions)
-    positions = experiment.autoencoder_training.positions * experiment.data.k
-    return Windows(TokenStore(paths.tokens, "train", "size"), positions)
+def samples_of(run: Path, experiment: Experiment) -> Samples:
+    """The samples of a run."""
+    paths, data, seed = experiment.paths, replace(experiment.data, verify="size"), experiment.seed
+    if run.name != paths.calm_run.name:
+        return Samples(token_rows(data, paths.tokens).train, experiment.autoencoder_training.positions * data.k, seed)
+    rows = token_rows(data, paths.tokens) if experiment.head.reads_tokens else chunk_rows(data, paths.chunks)
+    return Samples(rows.train, experiment.training.positions, seed)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,12 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Part:
+    path: str = option("", "place")
+    weight: float = option(1.0, "share")
+
+
+@dataclass(frozen=True)
 class Data:
     corpus: list[str] = option(["a.txt", "b.txt"], "files")
     weights: list[float] = option([1.0], "share of each")
@@ -32,6 +38,7 @@ class Data:
     language: str | None = option("en", "language")
     verify: Literal["auto", "full"] = option("auto", "checks")
     shares: dict[str, float] = option({}, "share by name")
+    parts: list[Part] = option([], "parts")
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,16 @@ def test_later_sources_win(read):
     loaded = read("optimizer:\n  lr: 0.1\n  steps: 5\n", "optimizer.lr=0.2")
     assert loaded.optimizer == Optimizer(lr=0.2, steps=5)
     assert loaded.data == Data()
+
+
+def test_a_list_of_sections_is_read_checked_and_saved(read, tmp_path):
+    loaded = read("data:\n  parts:\n  - {path: a, weight: 2}\n  - {path: b}\n")
+    assert loaded.data.parts == [Part("a", 2.0), Part("b")]
+    config.save(loaded, tmp_path / "saved.yaml")
+    assert config.load(Root, tmp_path / "saved.yaml", []) == loaded
+    assert read("", "data.parts=[{path: c}]").data.parts == [Part("c")]
+    for wrong in ("[{pathh: c}]", "[{weight: much}]", "[3]"):
+        assert "data.parts must be of type list[{path, weight}]" in refusal(read, "", f"data.parts={wrong}")
 
 
 def test_without_a_file_or_with_an_empty_one_the_defaults_hold(read):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from calm_core.config import option
+from calm_core.data.blend import StoreShare, check_shares
 from calm_core.data.shards import Verify
 from calm_core.errors import UserError
 
@@ -35,6 +36,11 @@ class DataConfig:
     tokens: str = option("", "token store; empty means RUN/tokens")
     autoencoder: str = option("", "frozen autoencoder; empty means RUN/autoencoder/frozen")
     chunks: str = option("", "chunk store; empty means RUN/chunks")
+    blend: list[StoreShare] = option(
+        [],
+        "stores to train on in place of data.chunks and data.tokens, by weight or by budget (tokens); epochs: passes "
+        "after which a store leaves (0: none); the held-out documents are the first one's",
+    )
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.held_out < 1.0:
@@ -49,6 +55,7 @@ class DataConfig:
             raise UserError(f"data.k={self.k} must be at least 1 token per chunk.")
         if self.vocabulary < 0:
             raise UserError(f"data.vocabulary={self.vocabulary} is no number of tokens: 0 means any.")
+        check_shares(self.blend)
 
     def require_vocabulary(self, found: int, source: object) -> None:
         """Refuse `source`, whose tokenizer has `found` tokens, where another vocabulary is declared.

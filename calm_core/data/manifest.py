@@ -113,6 +113,11 @@ def store_hash(folder: Path) -> str:
     return hash_file(folder / MANIFEST)
 
 
+def source_hash(made_from: Mapping[str, Any]) -> str:
+    """The hash of what a store was made from, whatever the bytes it came to."""
+    return hash_bytes(json.dumps(made_from, sort_keys=True).encode())
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from calm_core.data.manifest import read_manifest, store_hash
+from calm_core.data.manifest import read_manifest, source_hash, store_hash
 from calm_core.data.shards import Verify, files_of, read_shard, rows_of, verify_shards
 from calm_core.errors import UserError
 
@@ -85,6 +85,16 @@ class Store:
     def tokenizer_hash(self) -> str:
         """The content hash of the tokenizer that made the tokens."""
         return self.manifest["made_from"]["tokenizer"]
+
+    @property
+    def identity(self) -> str:
+        """What the rows are, for a run that goes on: a hash."""
+        return self.content_hash
+
+    @property
+    def kinship(self) -> dict[str, Any]:
+        """What stores must have in common to be blended."""
+        return {"tokenizer": self.tokenizer_hash, "number of tokens per row": self.k}
 
     @property
     def document_count(self) -> int:
@@ -193,6 +203,16 @@ class ChunkStore(Store):
     def autoencoder_hash(self) -> str:
         """The content hash of the autoencoder that made the latents."""
         return self.manifest["made_from"]["autoencoder"]
+
+    @property
+    def identity(self) -> str:
+        """The hash of what the rows were made from: encoded again, perhaps on another machine, they are the same."""
+        return source_hash(self.manifest["made_from"])
+
+    @property
+    def kinship(self) -> dict[str, Any]:
+        """What stores must have in common to be blended."""
+        return {**super().kinship, "autoencoder": self.autoencoder_hash}
 
     def require(self, k: int, autoencoder_hash: str) -> None:
         """Refuse the store where it was not made for chunks of `k` tokens by this autoencoder.

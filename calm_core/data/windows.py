@@ -1,6 +1,6 @@
 """Windows: the pieces of a store that are the samples of a training run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,14 +32,14 @@ class Windows:
 
     def batch(self, windows: np.ndarray, columns: Iterable[str]) -> dict[str, np.ndarray]:
         """The columns of the windows `[B]`: arrays `[B, S + 1, ...]`, tokens as int64 and the rest as stored."""
-        types = self.store.columns
-        out = {
-            name: np.empty((len(windows), self.positions + 1, *types[name][1]), _batch_dtype(types[name][0]))
-            for name in columns
-        }
+        out = empty_batch(self.store, len(windows), self.positions, columns)
         for sample, window in enumerate(windows):
-            self.store.fill(int(window) * self.positions, {name: array[sample] for name, array in out.items()})
+            self.fill(int(window), {name: array[sample] for name, array in out.items()})
         return out
+
+    def fill(self, window: int, out: Mapping[str, np.ndarray]) -> None:
+        """Copy the rows of a window into the arrays `[S + 1, ...]`, one for each column wanted."""
+        self.store.fill(window * self.positions, out)
 
     def document_ids(self, windows: np.ndarray) -> np.ndarray:
         """The documents that the rows of the windows `[B]` begin in: int64 `[B, S + 1]`, unique within the split."""
@@ -53,6 +53,13 @@ class Windows:
         return [self.store.document_name(document_id) for document_id in ids]
 
 
-def _batch_dtype(stored: np.dtype) -> np.dtype:
-    """Token ids are widened as they are copied: embeddings and losses take int64."""
-    return np.dtype(np.int64) if np.issubdtype(stored, np.integer) else stored
+def empty_batch(store: Store, samples: int, positions: int, columns: Iterable[str]) -> dict[str, np.ndarray]:
+    """Arrays `[samples, positions + 1, ...]` for the columns of a store, not filled.
+
+    Token ids are widened as they are copied: embeddings and losses take int64.
+    """
+    types = {name: store.columns[name] for name in columns}
+    return {
+        name: np.empty((samples, positions + 1, *shape), np.int64 if np.issubdtype(dtype, np.integer) else dtype)
+        for name, (dtype, shape) in types.items()
+    }

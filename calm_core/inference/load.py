@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from calm_core import config as configuration
 from calm_core.autoencoder import Autoencoder
 from calm_core.autoencoder_artefact import load_autoencoder
 from calm_core.data.config import DataConfig
-from calm_core.data.manifest import MANIFEST, read_manifest, store_hash
+from calm_core.data.manifest import MANIFEST, read_manifest, source_hash
 from calm_core.errors import UserError
 from calm_core.experiment import Experiment, Paths
 from calm_core.model.calm import CalmModel
@@ -91,13 +92,18 @@ def model_shape_of(model: dict[str, Any]) -> ModelShape:
 
 
 def paths_of(checkpoint: Checkpoint) -> Paths:
-    """Where the run's artefacts are: found from the checkpoint's own place, so that a run folder can be moved."""
+    """Where the run's artefacts are."""
+    return experiment_of(checkpoint).paths
+
+
+def experiment_of(checkpoint: Checkpoint) -> Experiment:
+    """The run and the data of a checkpoint, found from its own place, so that a run folder can be moved."""
     config = checkpoint.state["config"]
-    experiment = Experiment(run=config["run"], data=DataConfig(**config["data"]))
+    experiment = Experiment(run=config["run"], data=configuration.convert(config["data"], DataConfig))
     calm_run = checkpoint.path.absolute().parent.parent
     if calm_run.name == experiment.paths.calm_run.name:
         experiment = replace(experiment, run=str(calm_run.parent))
-    return experiment.paths
+    return experiment
 
 
 def _check_fit(
@@ -125,6 +131,7 @@ def _check_fit(
 
 def _made_from(checkpoint: Checkpoint, paths: Paths) -> dict[str, Any]:
     """What the checkpoint's chunk store was made from; {} if that store is gone or has been replaced."""
-    if not (paths.chunks / MANIFEST).exists() or store_hash(paths.chunks) != checkpoint.state["identity"]["data"]:
+    if not (paths.chunks / MANIFEST).exists():
         return {}
-    return read_manifest(paths.chunks, "chunks")["made_from"]
+    made_from = read_manifest(paths.chunks, "chunks")["made_from"]
+    return made_from if source_hash(made_from) == checkpoint.state["identity"]["data"] else {}

@@ -14,9 +14,9 @@ from torch import Tensor
 from calm_core import flops
 from calm_core.autoencoder import Autoencoder, AutoencoderConfig, autoencoder_loss
 from calm_core.config import differences
-from calm_core.data.order import SampleOrder
+from calm_core.data.blend import Blend
+from calm_core.data.samples import Samples
 from calm_core.data.store import TokenStore
-from calm_core.data.windows import Windows
 from calm_core.errors import UserError
 from calm_core.evaluation.autoencoder import evaluate_autoencoder
 from calm_core.flops import AutoencoderShape
@@ -52,22 +52,21 @@ class AutoencoderModule(MegatronModule):
 
 
 class AutoencoderTask:
-    """The autoencoder on the windows of a token store (see `training.task.Task`)."""
+    """The autoencoder on the windows of token stores (see `training.task.Task`)."""
 
     name = "autoencoder"
 
     def __init__(
-        self, config: AutoencoderConfig, k: int, positions: int, seed: int, train: TokenStore, held_out: TokenStore
+        self, config: AutoencoderConfig, k: int, positions: int, seed: int, train: Blend, held_out: TokenStore
     ) -> None:
         self.config, self.k, self.positions, self.seed = config, k, positions, seed
-        self.vocab_size = train.vocab_size
-        self.windows = Windows(train, positions * k)
-        self.order = SampleOrder(len(self.windows), seed)
+        self.vocab_size = train.first.vocab_size
+        self.samples = Samples(train, positions * k, seed)
         self.tokens_per_sample = positions * k
         shape = {**asdict(config), "vocab_size": self.vocab_size, "k": k}
         sizes = AutoencoderShape(self.vocab_size, k, config.hidden, config.ffn_width, config.latent)
         self.flops_per_sample = float(positions * flops.autoencoder_training(sizes))
-        self.identity = {"model": shape, "data": train.content_hash, "positions": positions, "seed": seed}
+        self.identity = {"model": shape, "data": train.identity, "positions": positions, "seed": seed}
         self._held_out = held_out
         self._device = torch.device("cpu")
 
@@ -88,7 +87,7 @@ class AutoencoderTask:
 
     def load(self, samples: np.ndarray) -> TokenBatch:
         """The chunks of the windows behind these samples."""
-        tokens = self.windows.batch(self.order.window(samples), ("tokens",))["tokens"][:, :-1]
+        tokens = self.samples.batch(samples, ("tokens",))["tokens"][:, :-1]
         chunks = torch.from_numpy(tokens).view(len(samples), self.positions, self.k)
         return TokenBatch(samples, chunks.transpose(0, 1))
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from calm_core import flops
 from calm_core.autoencoder import Autoencoder
 from calm_core.config import differences
-from calm_core.data.order import SampleOrder
+from calm_core.data.blend import Blend
+from calm_core.data.samples import Samples
 from calm_core.data.store import Store
 from calm_core.data.windows import Windows
 from calm_core.errors import UserError
@@ -44,9 +45,9 @@ _NOT_OF_THE_WEIGHTS = (
 
 
 class CalmTask:
-    """The CALM network on the windows of a chunk store (see `training.task.Task`).
+    """The CALM network on the windows of chunk stores (see `training.task.Task`).
 
-    A head that reads tokens learns from the windows of a token store, as from chunks of one token, without an
+    A head that reads tokens learns from the windows of token stores, as from chunks of one token, without an
     autoencoder.
     """
 
@@ -58,7 +59,7 @@ class CalmTask:
         layout: ParallelConfig,
         positions: int,
         seed: int,
-        train: Store,
+        train: Blend,
         held_out: Store,
         autoencoder: Autoencoder | None,
         evaluation: EvaluationConfig,
@@ -66,27 +67,28 @@ class CalmTask:
         check_layout(shape, positions, layout)
         self.shape, self.layout, self.seed = shape, layout, seed
         self.split = pipeline_split(shape, positions, layout)
-        self.windows = Windows(train, positions)
-        self.order = SampleOrder(len(self.windows), seed)
+        self.samples = Samples(train, positions, seed)
         self.tokens_per_sample = positions * shape.k
         self.flops_per_sample = flops.executed_training(shape, positions)
         self.identity = {
             "model": asdict(shape),
-            "data": train.content_hash,
+            "data": train.identity,
             "positions": positions,
             "seed": seed,
         }
-        self._held_out = HeldOut(Windows(held_out, positions), autoencoder, train.token_counts(), seed, evaluation)
+        self._held_out = HeldOut(
+            Windows(held_out, positions), autoencoder, train.first.token_counts(), seed, evaluation
+        )
         self._device = torch.device("cpu")
-        self._columns = list(train.columns)
+        self._columns = list(train.first.columns)
 
     def build(self, topology: Topology, dtype: torch.dtype) -> list[MegatronModule]:
         """This rank's chunks of the network, initial weights a function of the seed alone."""
         own_windows(self._held_out, topology)  # too few for these ranks: known now, not at the first evaluation
         self._device = topology.device
-        self._columns = needed_columns(self.windows.store, first=topology.first, last=topology.last)
+        self._columns = needed_columns(self.samples.store, first=topology.first, last=topology.last)
         if self.layout.pipeline > 1:
-            topology.say(describe(self.shape, self.windows.positions, self.layout, self.split))
+            topology.say(describe(self.shape, self.samples.positions, self.layout, self.split))
         config = transformer_config(self.shape.backbone, self.layout, dtype, self.split)
         chunks = [
             CalmModel(config, self.shape, first=first, last=last, vp_stage=index)
@@ -107,7 +109,7 @@ class CalmTask:
 
     def load(self, samples: np.ndarray) -> ChunkBatch:
         """What this rank's stages need of the windows behind these samples."""
-        return read_batch(self.windows, self.order.window(samples), samples, self._columns)
+        return read_batch(self.samples, samples, samples, self._columns)
 
     def forward_step(self, micro_batches: Iterator[ChunkBatch], model: CalmModel) -> tuple[Any, Any]:
         """Forward of one micro-batch; the loss is the mean over its positions and samples."""
@@ -116,7 +118,7 @@ class CalmTask:
         inputs = batch.inputs(self._device) if model.first else None
         target = batch.target(self._device) if model.last else None
         output = model(inputs, target, noise)
-        count = len(batch.samples) * self.windows.positions
+        count = len(batch.samples) * self.samples.positions
         return output, partial(_mean_loss, count=count)
 
     def evaluate(self, engine: Engine) -> dict[str, Any]:

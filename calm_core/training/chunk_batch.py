@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calm_core.data.samples import Samples
 from calm_core.data.store import Store
 from calm_core.data.windows import Windows
 from calm_core.model.heads.protocol import Target
@@ -47,9 +48,9 @@ def needed_columns(store: Store, *, first: bool, last: bool) -> list[str]:
 
 
 def read_batch(
-    windows: Windows, chosen: np.ndarray, samples: np.ndarray, columns: Iterable[str] | None = None
+    windows: Windows | Samples, chosen: np.ndarray, samples: np.ndarray, columns: Iterable[str] | None = None
 ) -> ChunkBatch:
-    """The windows `chosen` as the samples with these global indices; a row of a token store is a chunk of one token.
+    """The `chosen` ones `[B]` as the samples with these global indices; a token store's row is a chunk of one token.
 
     `columns` are those of the store that are read; None means all.
     """

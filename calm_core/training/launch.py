@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 from calm_core import config as configuration
 from calm_core.autoencoder import Autoencoder
 from calm_core.autoencoder_artefact import load_autoencoder, save_autoencoder
+from calm_core.data.blend import Blend
 from calm_core.data.manifest import MANIFEST
-from calm_core.data.store import ChunkStore, Store, TokenStore
+from calm_core.data.opening import chunk_rows, token_rows
+from calm_core.data.store import Store
 from calm_core.errors import ExitCode
 from calm_core.experiment import Experiment
 from calm_core.model.config import ModelShape
@@ -29,8 +31,7 @@ def print_plan(experiment: Experiment, sections: tuple[str, ...]) -> ExitCode:
 def run_autoencoder(experiment: Experiment) -> ExitCode:
     """Train the autoencoder of an experiment and freeze it."""
     paths, data = experiment.paths, experiment.data
-    train, held_out = (TokenStore(paths.tokens, split, data.verify) for split in ("train", "held_out"))
-    data.require_vocabulary(train.vocab_size, paths.tokens)
+    train, held_out = token_rows(data, paths.tokens)
     with distributed(ParallelConfig()) as topology:
         from calm_core.training.autoencoder import AutoencoderTask
         from calm_core.training.loop import train as run
@@ -38,10 +39,11 @@ def run_autoencoder(experiment: Experiment) -> ExitCode:
 
         config = experiment.autoencoder_training
         task = AutoencoderTask(experiment.autoencoder, data.k, config.positions, experiment.seed, train, held_out)
+        task.samples.require(config.steps * config.global_batch)
 
         def freeze(engine: "Engine") -> None:
-            model, made_from = task.finished(engine), {"tokens": train.content_hash}
-            on_first_rank(lambda: save_autoencoder(model, paths.autoencoder, train.tokenizer_hash, made_from))
+            model, made_from = task.finished(engine), {"tokens": train.identity}
+            on_first_rank(lambda: save_autoencoder(model, paths.autoencoder, train.first.tokenizer_hash, made_from))
 
         frozen = paths.autoencoder / MANIFEST
         return run(task, config, topology, RunFolder(paths.autoencoder_run), experiment, freeze, frozen)
@@ -51,8 +53,8 @@ def run_calm(experiment: Experiment) -> ExitCode:
     """Train the CALM network of an experiment."""
     paths, config = experiment.paths, experiment.training
     train, held_out, autoencoder = _rows(experiment)
-    experiment.data.require_vocabulary(train.vocab_size, train.folder)
-    shape = ModelShape(experiment.model, experiment.head, train.vocab_size, train.k, train.latent)
+    rows = train.first
+    shape = ModelShape(experiment.model, experiment.head, rows.vocab_size, rows.k, rows.latent)
     with distributed(experiment.parallel) as topology:
         from calm_core.training.calm import CalmTask
         from calm_core.training.loop import train as run
@@ -68,20 +70,17 @@ def run_calm(experiment: Experiment) -> ExitCode:
             autoencoder and autoencoder.to(topology.device),
             experiment.evaluation,
         )
+        task.samples.require(config.steps * config.global_batch)
         return run(task, config, topology, RunFolder(paths.calm_run), experiment)
 
 
-def _rows(experiment: Experiment) -> tuple[Store, Store, Autoencoder | None]:
+def _rows(experiment: Experiment) -> tuple[Blend, Store, Autoencoder | None]:
     """What the network reads, to train on and held out, and the autoencoder behind its latents.
 
     A head that reads tokens takes them from the token store: it needs no autoencoder, and data.k does not concern it.
     """
     paths, data = experiment.paths, experiment.data
-    splits = ("train", "held_out")
     if experiment.head.reads_tokens:
-        train, held_out = (TokenStore(paths.tokens, split, data.verify) for split in splits)
-        return train, held_out, None
-    train, held_out = (ChunkStore(paths.chunks, split, data.verify) for split in splits)
+        return *token_rows(data, paths.tokens), None
     autoencoder = load_autoencoder(paths.autoencoder)
-    train.require(data.k, autoencoder.content_hash)
-    return train, held_out, autoencoder
+    return *chunk_rows(data, paths.chunks, autoencoder), autoencoder

@@ -1,6 +1,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,20 @@ def built_chunks(tokens: Path, tokenizer: Tokenizer) -> Path:
 @pytest.fixture
 def chunks(built_chunks: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built_chunks, tmp_path / "chunks"))
+
+
+@pytest.fixture(scope="session")
+def other_tokens(config: DataConfig, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Part of the corpus, split otherwise, to blend with `tokens`."""
+    folder = tmp_path_factory.mktemp("other") / "tokens"
+    part = replace(config, corpus=[config.corpus[0].replace("*", "b")], held_out=0.5)
+    build_tokens(part, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other_chunks(other_tokens: Path, tokenizer: Tokenizer) -> Path:
+    """Their chunks, by the autoencoder of `built_chunks`."""
+    folder = other_tokens.parent / "chunks"
+    build_chunks(other_tokens, make_autoencoder(tokenizer), folder)
+    return folder

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from calm_core import config
 from calm_core.autoencoder_artefact import load_autoencoder
+from calm_core.data.blend import Blend
 from calm_core.data.store import ChunkStore
 from calm_core.experiment import Experiment
 from calm_core.model.config import ModelShape
@@ -78,7 +79,7 @@ def train(folder: Path, out: Path, name: str, micro_batch: int, topology: Topolo
     store, held_out = (ChunkStore(paths.chunks, split) for split in ("train", "held_out"))
     shape = ModelShape(experiment.model, experiment.head, store.vocab_size, store.k, store.latent)
     autoencoder = load_autoencoder(paths.autoencoder)
-    settings = topology.layout, training.positions, 0, store, held_out, autoencoder, experiment.evaluation
+    settings = topology.layout, training.positions, 0, Blend.of(store), held_out, autoencoder, experiment.evaluation
     task = CalmTask(shape, *settings)
     chunks = task.build(topology, torch.float32)
     for chunk in chunks:

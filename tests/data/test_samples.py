@@ -1,0 +1,112 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from calm_core.data.blend import Blend, StoreShare
+from calm_core.data.chunks import build_chunks
+from calm_core.data.config import DataConfig
+from calm_core.data.opening import chunk_rows, token_rows
+from calm_core.data.order import SampleOrder
+from calm_core.data.samples import Samples
+from calm_core.data.store import ChunkStore, TokenStore
+from calm_core.data.windows import Windows
+from calm_core.errors import UserError
+
+POSITIONS = 7
+
+
+def blend(*shares: StoreShare, seed: int = 0) -> Samples:
+    return Samples(Blend([ChunkStore(share.chunks, "train") for share in shares], shares), POSITIONS, seed)
+
+
+def test_a_store_by_itself_is_walked_in_the_order_of_its_windows(built_chunks):
+    store = ChunkStore(built_chunks, "train")
+    windows, samples = Windows(store, POSITIONS), np.arange(2 * len(Windows(store, POSITIONS)))
+    found = Samples(Blend.of(store), POSITIONS, seed=5)
+    assert [window for _, window in found.places(samples)] == SampleOrder(len(windows), 5).window(samples).tolist()
+    for name, array in found.batch(samples[:9], store.columns).items():
+        assert np.array_equal(
+            array, windows.batch(SampleOrder(len(windows), 5).window(samples[:9]), store.columns)[name]
+        )
+
+
+def test_a_blend_takes_the_windows_of_each_store_once_an_epoch_in_another_order_each_time(built_chunks, other_chunks):
+    samples = blend(StoreShare(str(built_chunks)), StoreShare(str(other_chunks), epochs=2))
+    places = samples.places(np.arange(1500))
+    counts = [len(windows) for windows in samples.windows]
+    taken = [[window for store, window in places if store is windows] for windows in samples.windows]
+    assert len(taken[1]) == 2 * counts[1]
+    for windows, count in zip(taken, counts, strict=True):
+        epochs = [windows[first : first + count] for first in range(0, len(windows) - count + 1, count)]
+        assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs) >= 2
+    batch = samples.batch(np.array([3, 1499, 0]), ("tokens", "mean"))
+    for row, sample in enumerate((3, 1499, 0)):
+        store, window = places[sample]
+        alone = store.batch(np.array([window]), ("tokens", "mean"))
+        assert all(np.array_equal(batch[name][row], alone[name][0]) for name in alone)
+
+
+def test_budgets_are_weights_and_limits_in_tokens(built_chunks, other_chunks):
+    per_sample = POSITIONS * 4
+    samples = blend(
+        StoreShare(str(built_chunks), budget=30 * per_sample), StoreShare(str(other_chunks), budget=11 * per_sample - 1)
+    )
+    samples.require(40)
+    with pytest.raises(UserError, match="give 40 samples"):
+        samples.require(41)
+    stores = [samples.windows.index(store) for store, _ in samples.places(np.arange(40))]
+    assert (stores.count(0), stores.count(1)) == (30, 10)
+    with pytest.raises(UserError, match="less than one sample"):
+        blend(StoreShare(str(built_chunks), budget=per_sample - 1))
+
+
+def test_the_configuration_names_the_stores_of_a_blend(tokens, built_chunks, other_tokens, other_chunks, autoencoder):
+    shares = [StoreShare(str(other_chunks), str(other_tokens), 2.0), StoreShare(str(built_chunks), str(tokens))]
+    data = DataConfig(blend=shares)
+    rows = chunk_rows(data, other_chunks / "unused", autoencoder)
+    assert [store.folder for store in rows.train.stores] == [other_chunks, built_chunks]
+    assert (rows.held_out.folder, rows.held_out.split) == (other_chunks, "held_out")
+    assert [store.folder for store in token_rows(data, tokens / "unused").train.stores] == [other_tokens, tokens]
+    assert chunk_rows(DataConfig(), built_chunks).train.identity == ChunkStore(built_chunks, "train").identity
+    with pytest.raises(UserError, match=r"data\.blend\[1\] names no store of tokens"):
+        token_rows(replace(data, blend=[shares[0], StoreShare(str(built_chunks))]), tokens)
+
+
+def test_the_identity_of_a_blend_is_that_of_stores_and_shares(built_chunks, other_chunks):
+    def identity(*shares: StoreShare):
+        return Blend([ChunkStore(share.chunks, "train") for share in shares], shares).identity
+
+    first, second = StoreShare(str(built_chunks)), StoreShare(str(other_chunks))
+    alike = identity(first, second)
+    assert alike == identity(replace(first, tokens="elsewhere"), second)
+    changes = [replace(second, weight=0.5), replace(second, epochs=1), first]
+    assert all(identity(first, changed) != alike for changed in changes)
+    assert isinstance(identity(first), str)
+    assert identity(replace(first, epochs=1)) != identity(first)
+
+
+def test_stores_that_do_not_belong_together_are_refused(tokens, built_chunks, other_tokens, autoencoder, tmp_path):
+    autoencoder.content_hash = "another autoencoder"
+    build_chunks(other_tokens, autoencoder, tmp_path / "chunks")
+    with pytest.raises(UserError, match="differ in the autoencoder"):
+        blend(StoreShare(str(built_chunks)), StoreShare(str(tmp_path / "chunks")))
+    store, stranger = TokenStore(tokens, "train"), TokenStore(other_tokens, "train")
+    stranger.manifest["made_from"]["tokenizer"] = "another"
+    with pytest.raises(UserError, match="differ in the tokenizer"):
+        Blend([store, stranger], [StoreShare(), StoreShare()])
+
+
+@pytest.mark.parametrize(
+    ("shares", "sentence"),
+    [
+        ([StoreShare("a", weight=0)], r"blend\[0\] \(a\) wants weight > 0"),
+        ([StoreShare("a"), StoreShare("b", epochs=-1)], r"blend\[1\] \(b\) wants"),
+        ([StoreShare("a", budget=5), StoreShare("b")], "a budget to every store"),
+        ([StoreShare("a"), StoreShare("b", weight=1e-7)], "less than 1e-06 of the samples"),
+    ],
+)
+def test_shares_that_say_nothing_are_refused(shares, sentence):
+    with pytest.raises(UserError, match=sentence):
+        DataConfig(blend=shares)
