@@ -34,6 +34,6 @@ def test_a_blend_trains_resumes_and_shows_its_documents(tiny: Path, capsys: pyte
     capsys.readouterr()
     inspect_batch.inspect([str(tiny / "calm"), "--step", "2"])
     assert capsys.readouterr().out.count(".txt") >= 8
+    once = f"data.blend=[{{chunks: {tiny}/chunks, epochs: 1}}]"
     with pytest.raises(UserError, match=r"data\.blend give [\d,]+ samples"):
-        once = f"data.blend=[{{chunks: {tiny}/chunks, epochs: 1}}]"
         run(once, "training.steps=9999", f"run={tiny}/new", f"data.autoencoder={tiny}/autoencoder/frozen")
