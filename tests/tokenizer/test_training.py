@@ -89,11 +89,3 @@ def test_trained_is_known_by_its_inputs(path, tmp_path):
     foreign.write_bytes(path.read_bytes())
     with pytest.raises(UserError, match="not trained here"):
         is_trained(foreign, {"corpus": "years"})
-
-
-def test_missing_or_foreign_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"none\.model"):
-        load_tokenizer(tmp_path / "none.model")
-    (tmp_path / "text.model").write_text("no model")
-    with pytest.raises(UserError, match=r"text\.model"):
-        load_tokenizer(tmp_path / "text.model")

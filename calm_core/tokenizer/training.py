@@ -1,26 +1,26 @@
-"""Tokenizers: training one by sentencepiece, loading one from its file."""
+"""Training a tokenizer by sentencepiece."""
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sentencepiece
 
 from calm_core.config import option
 from calm_core.data.manifest import (
     FORMAT_VERSION,
     MANIFEST,
-    hash_bytes,
     read_manifest,
     replacing,
     require_same,
     write_json,
 )
 from calm_core.errors import UserError
+from calm_core.tokenizer.protocol import Tokenizer
+from calm_core.tokenizer.sentencepiece_model import SentencePieceTokenizer
 
 TRAINING_PIECE = 2000  # characters: the trainer's time grows with the length of what it sees at once
 KIND = "tokenizer"
@@ -42,52 +42,6 @@ class TokenizerConfig:
             raise UserError(f"tokenizer.character_coverage={self.character_coverage} is outside 0.98 to 1.")
         if self.training_megabytes < 1:
             raise UserError(f"tokenizer.training_megabytes={self.training_megabytes} must be at least 1.")
-
-
-class Tokenizer:
-    """A sentencepiece tokenizer. Encoding adds no special tokens."""
-
-    def __init__(self, model: bytes):
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.content_hash = hash_bytes(model)
-        self.vocab_size: int = self._processor.vocab_size()
-        self.bos: int = self._processor.bos_id()
-        self.eos: int = self._processor.eos_id()
-        unused = self._processor.unk_id()  # never seen with byte fallback: it stands in where a model has no pad
-        self.pad: int = self._processor.pad_id() if self._processor.pad_id() >= 0 else unused
-
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a text."""
-        return self._processor.encode(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The token ids of each text."""
-        return self._processor.encode(list(texts), num_threads=1, return_type="numpy")
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; special tokens are silent.
-
-        `decode(encode(text)) == text` for the tokenizers trained here, unless the text has U+2581 (▁), in which
-        sentencepiece writes its spaces.
-        """
-        return self._processor.decode(list(ids))
-
-
-def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer in a sentencepiece `.model` file.
-
-    Raises:
-        UserError: if it is missing, is no such model, or lacks bos or eos.
-    """
-    try:
-        tokenizer = Tokenizer(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"Cannot read the tokenizer {path}: {error.strerror}; train or name one.") from error
-    except RuntimeError as error:
-        raise UserError(f"{path} is no sentencepiece model: name the .model file of a tokenizer.") from error
-    if min(tokenizer.bos, tokenizer.eos) < 0:
-        raise UserError(f"The tokenizer {path} has no bos or no eos token: choose one that has both.")
-    return tokenizer
 
 
 def is_trained(path: Path, made_from: Mapping[str, Any]) -> bool:
@@ -142,7 +96,7 @@ def train_tokenizer(
     write_json(path.parent / MANIFEST, {"format_version": FORMAT_VERSION, "kind": KIND, "made_from": dict(made_from)})
     with replacing(path) as temporary:
         temporary.write_bytes(model.getvalue())
-    return Tokenizer(model.getvalue())
+    return SentencePieceTokenizer(model.getvalue())
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:

@@ -1,0 +1,31 @@
+"""Loading the tokenizer in a file of any known kind."""
+
+from pathlib import Path
+
+from calm_core.errors import UserError
+from calm_core.tokenizer.protocol import Tokenizer
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """The tokenizer in a sentencepiece `.model`, a `tokenizer.json` or a tiktoken rank file, known by its content.
+
+    Raises:
+        UserError: if it is missing, is none of these, or lacks the special tokens.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"Cannot read the tokenizer {path}: {error.strerror}; train or name one.") from error
+    # Each library is loaded where a file asks for it.
+    if content.lstrip()[:1] == b"{":
+        from calm_core.tokenizer.huggingface import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(content, path)
+    from calm_core.tokenizer.tiktoken_ranks import LINE, RankTokenizer
+
+    if LINE.match(content):
+        return RankTokenizer(content, path)
+    from calm_core.tokenizer.sentencepiece_model import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(content, path)

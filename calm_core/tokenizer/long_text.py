@@ -1,0 +1,34 @@
+"""Very long documents: encoded in pieces, since the libraries take tens of bytes for each character at once."""
+
+import re
+from collections.abc import Callable, Iterator
+
+LONGEST = 1 << 20  # characters that a library is given at once
+SEARCHED = 1 << 16  # characters before that limit in which a place to cut is looked for
+SINGLE_SPACE = re.compile(r"(?<=\S) (?=\S)")
+
+
+def encode_long(encode: Callable[[str], list[int]], text: str, longest: int = LONGEST) -> list[int]:
+    """The tokens of a text of any length, where `encode` has those of a short one.
+
+    The text is cut at single spaces, over which no token of the usual tokenizers reaches: the tokens are those of the
+    whole text. Where there is none to cut at, in a script without spaces, a word may be cut in two.
+    """
+    if len(text) <= longest:
+        return encode(text)
+    # A tokenizer that puts a space before any text has the one that a piece begins with already.
+    spare = " " if encode("a b") == encode("a") + encode("b") else ""
+    first, *others = _pieces(text, longest)
+    return encode(first) + [token for piece in others for token in encode(piece.removeprefix(spare))]
+
+
+def _pieces(text: str, longest: int) -> Iterator[str]:
+    """The text in pieces of at most `longest` characters, each but the first beginning at a single space if it can."""
+    begin = 0
+    while len(text) - begin > longest:
+        end = begin + longest
+        cuts = SINGLE_SPACE.finditer(text, max(begin + 1, end - SEARCHED), end)
+        end = max((cut.start() for cut in cuts), default=end)
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
