@@ -8,12 +8,15 @@ its training FLOPs (`flops.stage_costs`); tensor parallelism divides all pieces 
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import TypeVar
 
 from calm_core import flops
 from calm_core.errors import UserError
 from calm_core.flops import StageCost
 from calm_core.model.config import ModelShape
 from calm_core.parallel.config import ParallelConfig
+
+T = TypeVar("T")
 
 
 def pipeline_split(shape: ModelShape, positions: int, layout: ParallelConfig) -> list[int]:
@@ -66,9 +69,9 @@ def balanced(work: Sequence[int], stages: int, virtual: int = 1) -> list[int]:
     return held
 
 
-def pieces(costs: Sequence[StageCost], split: Sequence[int]) -> list[list[StageCost]]:
-    """What each part of the pipeline holds of the pieces that `flops.stage_costs` lists."""
-    embedding, *layers, head = costs
+def pieces(whole: Sequence[T], split: Sequence[int]) -> list[list[T]]:
+    """What each part of the pipeline holds of a list in the order of `flops.stage_costs`: embedding, layers, head."""
+    embedding, *layers, head = whole
     rest = iter(layers)
     parts = [list(islice(rest, count)) for count in split]
     parts[0].insert(0, embedding)

@@ -21,6 +21,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from calm_core.memory import BUCKET
 from calm_core.parallel.mpu import ModelParallelUnit
 from calm_core.parallel.optimizer import OptimizerConfig, build_optimizer
 from calm_core.parallel.topology import Topology
@@ -60,7 +61,8 @@ class Engine:
         self.dtype = next(self.chunks[0].parameters()).dtype
         module = nn.ModuleList(self.chunks)
         self._adam = build_optimizer(module.parameters(), config)
-        self._deepspeed = _initialize(module, self._adam, _deepspeed_config(config, self.dtype))
+        count = sum(parameter.numel() for parameter in module.parameters())
+        self._deepspeed = _initialize(module, self._adam, _deepspeed_config(config, self.dtype, count))
         self.optimizer = self._deepspeed.optimizer
         self._materialize_moments()
 
@@ -150,7 +152,7 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
     return engine
 
 
-def _deepspeed_config(config: OptimizerConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _deepspeed_config(config: OptimizerConfig, dtype: torch.dtype, parameters: int) -> dict[str, Any]:
     settings: dict[str, Any] = {
         # Megatron-core's schedule divides by the number of micro-batches: DeepSpeed must not do so again.
         "train_micro_batch_size_per_gpu": 1,
@@ -159,7 +161,14 @@ def _deepspeed_config(config: OptimizerConfig, dtype: torch.dtype) -> dict[str, 
         "gradient_clipping": config.clip,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": 1, "overlap_comm": False, "contiguous_gradients": True},
+        "zero_optimization": {
+            "stage": 1,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": min(parameters, BUCKET),  # it is allocated whole, however few the gradients
+        },
+        # Otherwise bf16 gradients, accumulated in float32, would be summed over the ranks in bf16.
+        "communication_data_type": "fp32",
     }
     if dtype == torch.bfloat16:
         # Without float32 accumulation micro-batches are summed in bf16; without the immediate update the float32

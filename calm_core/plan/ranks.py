@@ -1,0 +1,66 @@
+"""Whether a world of ranks fits a layout and a batch, and who works with whom: no process needed."""
+
+from collections.abc import Iterable
+
+from calm_core.errors import UserError
+from calm_core.parallel.config import ParallelConfig
+from calm_core.training.config import TrainingConfig
+
+# The order in which Megatron-core lays ranks out: neighbours share a layer's matrices, the farthest share the layers.
+ORDER = "tp-cp-ep-dp-pp"
+
+
+def accumulation(training: TrainingConfig, layout: ParallelConfig, world: int) -> int:
+    """Micro-batches that each data-parallel rank accumulates in a step.
+
+    Raises:
+        UserError: if the world does not fit; it names the nearest worlds and the nearest global batch that do.
+    """
+    model = layout.tensor * layout.pipeline
+    fitting = sorted(model * size for size in data_sizes(training, layout))
+    if not world % model and world in fitting:
+        return training.micro_batches(world // model, layout.micro_batch_multiple)
+    near = [max((w for w in fitting if w < world), default=0), min((w for w in fitting if w > world), default=0)]
+    worlds = " or ".join(str(w) for w in near if w)
+    size = max(1, round(world / model))
+    together = training.micro_batch * size * layout.micro_batch_multiple
+    batch = max(1, round(training.global_batch / together)) * together
+    raise UserError(
+        f"plan.world={world} ranks do not fit parallel.tensor={layout.tensor} x parallel.pipeline={layout.pipeline} and "
+        f"training.global_batch={training.global_batch} of micro-batches of {training.micro_batch}: "
+        + (f"the nearest worlds that do are {worlds}; " if worlds else "no world does; ")
+        + f"the nearest batch for {size * model} ranks is training.global_batch={batch}."
+    )
+
+
+def data_sizes(training: TrainingConfig, layout: ParallelConfig) -> list[int]:
+    """Data-parallel sizes that share the global batch evenly."""
+    rest, remainder = divmod(training.global_batch, training.micro_batch * layout.micro_batch_multiple)
+    return [] if remainder else [size for size in range(1, rest + 1) if rest % size == 0]
+
+
+def rank_groups(layout: ParallelConfig, world: int) -> dict[str, list[list[int]]]:
+    """The data-, tensor- and pipeline-parallel groups, as Megatron-core will form them.
+
+    Raises:
+        RuntimeError: if a rank is not in exactly one group of each kind, or a group has another size than its kind's.
+    """
+    from megatron.core.parallel_state import RankGenerator
+
+    sizes = {"dp": layout.data_parallel(world), "tp": layout.tensor, "pp": layout.pipeline}
+    generator = RankGenerator(ep=1, cp=1, order=ORDER, **sizes)
+    groups = {kind: generator.get_ranks(kind) for kind in sizes}
+    for kind, size in sizes.items():
+        check_groups(kind, groups[kind], size, world)
+    return groups
+
+
+def check_groups(kind: str, groups: Iterable[list[int]], size: int, world: int) -> None:
+    """Refuse groups that do not hold each of `world` ranks exactly once, `size` in each.
+
+    Raises:
+        RuntimeError: naming the kind.
+    """
+    groups = list(groups)
+    if sorted(rank for group in groups for rank in group) != list(range(world)) or {len(g) for g in groups} != {size}:
+        raise RuntimeError(f"the {kind} groups of {world} ranks do not hold each rank once, {size} in each")

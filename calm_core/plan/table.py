@@ -1,0 +1,87 @@
+"""An account as text for the person who decides whether to start the run."""
+
+from collections.abc import Mapping
+
+from calm_core import flops
+from calm_core.parallel.config import ParallelConfig
+from calm_core.plan.account import Account, Stage
+from calm_core.plan.config import PlanConfig
+from calm_core.training.config import TrainingConfig
+
+GIB = 2**30
+
+
+def render(
+    account: Account,
+    training: TrainingConfig,
+    layout: ParallelConfig,
+    plan: PlanConfig,
+    groups: Mapping[str, list[list[int]]],
+) -> str:
+    """The whole account as lines of text."""
+    parameters = sum(flops.parameters(account.shape).values())
+    width = "float32, kernels of a CPU" if training.precision == "fp32" else "bf16, kernels of a GPU"
+    return "\n".join(
+        [
+            f"model: {parameters / 1e6:.1f}M parameters without the autoencoder, vocabulary {account.shape.vocabulary}",
+            f"ranks: {account.world} = tensor {layout.tensor} x pipeline {layout.pipeline} x data {account.data_size}; "
+            f"each rank is in one of {', '.join(f'{len(groups[kind])} {kind}' for kind in groups)} groups (checked)",
+            f"batch: {training.global_batch} samples a step = {account.data_size} data-parallel ranks x "
+            f"{training.micro_batch} a micro-batch x {account.micro_batches} accumulated",
+            f"work: {account.tokens_per_step:,} tokens a step, {training.steps:,} steps, "
+            f"{account.tokens_per_step * training.steps / 1e9:.1f}B tokens",
+            f"FLOPs a token: {account.executed_flops:.3g} executed, {account.paper_flops:.3g} by the paper's accounting; "
+            f"a step: {account.executed_flops * account.tokens_per_step:.3g} and "
+            f"{account.paper_flops * account.tokens_per_step:.3g}; "
+            f"the run: {account.executed_flops * account.tokens_per_step * training.steps:.3g} and "
+            f"{account.paper_flops * account.tokens_per_step * training.steps:.3g}",
+            f"time: {account.days:.1f} days at {plan.mfu:.0%} of {plan.peak_tflops:g} TFLOP/s a device (plan.mfu, "
+            f"plan.peak_tflops){_bubble(account)}",
+            "",
+            f"memory of a rank in GiB ({width}; ZeRO-1; recompute: {layout.recompute}):",
+            *_columns(_memory_rows(account, plan)),
+            "",
+            "messages that a rank sends in a step, in GB:",
+            *_columns(_message_rows(account)),
+        ]
+    )
+
+
+def _bubble(account: Account) -> str:
+    return f"; the pipeline stands idle for {account.bubble:.0%} of it" if account.bubble else ""
+
+
+def _memory_rows(account: Account, plan: PlanConfig) -> list[list[str]]:
+    names = ["weights", "gradients", "optimizer", "buckets", "activations", "step", "peak"]
+    rows = [["stage", "layers", "parameters", "FLOPs", *names, f"of {plan.device_memory_gib:g}"]]
+    for index, stage in enumerate(account.stages):
+        held = stage.states
+        sizes = [held.weights, held.gradients, held.optimizer, held.buckets, stage.activations, held.step, stage.total]
+        room = stage.total / GIB / plan.device_memory_gib
+        rows.append(
+            [
+                str(index),
+                str(stage.layers),
+                f"{stage.parameters / 1e6:.1f}M",
+                f"{stage.share:.1%}",
+                *(f"{size / GIB:.2f}" for size in sizes),
+                f"{room:.0%}" + (" TOO MUCH" if room > 1 else ""),
+            ]
+        )
+    return rows
+
+
+def _message_rows(account: Account) -> list[list[str]]:
+    rows = [["stage", "tensor: backbone", "tensor: head", "data: gradients", "data: weights", "pipeline"]]
+    for index, stage in enumerate(account.stages):
+        rows.append([str(index), *(f"{size / 1e9:.2f}" for size in _sent(stage))])
+    return rows
+
+
+def _sent(stage: Stage) -> list[int]:
+    return [stage.backbone_sent, stage.head_sent, stage.gradients_sent, stage.weights_sent, stage.borders_sent]
+
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
