@@ -2,8 +2,8 @@
 
 Counted are storages, as autograd keeps them: what the operations of a piece save for their backward pass, each storage
 once, and what is alive besides while the piece computes. Kernels are those that run: fused attention, which keeps
-queries, keys, values, its output and one number a row; RMSNorm fused on a GPU, while its plain form elsewhere also keeps
-the normalised input. Small change (masks, means, scalars) is left out.
+queries, keys, values, its output and one number a row; RMSNorm fused on a GPU, while its plain form elsewhere also
+keeps the normalised input. Small change (masks, means, scalars) is left out.
 """
 
 from collections.abc import Iterator, Sequence

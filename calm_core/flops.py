@@ -7,7 +7,6 @@ optimizer are left out, as everywhere in the field. Two accountings are kept apa
 * `stage_costs` and `executed_training` count what this code must do, for utilisation and for balanced stages.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from calm_core.model.config import ModelShape
@@ -257,19 +256,6 @@ def executed_training(shape: ModelShape, positions: int) -> int:
 def utilisation(flops: float, seconds: float, peak: float) -> float:
     """Model FLOPs utilisation: executed FLOPs per second over the peak FLOPs per second of the devices used."""
     return flops / seconds / peak
-
-
-def table(models: Mapping[str, ModelShape], autoencoder: AutoencoderShape) -> str:
-    """The paper's table of sizes and costs for `models`, as text; the autoencoder serves all but softmax heads."""
-    lines = [f"{'model':<16}{'parameters':>12}{'training FLOPs':>16}{'FLOPs/token':>14}{'executed/token':>16}"]
-    for name, shape in models.items():
-        decoder = None if shape.head.reads_tokens else autoencoder
-        executed = executed_training(shape, PAPER_POSITIONS) / (PAPER_POSITIONS * shape.k)
-        lines.append(
-            f"{name:<16}{sum(parameters(shape).values()) / 1e6:>11.1f}M{paper_training(shape):>16.3g}"
-            f"{paper_inference(shape, decoder):>14.3g}{executed:>16.3g}"
-        )
-    return "\n".join(lines)
 
 
 def _block(shape: AutoencoderShape) -> Weights:

@@ -6,14 +6,15 @@ Runs by itself or under torchrun (data parallel); run again it goes on where it 
 from calm_core import command
 from calm_core.errors import ExitCode
 from calm_core.experiment import Experiment
-from calm_core.training.launch import print_plan, run_autoencoder
+from calm_core.plan.dry_run import plan_autoencoder
+from calm_core.training.launch import run_autoencoder
 
 SECTIONS = ("data", "autoencoder", "autoencoder_training", "plan")
 
 
 def train(experiment: Experiment, dry_run: bool) -> ExitCode:
     """Train, or print what would be trained."""
-    return print_plan(experiment, SECTIONS) if dry_run else run_autoencoder(experiment)
+    return plan_autoencoder(experiment, SECTIONS) if dry_run else run_autoencoder(experiment)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@ goes on where it stopped.
 from calm_core import command
 from calm_core.errors import ExitCode
 from calm_core.experiment import Experiment
-from calm_core.training.launch import print_plan, run_calm
+from calm_core.plan.dry_run import plan_calm
+from calm_core.training.launch import run_calm
 
 SECTIONS = ("data", "model", "head", "parallel", "training", "evaluation", "plan")
 
 
 def train(experiment: Experiment, dry_run: bool) -> ExitCode:
     """Train, or print what would be trained."""
-    return print_plan(experiment, SECTIONS) if dry_run else run_calm(experiment)
+    return plan_calm(experiment, SECTIONS) if dry_run else run_calm(experiment)
 
 
 if __name__ == "__main__":

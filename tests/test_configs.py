@@ -7,12 +7,13 @@ import pytest
 from launching import ROOT
 
 from calm_core import config
+from calm_core.data.manifest import FORMAT_VERSION, MANIFEST, write_json
+from calm_core.errors import UserError
 from calm_core.experiment import Experiment
-from calm_core.training.launch import print_plan
+from calm_core.plan.dry_run import plan_autoencoder, plan_calm, vocabulary
 
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 OURS = "our choice"
-SECTIONS = ("data", "model", "head", "parallel", "training", "plan")
 
 
 def load(name: str) -> Experiment:
@@ -22,8 +23,35 @@ def load(name: str) -> Experiment:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_it_can_be_planned(path: Path, capsys: pytest.CaptureFixture) -> None:
     experiment = config.load(Experiment, path, [])
-    assert print_plan(experiment, SECTIONS) == 0
-    assert f"run: {experiment.run}" in capsys.readouterr().out
+    plan = plan_autoencoder if path.stem == "autoencoder" else plan_calm
+    assert plan(experiment, ("data", "plan")) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"run: {experiment.run}\nseed: 0\ndata:\n")
+    assert "TOO MUCH" not in text
+
+
+def test_the_plan_of_the_largest_model(capsys: pytest.CaptureFixture) -> None:
+    experiment = config.load(Experiment, ROOT / "configs" / "calm_xl.yaml", ["plan.world=512"])
+    plan_calm(experiment, ("plan",))
+    text = capsys.readouterr().out
+    for line in (
+        "model: 1829.8M parameters without the autoencoder, vocabulary 128257",
+        "ranks: 512 = tensor 4 x pipeline 1 x data 128; each rank is in one of 4 dp, 128 tp, 512 pp groups (checked)",
+        "batch: 256 samples a step = 128 data-parallel ranks x 2 a micro-batch x 1 accumulated",
+        "work: 2,097,152 tokens a step, 250,000 steps, 524.3B tokens",
+    ):
+        assert line in text
+
+
+def test_a_plan_needs_to_know_the_vocabulary(tmp_path: Path) -> None:
+    experiment = config.load(Experiment, None, [f"run={tmp_path}", "data.tokenizer=some.model"])
+    with pytest.raises(UserError, match=r"data\.vocabulary is not set, and the plan needs to know that of some\.model"):
+        plan_calm(experiment, ("plan",))
+    assert vocabulary(config.load(Experiment, None, [f"run={tmp_path}", "tokenizer.vocab_size=999"])) == 999
+    (tmp_path / "tokens").mkdir()
+    manifest = {"kind": "tokens", "format_version": FORMAT_VERSION, "vocab_size": 77}
+    write_json(tmp_path / "tokens" / MANIFEST, manifest)
+    assert vocabulary(experiment) == 77
 
 
 @pytest.mark.parametrize("name", ["ar_s", "ar_m", "ar_l", "calm_m", "calm_l", "calm_xl"])

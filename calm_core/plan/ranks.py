@@ -1,5 +1,6 @@
 """Whether a world of ranks fits a layout and a batch, and who works with whom: no process needed."""
 
+import warnings
 from collections.abc import Iterable
 
 from calm_core.errors import UserError
@@ -10,8 +11,8 @@ from calm_core.training.config import TrainingConfig
 ORDER = "tp-cp-ep-dp-pp"
 
 
-def accumulation(training: TrainingConfig, layout: ParallelConfig, world: int) -> int:
-    """Micro-batches that each data-parallel rank accumulates in a step.
+def accumulation(training: TrainingConfig, layout: ParallelConfig, world: int, section: str = "training") -> int:
+    """Micro-batches that each data-parallel rank accumulates in a step; `section` is the key of `training`.
 
     Raises:
         UserError: if the world does not fit; it names the nearest worlds and the nearest global batch that do.
@@ -26,10 +27,10 @@ def accumulation(training: TrainingConfig, layout: ParallelConfig, world: int) -
     together = training.micro_batch * size * layout.micro_batch_multiple
     batch = max(1, round(training.global_batch / together)) * together
     raise UserError(
-        f"plan.world={world} ranks do not fit parallel.tensor={layout.tensor} x parallel.pipeline={layout.pipeline} and "
-        f"training.global_batch={training.global_batch} of micro-batches of {training.micro_batch}: "
+        f"plan.world={world} ranks do not fit parallel.tensor={layout.tensor} x parallel.pipeline={layout.pipeline} "
+        f"and {section}.global_batch={training.global_batch} of micro-batches of {training.micro_batch}: "
         + (f"the nearest worlds that do are {worlds}; " if worlds else "no world does; ")
-        + f"the nearest batch for {size * model} ranks is training.global_batch={batch}."
+        + f"the nearest batch for {size * model} ranks is {section}.global_batch={batch}."
     )
 
 
@@ -45,7 +46,9 @@ def rank_groups(layout: ParallelConfig, world: int) -> dict[str, list[list[int]]
     Raises:
         RuntimeError: if a rank is not in exactly one group of each kind, or a group has another size than its kind's.
     """
-    from megatron.core.parallel_state import RankGenerator
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages that a plan does not need
+        from megatron.core.parallel_state import RankGenerator
 
     sizes = {"dp": layout.data_parallel(world), "tp": layout.tensor, "pp": layout.pipeline}
     generator = RankGenerator(ep=1, cp=1, order=ORDER, **sizes)

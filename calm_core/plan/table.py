@@ -20,6 +20,8 @@ def render(
 ) -> str:
     """The whole account as lines of text."""
     parameters = sum(flops.parameters(account.shape).values())
+    executed, paper = account.executed_flops, account.paper_flops
+    tokens, all_tokens = account.tokens_per_step, account.tokens_per_step * training.steps
     width = "float32, kernels of a CPU" if training.precision == "fp32" else "bf16, kernels of a GPU"
     return "\n".join(
         [
@@ -28,17 +30,16 @@ def render(
             f"each rank is in one of {', '.join(f'{len(groups[kind])} {kind}' for kind in groups)} groups (checked)",
             f"batch: {training.global_batch} samples a step = {account.data_size} data-parallel ranks x "
             f"{training.micro_batch} a micro-batch x {account.micro_batches} accumulated",
-            f"work: {account.tokens_per_step:,} tokens a step, {training.steps:,} steps, "
-            f"{account.tokens_per_step * training.steps / 1e9:.1f}B tokens",
-            f"FLOPs a token: {account.executed_flops:.3g} executed, {account.paper_flops:.3g} by the paper's accounting; "
-            f"a step: {account.executed_flops * account.tokens_per_step:.3g} and "
-            f"{account.paper_flops * account.tokens_per_step:.3g}; "
-            f"the run: {account.executed_flops * account.tokens_per_step * training.steps:.3g} and "
-            f"{account.paper_flops * account.tokens_per_step * training.steps:.3g}",
-            f"time: {account.days:.1f} days at {plan.mfu:.0%} of {plan.peak_tflops:g} TFLOP/s a device (plan.mfu, "
+            f"work: {tokens:,} tokens a step, {training.steps:,} steps, {all_tokens / 1e9:.4g}B tokens",
+            f"FLOPs executed: {executed:.3g} a token, {executed * tokens:.3g} a step, "
+            f"{executed * all_tokens:.3g} the run",
+            f"FLOPs by the paper's accounting: {paper:.3g} a token, {paper * tokens:.3g} a step, "
+            f"{paper * all_tokens:.3g} the run",
+            f"time: {duration(account.days)} at {plan.mfu:.0%} of {plan.peak_tflops:g} TFLOP/s a device (plan.mfu, "
             f"plan.peak_tflops){_bubble(account)}",
             "",
-            f"memory of a rank in GiB ({width}; ZeRO-1; recompute: {layout.recompute}):",
+            f"memory of a rank in GiB ({width}; ZeRO-1; recompute: {layout.recompute}); activations and what the "
+            "update needs are never there together:",
             *_columns(_memory_rows(account, plan)),
             "",
             "messages that a rank sends in a step, in GB:",
@@ -47,12 +48,17 @@ def render(
     )
 
 
+def duration(days: float) -> str:
+    """A time in the unit that suits it."""
+    return f"{days:.1f} days" if days >= 1 else f"{24 * days:.2g} hours"
+
+
 def _bubble(account: Account) -> str:
     return f"; the pipeline stands idle for {account.bubble:.0%} of it" if account.bubble else ""
 
 
 def _memory_rows(account: Account, plan: PlanConfig) -> list[list[str]]:
-    names = ["weights", "gradients", "optimizer", "buckets", "activations", "step", "peak"]
+    names = ["weights", "gradients", "optimizer", "buckets", "activations", "update", "peak"]
     rows = [["stage", "layers", "parameters", "FLOPs", *names, f"of {plan.device_memory_gib:g}"]]
     for index, stage in enumerate(account.stages):
         held = stage.states
@@ -64,7 +70,7 @@ def _memory_rows(account: Account, plan: PlanConfig) -> list[list[str]]:
                 str(stage.layers),
                 f"{stage.parameters / 1e6:.1f}M",
                 f"{stage.share:.1%}",
-                *(f"{size / GIB:.2f}" for size in sizes),
+                *(f"{size / GIB:.3g}" for size in sizes),
                 f"{room:.0%}" + (" TOO MUCH" if room > 1 else ""),
             ]
         )
@@ -74,7 +80,7 @@ def _memory_rows(account: Account, plan: PlanConfig) -> list[list[str]]:
 def _message_rows(account: Account) -> list[list[str]]:
     rows = [["stage", "tensor: backbone", "tensor: head", "data: gradients", "data: weights", "pipeline"]]
     for index, stage in enumerate(account.stages):
-        rows.append([str(index), *(f"{size / 1e9:.2f}" for size in _sent(stage))])
+        rows.append([str(index), *(f"{size / 1e9:.3g}" for size in _sent(stage))])
     return rows
 
 

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from calm_core import config as configuration
 from calm_core.autoencoder import Autoencoder
 from calm_core.autoencoder_artefact import load_autoencoder, save_autoencoder
 from calm_core.data.blend import Blend
@@ -18,14 +17,6 @@ from calm_core.parallel.topology import distributed
 
 if TYPE_CHECKING:
     from calm_core.parallel.engine import Engine
-
-
-def print_plan(experiment: Experiment, sections: tuple[str, ...]) -> ExitCode:
-    """Print the resolved configuration that a script would use; nothing is started."""
-    resolved = configuration.to_dict(experiment)
-    chosen = {"run": experiment.run, "seed": experiment.seed, **{name: resolved[name] for name in sections}}
-    print(configuration.dump(chosen))
-    return ExitCode.OK
 
 
 def run_autoencoder(experiment: Experiment) -> ExitCode:

@@ -1,0 +1,73 @@
+"""`--dry-run` of the trainings: the resolved configuration, then the plan; nothing is started, no data is needed."""
+
+import os
+
+from calm_core import config as configuration
+from calm_core.data.manifest import MANIFEST, read_manifest
+from calm_core.errors import ExitCode, UserError
+from calm_core.experiment import Experiment
+from calm_core.model.config import ModelShape
+from calm_core.plan import table
+from calm_core.plan.account import account
+from calm_core.plan.autoencoder import describe
+from calm_core.plan.ranks import rank_groups
+
+
+def plan_calm(experiment: Experiment, sections: tuple[str, ...]) -> ExitCode:
+    """Print what training CALM would be.
+
+    Raises:
+        UserError: if the run could not be started so.
+    """
+    training, layout, plan = experiment.training, experiment.parallel, experiment.plan
+    world = _world(experiment, layout.tensor * layout.pipeline)
+    found = account(model_shape(experiment), training, layout, plan, world)
+    text = table.render(found, training, layout, plan, rank_groups(layout, world))
+    print(f"{_resolved(experiment, sections)}\n{text}")
+    return ExitCode.OK
+
+
+def plan_autoencoder(experiment: Experiment, sections: tuple[str, ...]) -> ExitCode:
+    """Print what training the autoencoder would be.
+
+    Raises:
+        UserError: if the run could not be started so.
+    """
+    world = _world(experiment, 1)
+    text = describe(experiment, vocabulary(experiment), world)
+    print(f"{_resolved(experiment, sections)}\n{text}")
+    return ExitCode.OK
+
+
+def model_shape(experiment: Experiment) -> ModelShape:
+    """The shape that the experiment describes; a run takes vocabulary and latent from its stores."""
+    head = experiment.head
+    k, latent = (1, 0) if head.reads_tokens else (experiment.data.k, experiment.autoencoder.latent)
+    return ModelShape(experiment.model, head, vocabulary(experiment), k, latent)
+
+
+def vocabulary(experiment: Experiment) -> int:
+    """V: as declared, as the token store has it, or as the tokenizer would be trained.
+
+    Raises:
+        UserError: if a tokenizer is named, and nothing says how large its vocabulary is.
+    """
+    data, tokens = experiment.data, experiment.paths.tokens
+    if data.vocabulary:
+        return data.vocabulary
+    if (tokens / MANIFEST).exists():
+        return read_manifest(tokens, "tokens")["vocab_size"]
+    if data.tokenizer:
+        raise UserError(f"data.vocabulary is not set, and the plan needs to know that of {data.tokenizer}: set it.")
+    return experiment.tokenizer.vocab_size
+
+
+def _world(experiment: Experiment, least: int) -> int:
+    return experiment.plan.world or int(os.environ.get("WORLD_SIZE", least))
+
+
+def _resolved(experiment: Experiment, sections: tuple[str, ...]) -> str:
+    """The resolved configuration that a script would use."""
+    resolved = configuration.to_dict(experiment)
+    chosen = {"run": experiment.run, "seed": experiment.seed, **{name: resolved[name] for name in sections}}
+    return configuration.dump(chosen)
