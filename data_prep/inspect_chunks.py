@@ -1,5 +1,6 @@
 """Look inside a chunk store: counts, token and sigma statistics, and a piece of text beside its reconstruction."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,9 @@ import torch
 
 from calm_core import command
 from calm_core.autoencoder_artefact import load_autoencoder
+from calm_core.data.inspection import side_by_side, statistics
 from calm_core.data.store import ChunkStore
-from calm_core.tokenizer import load_tokenizer
-
-SAMPLED = 1 << 16  # rows that the statistics are taken from
+from calm_core.tokenizer import Tokenizer, load_tokenizer
 
 
 def inspect() -> None:
@@ -18,43 +18,50 @@ def inspect() -> None:
     parser = command.Parser(description=__doc__)
     parser.add_argument("store", type=Path, help="folder of the chunk store, such as runs/demo/chunks")
     parser.add_argument("--split", default="held_out", help="train or held_out (the default)")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer model, to show text")
-    parser.add_argument("--autoencoder", type=Path, help="frozen autoencoder, to show its reconstruction")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer file, to show text")
+    parser.add_argument("--autoencoder", type=Path, help="frozen autoencoder, to show its reconstruction beside it")
+    parser.add_argument("--start", type=int, default=0, help="first chunk of text to show")
     parser.add_argument("--chunks", type=int, default=64, help="chunks of text to show")
     arguments = parser.parse_args()
     store = ChunkStore(arguments.store, arguments.split)
     print_statistics(store)
     if arguments.tokenizer:
-        print_text(store, arguments.chunks, arguments.tokenizer, arguments.autoencoder)
+        tokenizer = load_tokenizer(arguments.tokenizer)
+        print_text(store, arguments.start, arguments.chunks, tokenizer, arguments.autoencoder)
 
 
 def print_statistics(store: ChunkStore) -> None:
     """Counts of the whole split, and statistics of its first rows."""
     size = sum(shard["bytes"] for shard in store.shards)
-    rows = store.read(0, min(SAMPLED, len(store)), ("mean", "log_std"))
-    mean, sigma = rows["mean"].astype(np.float32), np.exp(rows["log_std"].astype(np.float32))
-    counts = store.token_counts(SAMPLED)
-    print(f"{store.split}: {len(store):,} chunks of {store.k} tokens, {store.document_count:,} documents")
-    print(f"files: {len(store.shards)} shards, {size / 1e6:,.1f} MB, {size / len(store):,.0f} bytes a chunk")
-    print(f"made from: {store.manifest['made_from']}")
-    print(f"tokens: {np.count_nonzero(counts):,} of {store.vocab_size:,} in use")
-    print(f"chunks a document: {len(store) / store.document_count:,.1f} on average")
-    print(f"mean: {mean.mean():.3f}, standard deviation {mean.std():.3f}, largest {np.abs(mean).max():.3f}")
-    print(f"sigma: {sigma.mean():.3f}, smallest {sigma.min():.3f}, largest {sigma.max():.3f}")
+    found = statistics(store)
+    lengths, sigma = found["document_chunks"], found["sigma"]
+    print(f"{store.split:<12}{len(store):,} chunks of {store.k} tokens, {store.document_count:,} documents")
+    print(f"files       {len(store.shards):,} shards, {size / 1e6:,.1f} MB, {size / len(store):,.0f} bytes a chunk")
+    for name, value in store.manifest["made_from"].items():
+        print(f"made from   {name} {value}")
+    print(f"\nof the first {found['rows']:,} chunks; ranges are least, 10 %, half, 90 %, greatest")
+    print(f"documents   {' '.join(f'{length:,.0f}' for length in lengths)} chunks")
+    print(f"tokens      {found['tokens_used']:,} of {store.vocab_size:,} in use, {found['pad_share']:.2%} pad")
+    print(f"mean        {found['mean']:.3f} ± {found['mean_std']:.3f}, greatest {found['mean_abs']:.3f}")
+    print(f"sigma       {' '.join(f'{value:.3f}' for value in sigma)}")
+    print(f"dimensions  {store.latent}, {found['flat_dimensions']} of them all but constant")
 
 
 @torch.no_grad()
-def print_text(store: ChunkStore, count: int, tokenizer_path: Path, autoencoder_path: Path | None) -> None:
-    """The text of the first chunks; with an autoencoder also what it makes of their means, and how much is right."""
-    tokenizer = load_tokenizer(tokenizer_path)
-    rows = store.read(0, min(count, len(store)), ("tokens", "mean"))
-    print(f"\n{store.document(0)}:\n{tokenizer.decode(rows['tokens'].reshape(-1).tolist())}")
-    if autoencoder_path:
-        autoencoder = load_autoencoder(autoencoder_path)
-        store.require(autoencoder.k, autoencoder.content_hash)
-        rebuilt = autoencoder.decode(torch.from_numpy(rows["mean"].astype(np.float32))).argmax(-1).numpy()
-        print(f"\nrebuilt, {np.mean(rebuilt == rows['tokens']):.2%} of tokens:")
-        print(tokenizer.decode(rebuilt.reshape(-1).tolist()))
+def print_text(store: ChunkStore, start: int, count: int, tokenizer: Tokenizer, autoencoder_path: Path | None) -> None:
+    """The text of some chunks; with an autoencoder beside what it makes of their means, and how much is right."""
+    start = min(max(0, start), len(store) - 1)
+    rows = store.read(start, min(count, len(store) - start), ("tokens", "mean"))
+    print(f"\n{store.document(start)}, from chunk {start:,}:")
+    if not autoencoder_path:
+        print(tokenizer.decode(rows["tokens"].reshape(-1).tolist()))
+        return
+    autoencoder = load_autoencoder(autoencoder_path)
+    store.require(autoencoder.k, autoencoder.content_hash)
+    rebuilt = autoencoder.decode_tokens(torch.from_numpy(rows["mean"].astype(np.float32))).numpy()
+    texts = [[tokenizer.decode(chunk.tolist()) for chunk in chunks] for chunks in (rows["tokens"], rebuilt)]
+    print(*side_by_side(*texts, shutil.get_terminal_size().columns), sep="\n")
+    print(f"\nrebuilt: {np.mean(rebuilt == rows['tokens']):.2%} of these tokens")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,66 @@
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+
+from calm_core.data.manifest import MANIFEST, read_json, write_json
+from calm_core.data.verification import faults
+from calm_core.errors import UserError
+
+SCRIPT = Path(__file__).parents[2] / "data_prep" / "verify.py"
+
+
+@pytest.fixture
+def copied(tokens, tmp_path) -> Path:
+    return Path(shutil.copytree(tokens, tmp_path / "tokens"))
+
+
+def verify(monkeypatch, *stores) -> int:
+    monkeypatch.setattr("sys.argv", ["verify.py", *map(str, stores)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return ended.value.code
+
+
+def test_good_stores_have_no_faults(tokens, chunks, monkeypatch, capsys):
+    assert verify(monkeypatch, tokens, chunks) == 0
+    out = capsys.readouterr().out
+    assert out.count("every checksum and count is right") == 2
+    assert f"{chunks}, held_out: " in out
+
+
+def test_each_bad_file_is_named(chunks, monkeypatch, capsys):
+    names = ["train-00001-00000.arrow", "train-00002-00000.documents.arrow", "held_out-00000-00000.arrow"]
+    content = bytearray((chunks / names[0]).read_bytes())
+    content[-200] ^= 1
+    (chunks / names[0]).write_bytes(content)
+    (chunks / names[1]).unlink()
+    (chunks / names[2]).write_bytes((chunks / names[2]).read_bytes()[:-1])
+    assert verify(monkeypatch, chunks) == 2
+    out = capsys.readouterr().out
+    assert f"{names[0]} has changed" in out
+    assert f"{names[1]} is missing" in out
+    assert f"{names[2]} has " in out
+    assert "3 faults" in out
+
+
+@pytest.mark.parametrize("counted", ["rows", "tokens", "documents"])
+def test_counts_that_are_not_the_shards_are_named(copied, counted):
+    manifest = read_json(copied / MANIFEST)
+    manifest["splits"]["train"]["shards"][1][counted] += 1
+    write_json(copied / MANIFEST, manifest)
+    found = list(faults(copied))
+    assert len(found) == 2
+    assert "train-00001-00000.arrow has" in found[0] or "train-00000-00001.arrow has" in found[0]
+    assert f"{counted} instead of" in found[0]
+    assert f"sums the {counted} of train wrongly" in found[1]
+
+
+def test_what_is_no_finished_store_is_refused(tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError, match="no finished store of tokens or chunks"):
+        list(faults(tmp_path))
+    (tmp_path / MANIFEST).write_text(json.dumps({"kind": "recipes"}))
+    assert verify(monkeypatch, tmp_path) == 2
+    assert "store of recipes, not of tokens or chunks" in capsys.readouterr().err
