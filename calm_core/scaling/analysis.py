@@ -111,17 +111,17 @@ def _attempt(fit: Callable[[], Any]) -> dict[str, Any]:
 def _compute_law(config: ScalingConfig, data: Losses) -> dict[str, Any]:
     """Loss of the best models against compute."""
 
-    def fit(chosen: Losses) -> PowerLaw:
+    def fit(chosen: Losses, near: PowerLaw | None = None) -> PowerLaw:
         best = chosen.at(frontier(chosen))
-        return fit_power_law(best.flops, best.loss, best.error)
+        return fit_power_law(best.flops, best.loss, best.error, near)
 
     def predict(law: PowerLaw, of: Losses) -> Array:
         return law(of.flops)
 
-    best = data.at(frontier(data))
-    found = _with_intervals(config, data, fit)
-    return found | {
-        "points": len(best.model),
+    law = fit(data)
+    draws = bootstrap(lambda rows: fit(data.at(rows), law), data.model, config.fit.draws)
+    return _named(law, draws, config.fit.confidence) | {
+        "points": len(frontier(data)),
         "held_out": _held_out(data, fit, predict, best_only=True),
     }
 
@@ -129,14 +129,14 @@ def _compute_law(config: ScalingConfig, data: Losses) -> dict[str, Any]:
 def _joint_law(config: ScalingConfig, data: Losses, of: list[str]) -> dict[str, Any]:
     """Loss against N, D and K, and the best model that it foretells for budgets."""
 
-    def fit(chosen: Losses) -> JointLaw:
-        return fit_joint(chosen.size, chosen.tokens, chosen.k, chosen.loss, chosen.error)
+    def fit(chosen: Losses, near: JointLaw | None = None) -> JointLaw:
+        return fit_joint(chosen.size, chosen.tokens, chosen.k, chosen.loss, chosen.error, near)
 
     def predict(law: JointLaw, of: Losses) -> Array:
         return law(of.size, of.tokens, of.k)
 
     law = fit(data)
-    draws = bootstrap(lambda rows: fit(data.at(rows)), data.model, config.fit.draws)
+    draws = bootstrap(lambda rows: fit(data.at(rows), law), data.model, config.fit.draws)
     budgets = config.fit.predict or [10 * float(data.flops.max())]
     held_out = _held_out(data, fit, predict)
     return _named(law, draws, config.fit.confidence) | {
@@ -144,12 +144,6 @@ def _joint_law(config: ScalingConfig, data: Losses, of: list[str]) -> dict[str, 
         "held_out": held_out,
         "predictions": [best_model(config, law, draws, of, budget) | {"held_out": held_out} for budget in budgets],
     }
-
-
-def _with_intervals(config: ScalingConfig, data: Losses, fit: Callable[[Losses], PowerLaw]) -> dict[str, Any]:
-    law = fit(data)
-    draws = bootstrap(lambda rows: fit(data.at(rows)), data.model, config.fit.draws)
-    return _named(law, draws, config.fit.confidence)
 
 
 def _named(law: PowerLaw | JointLaw, draws: list[Any], confidence: float) -> dict[str, Any]:

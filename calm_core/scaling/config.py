@@ -123,3 +123,8 @@ class ScalingConfig:
     fit: FitConfig = option(FitConfig, "laws and predictions")
     hardware: HardwareConfig = option(HardwareConfig, "for the hours of the plan")
     base: Experiment = option(Experiment, "what all models share; ladder and grid set shape, K, steps, rate and batch")
+
+    @property
+    def vocabulary(self) -> int:
+        """V: as the data declares it, or as the tokenizer will have it."""
+        return self.base.data.vocabulary or self.base.tokenizer.vocab_size

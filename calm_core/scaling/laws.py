@@ -70,8 +70,8 @@ class JointLaw:
         return {name: getattr(self, name) for name in names}
 
 
-def fit_power_law(x: Array, loss: Array, error: Array) -> PowerLaw:
-    """The power law through losses `[n]` with standard errors `[n]` at `x` `[n]`.
+def fit_power_law(x: Array, loss: Array, error: Array, near: PowerLaw | None = None) -> PowerLaw:
+    """The power law through losses `[n]` with standard errors `[n]` at `x` `[n]`; the search may begin `near` another.
 
     Raises:
         TooFewError: with fewer than 4 different `x`, one more than the law has parameters.
@@ -83,19 +83,21 @@ def fit_power_law(x: Array, loss: Array, error: Array) -> PowerLaw:
     def columns(exponents: Array) -> Array:
         return np.stack([np.ones_like(scaled), scaled ** -exponents[0]], -1)
 
-    (floor, scale), (exponent,) = _fit(columns, [EXPONENTS], loss, error, [(0.0, MOST)])
+    starts = [EXPONENTS] if near is None else [np.array([near.exponent])]
+    (floor, scale), (exponent,) = _fit(columns, starts, loss, error, [(0.0, MOST)])
     return PowerLaw(floor, scale, exponent, reference)
 
 
-def fit_joint(n: Array, d: Array, k: Array, loss: Array, error: Array) -> JointLaw:
+def fit_joint(n: Array, d: Array, k: Array, loss: Array, error: Array, near: JointLaw | None = None) -> JointLaw:
     """The joint law through losses `[n]` with standard errors `[n]` of models of N, D and K `[n]`.
 
     Raises:
-        TooFewError: with fewer than 3 sizes or 3 numbers of tokens, or no more points than parameters.
+        TooFewError: if no K has 3 sizes, with fewer than 3 numbers of tokens, or no more points than parameters.
     """
-    _require(n, 3, "sizes")
+    values, counts = np.unique(k, return_counts=True)
+    _require(n[k == values[np.argmax(counts)]] if len(n) else n, 3, "sizes of one K")
     _require(d, 3, "numbers of tokens")
-    several = len(np.unique(k)) > 1
+    several = len(values) > 1
     if len(loss) <= 5 + several:
         raise TooFewError(f"{len(loss)} points for {5 + several} parameters: at least one more point is needed.")
     n_reference, d_reference = _middle(n), _middle(d)
@@ -107,9 +109,11 @@ def fit_joint(n: Array, d: Array, k: Array, loss: Array, error: Array) -> JointL
             [np.ones_like(n), penalty * (n / n_reference) ** -alpha, penalty * (d / d_reference) ** -beta], -1
         )
 
-    starts = [EXPONENTS[::3], EXPONENTS[::3], *([K_EXPONENTS] if several else [])]
+    starts = [EXPONENTS[::3], EXPONENTS[::3], K_EXPONENTS]
+    if near is not None:
+        starts = [np.array([exponent]) for exponent in (near.alpha, near.beta, near.k_exponent)]
     bounds = [(0.0, MOST), (0.0, MOST), *([(-MOST, MOST)] if several else [])]
-    (floor, a, b), exponents = _fit(columns, starts, loss, error, bounds)
+    (floor, a, b), exponents = _fit(columns, starts[: len(bounds)], loss, error, bounds)
     alpha, beta, k_exponent = exponents if several else (*exponents, 0.0)
     return JointLaw(floor, a, alpha, b, beta, k_exponent, n_reference, d_reference)
 

@@ -33,7 +33,7 @@ def plan_table(config: ScalingConfig) -> str:
 def autoencoder_shape(config: ScalingConfig, k: int) -> AutoencoderShape:
     """The shape of the autoencoder that the models of this K share."""
     autoencoder = family_experiment(config, k).autoencoder
-    vocabulary = config.base.tokenizer.vocab_size
+    vocabulary = config.vocabulary
     return AutoencoderShape(vocabulary, k, autoencoder.hidden, autoencoder.ffn_width, autoencoder.latent)
 
 

@@ -83,7 +83,7 @@ def shape_of(config: ScalingConfig, family: str, depth: int) -> ModelShape:
     head: HeadConfig = replace(config.base.head, kind="softmax") if baseline else config.base.head
     latent = 0 if baseline else config.grid.latent_per_token * k
     backbone = rung(depth, config.ladder, config.base.model).backbone
-    return ModelShape(backbone, head, config.base.tokenizer.vocab_size, k, latent)
+    return ModelShape(backbone, head, config.vocabulary, k, latent)
 
 
 def families(config: ScalingConfig) -> list[str]:

@@ -55,5 +55,5 @@ def test_too_few_points_are_no_law() -> None:
     with pytest.raises(TooFewError, match="3 different values of compute"):
         fit_power_law(x, x, x)
     n, d = np.repeat([1e7, 1e8], 3), np.tile([1e9, 1e10, 1e11], 2)
-    with pytest.raises(TooFewError, match="2 different sizes"):
+    with pytest.raises(TooFewError, match="2 different sizes of one K"):
         fit_joint(n, d, n * 0 + 4, n, n)
