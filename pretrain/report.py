@@ -1,0 +1,24 @@
+"""Write the page of a run, RUN/report.html, or one page that compares several runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from calm_core import command
+from calm_core.report.run import write_comparison, write_run_page
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the page and say where it is."""
+    parser = command.Parser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of an experiment, such as runs/demo")
+    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="page of several runs")
+    arguments = parser.parse_args(argv)
+    if len(arguments.runs) == 1:
+        print(write_run_page(arguments.runs[0]))
+        return
+    write_comparison(arguments.runs, arguments.output)
+    print(arguments.output)
+
+
+if __name__ == "__main__":
+    raise SystemExit(command.guard(main))
