@@ -176,9 +176,9 @@ def _plotly(figure: Figure) -> dict[str, Any]:
         "title": {"text": figure.title, "font": {"size": 14}, "x": 0.01, "xanchor": "left"},
         "xaxis": {"title": {"text": figure.x}, "type": "log" if figure.log_x else "linear"},
         "yaxis": {"title": {"text": figure.y}},
-        "margin": {"l": 60, "r": 12, "t": 36, "b": 60},
+        "margin": {"l": 60, "r": 12, "t": 36, "b": 80},
         "showlegend": len(figure.traces) > 1,
-        "legend": {"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1.0, "xanchor": "right"},
+        "legend": {"orientation": "h", "y": -0.32},
     }
     values = {y for trace in figure.traces for y in trace.y if y is not None}
     if len(values) == 1 and (value := values.pop()):  # plotly.js gives a constant a range of its own size: from 0 then
