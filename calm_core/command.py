@@ -1,6 +1,7 @@
 """The shape that all commands share: arguments, help, and how errors become sentences and exit codes."""
 
 import argparse
+import dataclasses
 import os
 import re
 import sys
@@ -65,9 +66,16 @@ def run(
             raise UserError(f"{paths[1]} is a second configuration after {paths[0]}: give one, and key=value for more.")
         usual = default or DEFAULT_CONFIG
         path = paths[0] if paths else usual if usual.exists() else None
-        return action(config.load(cls, path, overrides, sections), parsed.dry_run, **given)
+        return action(_with_source(config.load(cls, path, overrides, sections), path), parsed.dry_run, **given)
 
     return guard(command)
+
+
+def _with_source(loaded: Config, path: Path | None) -> Config:
+    """Note the file in a configuration that has a field `config_file`, unless it says where it is from already."""
+    if getattr(loaded, "config_file", None) == "" and path is not None:
+        return dataclasses.replace(loaded, config_file=str(path.absolute()))
+    return loaded
 
 
 def guard(function: Callable[[], int | None]) -> int:

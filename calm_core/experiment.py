@@ -32,6 +32,7 @@ class Experiment:
     """Everything that a run from text to text depends on."""
 
     run: str = option("runs/demo", "folder of the experiment; its parts are below it unless data.* says otherwise")
+    config_file: str = option("", "the file that the experiment was first read from; scripts fill it in")
     seed: int = option(0, "seed of initial weights, sample order and noise")
     data: DataConfig = option(DataConfig, "corpus and stores")
     tokenizer: TokenizerConfig = option(TokenizerConfig, "training of the tokenizer")

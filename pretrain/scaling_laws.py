@@ -5,7 +5,7 @@ prepare: what the models share: tokenizer, tokens, and for each K the autoencode
 run:     prepare, then the models one after another; finished ones are skipped, half-done ones resume. task=N trains
          model N of the plan alone, as a task of a job array does after prepare.
 fit:     the evaluations in RUN/results.parquet, the laws fitted to them in RUN/laws.json.
-plot:    the figures of results and laws, below RUN/figures.
+plot:    the figures of results and laws below RUN/figures, and all of it on one page, RUN/report.html.
 """
 
 import sys
@@ -50,9 +50,10 @@ def fit(config: ScalingConfig, dry_run: bool) -> None:
 
 def plot(config: ScalingConfig, dry_run: bool) -> None:
     """Draw the figures, and print where they are."""
+    from calm_core.report.scaling import write_scaling_page
     from calm_core.scaling.figures import draw_study
 
-    print("\n".join(map(str, draw_study(config))))
+    print("\n".join(map(str, [*draw_study(config), write_scaling_page(config)])))
 
 
 ACTIONS = {"plan": plan, "prepare": prepare, "run": run, "fit": fit, "plot": plot}

@@ -106,8 +106,8 @@ def run_stages(experiment: Experiment, names: Collection[str] | None = None) -> 
     chosen = [stage for stage in plan if names is None or stage.name in names]
     run.mkdir(parents=True, exist_ok=True)
     configuration.save(experiment, config_path(experiment))
-    # Where the run lies is no input: a folder that was moved or copied is as finished as it was.
-    inputs = configuration.to_yaml(replace(experiment, run="")) + (
+    # Where the run lies and what file began it are no inputs: a folder that was moved is as finished as it was.
+    inputs = configuration.to_yaml(replace(experiment, run="", config_file="")) + (
         "" if plan[1].given else fingerprint(sources(experiment.data.corpus))
     )
     ledger = Ledger(run / "stages.json")

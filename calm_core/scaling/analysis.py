@@ -23,7 +23,7 @@ from calm_core.scaling.points import BASELINE, families, model_size, shape_of
 from calm_core.scaling.results import Row
 
 DEEPEST = 256  # the ladder's rungs that a prediction looks at
-SIGNIFICANT = 2.0  # standard errors
+FEWEST_DRAWS = 15  # resamplings below which there is no interval
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _joint_law(config: ScalingConfig, data: Losses, of: list[str]) -> dict[str, 
 
 def _named(law: PowerLaw | JointLaw, draws: list[Any], confidence: float) -> dict[str, Any]:
     """Parameters with their intervals; an interval is None where too few resamplings determined the form."""
-    enough = len(draws) >= 20
+    enough = len(draws) >= FEWEST_DRAWS
     parameters = {
         name: {
             "value": value,
@@ -217,7 +217,7 @@ def best_model(
         "size": int(size[best]),
         "tokens": int(tokens[best]),
         "loss": float(foretold[best]),
-        "interval": interval(spread, config.fit.confidence) if len(spread) >= 20 else None,
+        "interval": interval(spread, config.fit.confidence) if len(spread) >= FEWEST_DRAWS else None,
         "families_of_resamplings": {f: choices.count(f) / len(choices) for f in of} if choices else {},
     }
 

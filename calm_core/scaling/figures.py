@@ -49,14 +49,14 @@ def draw_study(config: ScalingConfig) -> list[Path]:
 
 def _performance(config: ScalingConfig, rows: list[Row], laws: Mapping[str, Any], measure: str) -> Figure:
     """Performance against training compute: every point, the best of each family joined, published models beside."""
-    figure, axes = _axes(f"{_title(measure)} against training compute", "training FLOPs", _title(measure))
+    figure, axes = _axes(f"{measure_title(measure)} against training compute", "training FLOPs", measure_title(measure))
     axes.set_xscale("log")
     for number, family in enumerate(families(config)):
-        own = [row for row in rows if row["family"] == family]
+        own = of_family(rows, family)
         if not own:
             continue
         color = f"C{number}"
-        axes.errorbar(*_columns(own, measure), fmt="o", color=color, alpha=0.5, markersize=4, label=_name(family))
+        axes.errorbar(*_columns(own, measure), fmt="o", color=color, alpha=0.5, markersize=4, label=family_name(family))
         data = losses(own, measure)
         best = [own[i] for i in frontier(data)] if len(data.model) == len(own) else own
         axes.plot([row["flops"] for row in best], [row[measure] for row in best], color=color)
@@ -72,9 +72,9 @@ def _isoflop(config: ScalingConfig, rows: list[Row], measure: str) -> Figure:
     shown = [family for family in families(config) if any(row["family"] == family for row in rows)]
     figure = Figure(figsize=(4.5 * len(shown), 4), layout="constrained")
     for family, axes in zip(shown, figure.subplots(1, len(shown), squeeze=False, sharey=True)[0], strict=True):
-        style(axes, _name(family), "N, parameters without token tables", _title(measure))
+        style(axes, family_name(family), "N, parameters without token tables", measure_title(measure))
         axes.set_xscale("log")
-        own = [row for row in rows if row["family"] == family]
+        own = of_family(rows, family)
         for budget in sorted({row["budget"] for row in own}):
             at = sorted((row for row in own if row["budget"] == budget), key=lambda row: row["size"])
             flops = np.mean([row["flops"] for row in at])
@@ -86,18 +86,14 @@ def _isoflop(config: ScalingConfig, rows: list[Row], measure: str) -> Figure:
 
 def _equal_compute(config: ScalingConfig, rows: list[Row], measure: str) -> Figure:
     """The best model of each K at each budget; the AR baseline is drawn as K=1 with a square."""
-    figure, axes = _axes(f"{_title(measure)} over K at equal compute", "K, tokens per chunk", _title(measure))
+    figure, axes = _axes(
+        f"{measure_title(measure)} over K at equal compute", "K, tokens per chunk", measure_title(measure)
+    )
     axes.set_xscale("log", base=2)
     for number, budget in enumerate(sorted({row["budget"] for row in rows})):
-        at = [row for row in rows if row["budget"] == budget]
-        sign = 1 if measure == "cross_entropy" else -1
-        best = {
-            f: min(own, key=lambda row: sign * row[measure])
-            for f in families(config)
-            if (own := [row for row in at if row["family"] == f])
-        }
+        best = best_of_families(config, rows, budget, measure)
         calm = sorted((row for f, row in best.items() if f != BASELINE), key=lambda row: row["k"])
-        label = f"{np.mean([row['flops'] for row in at]):.2g} FLOPs"
+        label = f"{np.mean([row['flops'] for row in best.values()]):.2g} FLOPs"
         axes.errorbar([row["k"] for row in calm], *_values(calm, measure), marker="o", color=f"C{number}", label=label)
         if BASELINE in best:
             axes.errorbar([1], *_values([best[BASELINE]], measure), marker="s", color=f"C{number}")
@@ -113,11 +109,25 @@ def _values(rows: list[Row], measure: str) -> tuple[list[float], list[float]]:
     return [row[measure] for row in rows], [row[f"{measure}_error"] or 0.0 for row in rows]
 
 
-def _name(family: str) -> str:
+def of_family(rows: list[Row], family: str) -> list[Row]:
+    """The rows of one family."""
+    return [row for row in rows if row["family"] == family]
+
+
+def best_of_families(config: ScalingConfig, rows: list[Row], budget: int, measure: str) -> dict[str, Row]:
+    """The best model of each family at one budget; families without a point there are left out."""
+    sign = 1 if measure == "cross_entropy" else -1
+    at = [row for row in rows if row["budget"] == budget]
+    return {f: min(own, key=lambda row: sign * row[measure]) for f in families(config) if (own := of_family(at, f))}
+
+
+def family_name(family: str) -> str:
+    """How figures call a family."""
     return "AR" if family == BASELINE else f"CALM K={family.removeprefix('k')}"
 
 
-def _title(measure: str) -> str:
+def measure_title(measure: str) -> str:
+    """How figures call a measure."""
     return TITLES.get(measure, f"Brier-{measure[-1]}")
 
 

@@ -171,7 +171,7 @@ def _fit(
 
     low, high = zip(*([(0.0, np.inf)] * count + list(bounds)), strict=True)
     start = np.clip([*(first[best] / typical), *grid[best]], np.array(low) + 1e-9, np.minimum(high, 1e9))
-    found = least_squares(misfit, start, bounds=(low, high), loss="soft_l1", x_scale="jac", max_nfev=2000).x
+    found = least_squares(misfit, start, bounds=(low, high), loss="soft_l1", x_scale="jac", max_nfev=300).x
     return found[:count] * typical, found[count:]
 
 

@@ -23,7 +23,12 @@ def fit_study(config: ScalingConfig, write: bool) -> str:
         write_results(rows, results_path(config))
         write_json(Path(config.run) / LAWS, laws)
     expected = sum(len(point.budget_steps) for point in points(config))
-    lines = [f"{len(rows)} of {expected} points measured"]
+    return f"{len(rows)} of {expected} points measured\n{say_laws(laws)}"
+
+
+def say_laws(laws: Mapping[str, Any]) -> str:
+    """The laws of all measures, as text."""
+    lines = []
     for measure, of_measure in laws.items():
         lines += ["", f"== {measure}: {_lost(measure)}", *_compute(of_measure), *_isoflop(of_measure)]
         lines += [line for name, law in of_measure["joint"].items() for line in _joint(name, law)]

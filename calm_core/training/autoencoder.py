@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ class AutoencoderTask:
     """The autoencoder on the windows of token stores (see `training.task.Task`)."""
 
     name = "autoencoder"
+    stages: ClassVar[list[dict[str, Any]]] = []  # it has no pipeline
 
     def __init__(
         self, config: AutoencoderConfig, k: int, positions: int, seed: int, train: Blend, held_out: TokenStore

@@ -29,7 +29,7 @@ from calm_core.noise import SampleNoise
 from calm_core.parallel.config import ParallelConfig
 from calm_core.parallel.engine import Engine
 from calm_core.parallel.topology import Topology
-from calm_core.pipeline_split import describe, pipeline_split
+from calm_core.pipeline_split import describe, pipeline_split, shares
 from calm_core.training.chunk_batch import ChunkBatch, needed_columns, read_batch
 from calm_core.training.evaluation import evaluate, own_windows
 from calm_core.training.evaluation_config import EvaluationConfig
@@ -69,6 +69,10 @@ class CalmTask:
         self.split = pipeline_split(shape, positions, layout)
         self.samples = Samples(train, positions, seed)
         self.tokens_per_sample = positions * shape.k
+        self.stages = [
+            {"stage": stage, "layers": sum(self.split[stage :: layout.pipeline]), "share of FLOPs": share}
+            for stage, share in enumerate(shares(shape, positions, layout, self.split))
+        ]
         self.flops_per_sample = flops.executed_training(shape, positions)
         self.identity = {
             "model": asdict(shape),

@@ -1,6 +1,7 @@
 """What a person and a file learn of a run while it goes on."""
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from calm_core.parallel.engine import Update
 from calm_core.parallel.topology import Topology
+from calm_core.report.run import write_run_page
 from calm_core.training.config import TrainingConfig
 from calm_core.training.hardware import backends, peak_flops, peak_memory
 from calm_core.training.progress import Progress
@@ -19,6 +21,8 @@ from calm_core.training.run_log import RunLog
 from calm_core.training.task import Task
 
 T = TypeVar("T")
+
+LAYOUT = ("tensor", "pipeline", "virtual", "sequence", "recompute")  # of the configuration, recorded at each start
 
 
 class Reporter:
@@ -34,7 +38,7 @@ class Reporter:
         dtype: torch.dtype,
         resolved: dict[str, Any],
     ) -> None:
-        self._task, self._config, self._topology = task, config, topology
+        self._task, self._config, self._topology, self._folder = task, config, topology, folder
         dist.barrier()  # so that ranks that share a machine measure its peak together
         peak, source = peak_flops(topology.device, dtype)
         self._peak = peak * topology.world
@@ -43,6 +47,8 @@ class Reporter:
             precision = str(dtype).removeprefix("torch.")
             self._log = RunLog(folder, start.step, task.name, config.wandb, resolved)
             how = {"global_batch": config.global_batch, "ranks": topology.world, "precision": precision}
+            how |= {name: getattr(topology.layout, name) for name in LAYOUT}
+            how |= {"data": topology.data_size, "stages": task.stages}
             self._log.write(start.step, "event", {"event": "start", "samples": start.consumed, **how})
             print(backends(topology.device))
             print(f"peak: {self._peak / 1e12:.3g} TFLOP/s over {topology.world} ranks ({source}, {precision})")
@@ -58,6 +64,7 @@ class Reporter:
     ) -> None:
         if self._log is not None:
             self._log.close()
+            self._write_page()
 
     def waited(self, load: Callable[[], T]) -> T:
         """Call `load` and count the time as waiting for data."""
@@ -97,6 +104,7 @@ class Reporter:
             self._log.write(step, "eval", metrics)
             shown = "  ".join(_shown(name, value, metrics) for name, value in metrics.items() if _is_shown(name, value))
             print(f"{self._task.name} step {step} held-out: {shown}", flush=True)
+            self._write_page()
         self._restart_clock()
 
     def saved(self, step: int, save: Callable[[], None]) -> None:
@@ -106,6 +114,13 @@ class Reporter:
         if self._log is not None:
             self._log.write(step, "event", {"event": "checkpoint", "seconds": time.perf_counter() - start})
         self._restart_clock()
+
+    def _write_page(self) -> None:
+        """Bring RUN/report.html up to date."""
+        try:
+            write_run_page(self._folder.path.parent)
+        except Exception as error:  # a page must not take the run with it
+            print(f"the page of the run was not written ({error}); metrics.jsonl has everything.", file=sys.stderr)
 
     def _restart_clock(self) -> None:
         self._since, self._steps, self._wait = time.perf_counter(), 0, 0.0

@@ -18,12 +18,14 @@ class Task(Protocol):
         name: of the stage, used for folders and plots.
         tokens_per_sample: tokens that one sample trains on.
         flops_per_sample: floating-point operations of its forward and backward pass, as executed.
+        stages: what each pipeline stage holds, as named values.
         identity: values that a resumed run must share with the checkpoint (shape, data, seed).
     """
 
     name: str
     tokens_per_sample: int
     flops_per_sample: float
+    stages: list[dict[str, Any]]
     identity: dict[str, Any]
 
     def build(self, topology: Topology, dtype: torch.dtype) -> list[MegatronModule]:

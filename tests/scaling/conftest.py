@@ -22,8 +22,8 @@ def study(tmp_path: Path) -> ScalingConfig:
     config = ScalingConfig(
         run=str(tmp_path / "study"),
         ladder=LadderConfig(depths=[4, 6, 8, 12], aspect=32, head_width=32, batch_tokens=1 << 15),
-        grid=GridConfig(k=[2, 4], context=512, budgets=[1e15, 2e15, 4e15, 8e15, 1.6e16]),
-        fit=FitConfig(measures=["brier_1", "brier_lm", "cross_entropy"], draws=20),
+        grid=GridConfig(k=[2, 4], context=512, budgets=[1e15, 2e15, 4e15, 8e15]),
+        fit=FitConfig(measures=["brier_1", "brier_lm", "cross_entropy"], draws=30),
     )
     return replace(config, base=replace(config.base, head=HeadConfig()))
 
