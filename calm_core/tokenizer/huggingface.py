@@ -50,18 +50,21 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text."""
-        return encode_long(self._encode, text)
+        return self._encode(text).tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The token ids of each text."""
-        return [np.array(self.encode(text), np.int32) for text in texts]
+        return [self._encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens are silent."""
         return self._tokenizer.decode([token for token in ids if token != self.pad], skip_special_tokens=True)
 
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def _encode(self, text: str) -> np.ndarray:
+        return encode_long(self._encode_piece, text)
+
+    def _encode_piece(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
 
 def _names(path: Path) -> Mapping[str, Any]:

@@ -3,13 +3,15 @@
 import re
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 LONGEST = 1 << 20  # characters that a library is given at once
 SEARCHED = 1 << 16  # characters before that limit in which a place to cut is looked for
 SINGLE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 
 
-def encode_long(encode: Callable[[str], list[int]], text: str, longest: int = LONGEST) -> list[int]:
-    """The tokens of a text of any length, where `encode` has those of a short one.
+def encode_long(encode: Callable[[str], np.ndarray], text: str, longest: int = LONGEST) -> np.ndarray:
+    """The tokens of a text of any length, integers `[tokens]`, where `encode` has those of a short one.
 
     The text is cut at single spaces, over which no token of the usual tokenizers reaches: the tokens are those of the
     whole text. Where there is none to cut at, in a script without spaces, a word may be cut in two.
@@ -17,9 +19,9 @@ def encode_long(encode: Callable[[str], list[int]], text: str, longest: int = LO
     if len(text) <= longest:
         return encode(text)
     # A tokenizer that puts a space before any text has the one that a piece begins with already.
-    spare = " " if encode("a b") == encode("a") + encode("b") else ""
+    spare = " " if np.array_equal(encode("a b"), np.concatenate([encode("a"), encode("b")])) else ""
     first, *others = _pieces(text, longest)
-    return encode(first) + [token for piece in others for token in encode(piece.removeprefix(spare))]
+    return np.concatenate([encode(first), *(encode(piece.removeprefix(spare)) for piece in others)])
 
 
 def _pieces(text: str, longest: int) -> Iterator[str]:

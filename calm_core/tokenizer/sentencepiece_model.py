@@ -1,6 +1,7 @@
 """Tokenizers in sentencepiece's `.model` files."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import sentencepiece
@@ -31,12 +32,12 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text."""
-        return encode_long(self._processor.encode, text)
+        return self._encode(text).tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The token ids of each text."""
         if max(map(len, texts), default=0) > LONGEST:
-            return [np.array(self.encode(text), np.int32) for text in texts]
+            return [self._encode(text) for text in texts]
         return self._processor.encode(list(texts), num_threads=1, return_type="numpy")
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -46,3 +47,6 @@ class SentencePieceTokenizer:
         sentencepiece writes its spaces.
         """
         return self._processor.decode(list(ids))
+
+    def _encode(self, text: str) -> np.ndarray:
+        return encode_long(partial(self._processor.encode, return_type="numpy"), text)

@@ -59,7 +59,7 @@ def test_shards_hold_at_most_the_text_asked_for(config, tokens):
 
 
 def test_chunk_shards_are_bounded_and_documents_go_on_across_them(tokens, autoencoder, tmp_path, monkeypatch):
-    rows = 50
+    rows = 150
     build_chunks(tokens, autoencoder, tmp_path / "whole")
     monkeypatch.setattr(chunk_stores, "SHARD_ROWS", rows)
     build_chunks(tokens, autoencoder, tmp_path / "cut")
