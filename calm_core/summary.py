@@ -24,18 +24,12 @@ def write_summary(experiment: Experiment) -> dict[str, Any]:
     `tokens_per_second` is the median over the lines of a training's metrics.jsonl; standard errors are clustered by
     document; `seconds` count every attempt of a stage.
     """
-    run, paths = Path(experiment.run), experiment.paths
-    rebuilt = read_json(paths.autoencoder_run / "evaluation.json")
+    run, paths, trainings = Path(experiment.run), experiment.paths, _trainings(experiment)
     scored = read_json(paths.calm_run / "evaluation.json")
     depth = sum(f"brier_{n}" in scored for n in range(1, 5))
     summary = {
-        "autoencoder": {
-            "token_accuracy": rebuilt["token_accuracy"],
-            "token_accuracy_posterior": rebuilt["token_accuracy_posterior"],
-            f"token_accuracy_sigma_{rebuilt['sigma']}": rebuilt["token_accuracy_noisy"],
-            "mean_sigma": rebuilt["mean_sigma"],
-            "dead_dimensions": rebuilt["dead_dimensions"],
-        },
+        "head": experiment.head.kind,
+        **({"autoencoder": _rebuilt(trainings["autoencoder"])} if "autoencoder" in trainings else {}),
         "calm": {
             "brier": [_with_error(scored, f"brier_{n}") for n in range(1, depth + 1)],
             "brier_lm": scored["brier_lm"],
@@ -47,10 +41,7 @@ def write_summary(experiment: Experiment) -> dict[str, Any]:
             "loss": _with_error(scored, "loss"),
             "loss_shuffled": _with_error(scored, "loss_shuffled"),
         },
-        "tokens_per_second": {
-            "autoencoder": _tokens_per_second(paths.autoencoder_run),
-            "calm": _tokens_per_second(paths.calm_run),
-        },
+        "tokens_per_second": {name: _tokens_per_second(folder) for name, folder in trainings.items()},
         "seconds": {name: stage["seconds"] for name, stage in read_json(run / "stages.json").items()},
         "samples": [
             {name: sample[name] for name in ("temperature", "prompt", "text")}
@@ -64,23 +55,25 @@ def write_summary(experiment: Experiment) -> dict[str, Any]:
 
 
 def plot_experiment(experiment: Experiment) -> None:
-    """Loss curves of both trainings and Brier-1 and 2 of CALM, as PNG files in their run folders."""
-    for folder, title in ((experiment.paths.autoencoder_run, "Autoencoder"), (experiment.paths.calm_run, "CALM")):
+    """Loss curves of all trainings, and Brier-1 and 2 of the model, as PNG files in their run folders."""
+    titles = {"autoencoder": "Autoencoder", "calm": _model_name(experiment.head.reads_tokens)}
+    for name, folder in _trainings(experiment).items():
         train, evaluations = (read_metrics(folder / "metrics.jsonl", kind) for kind in ("train", "eval"))
-        plot_loss(train, evaluations, f"{title}: loss", folder / "loss.png")
+        plot_loss(train, evaluations, f"{titles[name]}: loss", folder / "loss.png")
     plot_brier(evaluations, experiment.paths.calm_run / "brier.png")
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
     """The summary for a terminal: a table of figures, the time of each stage, and the samples."""
-    autoencoder, calm = summary["autoencoder"], summary["calm"]
+    autoencoder, calm = summary.get("autoencoder", {}), summary["calm"]
+    model = _model_name(reads_tokens=not autoencoder)
     figures = [[f"autoencoder {name.replace('_', ' ')}", f"{value:.4g}"] for name, value in autoencoder.items()]
     for n, (own, unigram) in enumerate(zip(calm["brier"], calm["unigram_brier"], strict=True), 1):
-        figures.append([f"CALM Brier-{n} (unigram)", f"{_shown(own, '.3%')} ({unigram:.3%})"])
+        figures.append([f"{model} Brier-{n} (unigram)", f"{_shown(own, '.3%')} ({unigram:.3%})"])
     lm = calm["brier_lm"]
     figures += [
         [calm["measure"], "none" if lm is None else f"{lm:.3f}"],
-        ["CALM held-out loss", _shown(calm["loss"], ".4f")],
+        [f"{model} held-out loss", _shown(calm["loss"], ".4f")],
         *([f"{name} tokens/s", f"{speed:,.0f}"] for name, speed in summary["tokens_per_second"].items()),
         *([f"seconds of {name}", f"{seconds:.0f}"] for name, seconds in summary["seconds"].items()),
     ]
@@ -89,6 +82,28 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         for sample in summary["samples"]
     ]
     return "\n".join([*table(["figure", "value"], figures), "", *samples])
+
+
+def _trainings(experiment: Experiment) -> dict[str, Path]:
+    """The run folder of each training; a head that reads tokens needs no autoencoder."""
+    paths = experiment.paths
+    before = {} if experiment.head.reads_tokens else {"autoencoder": paths.autoencoder_run}
+    return {**before, "calm": paths.calm_run}
+
+
+def _model_name(reads_tokens: bool) -> str:
+    return "AR" if reads_tokens else "CALM"
+
+
+def _rebuilt(autoencoder_run: Path) -> dict[str, float]:
+    health = read_json(autoencoder_run / "evaluation.json")
+    return {
+        "token_accuracy": health["token_accuracy"],
+        "token_accuracy_posterior": health["token_accuracy_posterior"],
+        f"token_accuracy_sigma_{health['sigma']}": health["token_accuracy_noisy"],
+        "mean_sigma": health["mean_sigma"],
+        "dead_dimensions": health["dead_dimensions"],
+    }
 
 
 def _with_error(result: Mapping[str, Any], name: str) -> dict[str, float | None]:

@@ -117,6 +117,20 @@ def test_killed_in_the_middle_of_training_it_goes_on_to_the_same_end(config, run
     assert scores[0]["samples"] == scores[1]["samples"]
 
 
+def test_the_baseline_goes_from_text_to_text_without_an_autoencoder(config):
+    run = config.parent / "baseline"
+    changes = ["head.kind=softmax", "training.positions=64", "training.eval_every=24", "pipeline.processes=1"]
+    code, output = finish([*pipeline(config, run), *changes], seconds=600)
+    assert code == 0, output
+    assert "AR Brier-1" in output
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["head"] == "softmax"
+    assert set(summary["seconds"]) == {"train_tokenizer", "tokenize_corpus", "train_calm", "evaluate_calm", "sample"}
+    assert all(sample["text"] for sample in summary["samples"])
+    assert not (run / "autoencoder").exists()
+    assert not (run / "chunks").exists()
+
+
 def test_a_wrong_configuration_of_a_stage_ends_with_its_sentence_and_code(config, run):
     command = [*pipeline(config, run.parent / "refused"), "tokenizer.vocab_size=30000"]
     code, output = finish(command, seconds=120)

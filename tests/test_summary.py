@@ -1,9 +1,12 @@
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from calm_core.experiment import Experiment
+from calm_core.model.config import HeadConfig
 from calm_core.summary import format_summary, plot_experiment, write_summary
 
 REBUILT = {"token_accuracy": 0.999, "token_accuracy_posterior": 0.99, "token_accuracy_noisy": 0.9, "sigma": 0.3}
@@ -58,6 +61,19 @@ def test_the_table_shows_figures_with_their_errors_and_the_samples(experiment):
     assert "99.9" in shown.replace("0.999", "99.9")
     assert "10.000% ± 1.000% (2.000%)" in shown
     assert shown.endswith("Once more")
+
+
+def test_the_baseline_has_no_autoencoder(experiment):
+    shutil.rmtree(Path(experiment.run) / "autoencoder")
+    baseline = replace(experiment, head=HeadConfig(kind="softmax"))
+    summary = write_summary(baseline)
+    assert "autoencoder" not in summary
+    assert summary["tokens_per_second"] == {"calm": 5}
+    shown = format_summary(summary)
+    assert "AR Brier-1" in shown
+    assert "CALM" not in shown
+    plot_experiment(baseline)
+    assert not (Path(experiment.run) / "autoencoder").exists()
 
 
 def test_another_configuration_has_another_hash(experiment):

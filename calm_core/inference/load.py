@@ -10,7 +10,7 @@ from calm_core import config as configuration
 from calm_core.autoencoder import Autoencoder
 from calm_core.autoencoder_artefact import load_autoencoder
 from calm_core.data.config import DataConfig
-from calm_core.data.manifest import MANIFEST, read_manifest, source_hash
+from calm_core.data.manifest import MANIFEST, read_manifest, source_hash, store_hash
 from calm_core.errors import UserError
 from calm_core.experiment import Experiment, Paths
 from calm_core.model.calm import CalmModel
@@ -130,8 +130,12 @@ def _check_fit(
 
 
 def _made_from(checkpoint: Checkpoint, paths: Paths) -> dict[str, Any]:
-    """What the checkpoint's chunk store was made from; {} if that store is gone or has been replaced."""
-    if not (paths.chunks / MANIFEST).exists():
-        return {}
-    made_from = read_manifest(paths.chunks, "chunks")["made_from"]
-    return made_from if source_hash(made_from) == checkpoint.state["identity"]["data"] else {}
+    """What the checkpoint's store was made from; {} if that store is gone, has been replaced, or was one of several."""
+    data = checkpoint.state["identity"]["data"]
+    if (paths.chunks / MANIFEST).exists():
+        made_from = read_manifest(paths.chunks, "chunks")["made_from"]
+        if source_hash(made_from) == data:
+            return made_from
+    if (paths.tokens / MANIFEST).exists() and store_hash(paths.tokens) == data:
+        return read_manifest(paths.tokens, "tokens")["made_from"]
+    return {}

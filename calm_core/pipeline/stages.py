@@ -61,7 +61,7 @@ def config_path(experiment: Experiment) -> Path:
 
 
 def stages(experiment: Experiment) -> list[Stage]:
-    """All stages of an experiment, in order."""
+    """All stages of an experiment, in order; a head that reads tokens has use for neither autoencoder nor chunks."""
     data, paths, run = experiment.data, experiment.paths, Path(experiment.run)
     config = [str(config_path(experiment))]
     processes = min(experiment.pipeline.processes, torch.cuda.device_count() or experiment.pipeline.processes)
@@ -73,9 +73,11 @@ def stages(experiment: Experiment) -> list[Stage]:
     def evaluation(name: str, of: Path, *arguments: str, product: Path) -> Stage:
         return Stage(name, "pretrain/evaluate.py", [str(of), *arguments, "--output", str(product)], product)
 
-    return [
+    tokens = [
         data_stage("train_tokenizer", "data_prep/train_tokenizer.py", paths.tokenizer, data.tokenizer),
         data_stage("tokenize_corpus", "data_prep/tokenize_corpus.py", paths.tokens / "manifest.json", data.tokens),
+    ]
+    latents = [
         data_stage(
             "train_autoencoder",
             "pretrain/train_autoencoder.py",
@@ -91,10 +93,13 @@ def stages(experiment: Experiment) -> list[Stage]:
             product=run / "autoencoder" / "evaluation.json",
         ),
         data_stage("build_chunks", "data_prep/build_chunks.py", paths.chunks / "manifest.json", data.chunks),
+    ]
+    model = [
         Stage("train_calm", "pretrain/train_calm.py", config, last, processes),
         evaluation("evaluate_calm", paths.calm_run, product=paths.calm_run / "evaluation.json"),
         Stage("sample", "pretrain/sample.py", config, run / "samples.json"),
     ]
+    return [*tokens, *([] if experiment.head.reads_tokens else latents), *model]
 
 
 def run_stages(experiment: Experiment, names: Collection[str] | None = None) -> int:

@@ -16,10 +16,17 @@ from calm_core.experiment import Experiment
 from calm_core.inference.generate import generate
 from calm_core.inference.load import Loaded, load_for_inference
 from calm_core.inference.options import GenerationOptions
+from calm_core.model.calm import CalmModel
+from calm_core.model.config import HeadConfig, ModelShape
+from calm_core.model.megatron import transformer_config
+from calm_core.model.parameters import initialize, named_parameters, pieces
 from calm_core.parallel import checkpoint
+from calm_core.parallel.config import ParallelConfig
 from calm_core.parallel.engine import Engine
 from calm_core.parallel.optimizer import OptimizerConfig
 from calm_core.parallel.topology import Topology
+from calm_core.parallel.weights_only import write_weights
+from calm_core.tokenizer import TokenizerConfig, train_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "pretrain" / "generate.py"
 CPU = torch.device("cpu")
@@ -91,6 +98,38 @@ def test_another_autoencoder_than_that_of_the_data_is_refused(copied: Path, load
         load_for_inference(copied, CPU)
     shutil.rmtree(copied / "chunks")  # nothing left to compare with
     assert load_for_inference(copied, CPU)
+
+
+@pytest.fixture
+def baseline(topology: Topology, loaded: Loaded, spoken_path: Path, tmp_path: Path) -> Path:
+    """A run folder with a checkpoint of an autoregressive model, its tokenizer and its token store."""
+    shape = ModelShape(loaded.shape.backbone, HeadConfig(kind="softmax"), loaded.shape.vocabulary, k=1, latent=0)
+    model = CalmModel(transformer_config(shape.backbone, ParallelConfig()), shape)
+    initialize([model], 0.3, seed=0)
+    (tmp_path / "tokenizer").mkdir()
+    shutil.copy(spoken_path, tmp_path / "tokenizer" / "tokenizer.model")
+    (tmp_path / "tokens").mkdir()
+    made_from = {"tokenizer": loaded.tokenizer.content_hash}
+    write_json(tmp_path / "tokens" / "manifest.json", {"kind": "tokens", "format_version": 1, "made_from": made_from})
+    identity = {"model": asdict(shape), "data": store_hash(tmp_path / "tokens"), "positions": 40}
+    state = {"config": configuration.to_dict(Experiment()), "identity": identity}
+    parts = [(piece, p.data) for name, p in named_parameters([model]) for piece in pieces(name, p)]
+    weights = {piece.name: piece.of(local) for piece, local in parts}
+    write_weights(tmp_path / "calm" / "checkpoints" / "step-1", weights, state)
+    return tmp_path
+
+
+def test_the_baseline_speaks_with_its_own_tokenizer_alone(baseline: Path) -> None:
+    found = load_for_inference(baseline, CPU)
+    assert found.autoencoder is None
+    [completion] = generate(found, ["the fox"], GenerationOptions(max_tokens=5, temperature=1 / 2, samples=20))
+    assert len(completion.tokens) == 5 or completion.reason == "eos"
+    own = baseline / "tokenizer" / "tokenizer.model"
+    train_tokenizer(["another text of the same vocabulary size"] * 20, TokenizerConfig(vocab_size=300), own, {})
+    with pytest.raises(UserError, match="not the tokenizer"):
+        load_for_inference(baseline, CPU)
+    shutil.rmtree(baseline / "tokens")  # nothing left to compare with but the number of tokens
+    assert load_for_inference(baseline, CPU)
 
 
 def speak(*arguments: object) -> subprocess.CompletedProcess[str]:

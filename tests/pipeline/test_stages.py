@@ -7,6 +7,7 @@ from calm_core import config
 from calm_core.data.config import DataConfig
 from calm_core.errors import UserError
 from calm_core.experiment import Experiment
+from calm_core.model.config import HeadConfig
 from calm_core.pipeline.config import PipelineConfig
 from calm_core.pipeline.stages import ROOT, run_stages, stages
 
@@ -24,6 +25,12 @@ def test_every_stage_is_a_script_that_reads_the_configuration_or_a_product_of_an
         source = stage.arguments[0]
         assert source.endswith("config.yaml") or any(product.startswith(source) for product in products)
     assert len({stage.product for stage in plan}) == len({stage.name for stage in plan}) == len(plan)
+
+
+def test_a_head_that_reads_tokens_has_neither_autoencoder_nor_chunks(experiment):
+    plan = stages(replace(experiment, head=HeadConfig(kind="softmax")))
+    names = ["train_tokenizer", "tokenize_corpus", "train_calm", "evaluate_calm", "sample"]
+    assert [stage.name for stage in plan] == names
 
 
 def test_trainings_and_they_alone_run_under_torchrun(experiment):
