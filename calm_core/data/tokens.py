@@ -9,7 +9,7 @@ from functools import partial
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -104,16 +104,16 @@ class TokenStoreBuild:
         tokenize = partial(_tokenize_block, self.config, self.tokenizer, self.builder)
         mine = [part for part in share.of(range(len(self.parts))) if not self.builder.is_done(part)]
         with Progress("tokenizing", len(mine), "parts") as progress:
-            for block, (shards, counts) in spread(tokenize, self._blocks(mine), workers):
+            for done in spread(tokenize, self._blocks(mine), workers):
                 shown = len(tally.examples)
-                tally.add(counts)
+                tally.add(done.records)
                 for example in tally.examples[shown:]:
                     print(f"left out: {example}", file=sys.stderr)
                 tally.require(self.config.max_malformed, at_least=EARLY)
-                self.builder.add(block.part, block.piece, block.last, shards, documents=counts.as_dict())
-                size += block.bytes
+                self.builder.add(done.part, done.piece, done.last, done.shards, records=done.records.as_dict())
+                size += done.bytes
                 rate = size / 1e6 / (time.perf_counter() - started)
-                progress.advance(int(block.last), f"{size / 1e6:,.1f} MB of text, {rate:,.1f} MB/s")
+                progress.advance(int(done.last), f"{size / 1e6:,.1f} MB of text, {rate:,.1f} MB/s")
 
     def finish(self) -> dict[str, Any]:
         """Complete the store; its manifest.
@@ -123,7 +123,7 @@ class TokenStoreBuild:
         """
         tally = Tally()
         for entry in self.builder.entries():
-            tally.add(Tally(**entry["documents"]))
+            tally.add(Tally(**entry["records"]))
         tally.require(self.config.max_malformed)
         if not tally.kept:
             self.builder.discard()
@@ -152,10 +152,19 @@ def build_tokens(config: DataConfig, tokenizer: Tokenizer, folder: Path, workers
     return build.finish()
 
 
-def _tokenize_block(
-    config: DataConfig, tokenizer: Tokenizer, builder: StoreBuilder, block: Block
-) -> tuple[dict[str, Any], Tally]:
-    """Write the shards of a block; their entries by split, and what became of its records."""
+class _Piece(NamedTuple):
+    """A block that is tokenized: what the journal notes of it."""
+
+    part: int
+    piece: int
+    last: bool
+    bytes: int
+    shards: dict[str, dict[str, Any]]
+    records: Tally
+
+
+def _tokenize_block(config: DataConfig, tokenizer: Tokenizer, builder: StoreBuilder, block: Block) -> _Piece:
+    """Write the shards of a block, one for each split among its documents."""
     tally, dtype = Tally(), token_dtype(tokenizer.vocab_size)
     bos, end = np.array([tokenizer.bos], dtype), np.array([tokenizer.eos] if config.eos else [], dtype)
     names, tokens = defaultdict(list), defaultdict(list)
@@ -176,7 +185,7 @@ def _tokenize_block(
         rows = len(documents_of_split)
         entry = write_shard(path, columns, {"tokenizer": tokenizer.content_hash})
         shards[split] = {**entry, "rows": rows, "tokens": int(offsets[-1]), "documents": rows}
-    return shards, tally
+    return _Piece(block.part, block.piece, block.last, block.bytes, shards, tally)
 
 
 def _batches(stream: Iterable[Document]) -> Iterator[list[Document]]:

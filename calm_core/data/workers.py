@@ -13,22 +13,21 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def spread(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[tuple[Task, Result]]:
-    """Each task with `function` of it, as they get done; `workers` processes do them, or this one if it is one.
+def spread(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+    """`function` of each task, in the order they get done; `workers` processes do them, or this one if it is one.
 
     The processes are forks: `function` may be anything, only tasks and results must pickle. Tasks are drawn as they are
-    needed, at most `workers` + 1 beyond those that are done.
+    needed, one ahead of those that are being done, and none is kept here.
 
     Raises:
         UserError: that a task has raised.
         RuntimeError: with the trace of anything else that a task has raised, or that a process has died.
     """
     if workers == 1:
-        for task in tasks:
-            yield task, function(task)
+        yield from map(function, tasks)
         return
     context = multiprocessing.get_context("fork")
-    processes, idle, busy = [], [], {}
+    processes, idle, busy, done = [], [], [], []
     try:
         for _ in range(workers):
             here, there = context.Pipe()
@@ -43,11 +42,14 @@ def spread(function: Callable[[Task], Result], tasks: Iterable[Task], workers: i
             while idle and upcoming is not None:
                 connection = idle.pop()
                 connection.send(upcoming)
-                busy[connection] = upcoming
+                busy.append(connection)
                 upcoming = next(remaining, None)
-            for connection in wait(list(busy)):
-                yield busy.pop(connection), _result(connection)
-                idle.append(connection)
+            yield from done  # the processes are at work again while the caller looks at what they have done
+            finished = wait(busy)
+            done = [_result(connection) for connection in finished]
+            busy = [connection for connection in busy if connection not in finished]
+            idle += finished
+        yield from done
     finally:
         for process in processes:
             process.terminate()
