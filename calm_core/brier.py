@@ -131,39 +131,40 @@ class ClusteredMean:
 class BrierAccumulator:
     """Means of per-position values, clustered by document; batches and ranks merge to the same result.
 
-    It holds one row per document: the number of its positions and the sum of their values.
+    It holds one row per document: for each column the number of its positions and the sum of their values.
     """
 
     def __init__(self, columns: int) -> None:
         """For values with `columns` columns."""
         self._clusters = torch.empty(0, dtype=torch.int64)
-        self._counts = torch.empty(0, dtype=torch.int64)
+        self._counts = torch.empty(0, columns, dtype=torch.int64)
         self._sums = torch.empty(0, columns, dtype=torch.float64)
 
-    def add(self, values: Tensor, clusters: Tensor) -> None:
-        """Adds positions: `values` `[P, n]` and the document of each, `clusters` `[P]` int64."""
+    def add(self, values: Tensor, clusters: Tensor, counted: Tensor | None = None) -> None:
+        """Adds positions: `values` `[P, n]`, the document of each, `clusters` `[P]` int64, and which values count."""
         values, clusters = values.detach().cpu().double(), clusters.cpu()
-        self.merge((clusters, torch.ones_like(clusters), values))
+        counted = torch.ones_like(values, dtype=torch.bool) if counted is None else counted.cpu()
+        self.merge((clusters, counted.long(), values.where(counted, 0)))
 
     def state(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Documents `[C]` int64, their positions `[C]` int64, their sums `[C, n]` float64: what ranks exchange."""
+        """Documents `[C]` int64, their positions `[C, n]` int64, their sums `[C, n]` float64: what ranks exchange."""
         return self._clusters, self._counts, self._sums
 
     def merge(self, state: tuple[Tensor, Tensor, Tensor]) -> None:
         """Adds the state of another accumulator; a document may appear in both."""
         clusters, counts, sums = (torch.cat(pair) for pair in zip(self.state(), state, strict=True))
         self._clusters, row = clusters.unique(return_inverse=True)
-        self._counts = counts.new_zeros(len(self._clusters)).index_add_(0, row, counts)
+        self._counts = counts.new_zeros(len(self._clusters), counts.shape[1]).index_add_(0, row, counts)
         self._sums = sums.new_zeros(len(self._clusters), sums.shape[1]).index_add_(0, row, sums)
 
     def result(self) -> ClusteredMean:
         """Means with the cluster-robust covariance, scaled by C / (C - 1) for few documents."""
-        count, clusters = int(self._counts.sum()), len(self._clusters)
+        count, clusters = self._counts.sum(0), len(self._clusters)
         mean = self._sums.sum(0) / count
-        residual = (self._sums - self._counts.unsqueeze(1) * mean) / count
+        residual = (self._sums - self._counts * mean) / count
         # One document leaves no residual, which says nothing about how documents differ.
         scale = clusters / (clusters - 1) if clusters > 1 else math.nan
-        return ClusteredMean(mean, residual.mT @ residual * scale, count, clusters)
+        return ClusteredMean(mean, residual.mT @ residual * scale, int(count.max()), clusters)
 
 
 def clustered_mean(values: Tensor, clusters: Tensor) -> ClusteredMean:

@@ -29,7 +29,7 @@ def prepare(experiment: Experiment, dry_run: bool, shard: Share | None = None, f
             f"data.k={data.k}, but the autoencoder {paths.autoencoder} is made for {autoencoder.k} tokens per chunk: "
             f"set data.k={autoencoder.k} or train another autoencoder."
         )
-    build = ChunkStoreBuild.begin(paths.tokens, autoencoder, paths.chunks, data.verify)
+    build = ChunkStoreBuild.begin(paths.tokens, autoencoder, paths.chunks, data.verify, data.packing)
     if dry_run and not build.builder.is_complete:
         print(f"would encode {paths.tokens} in chunks of {data.k} tokens with {paths.autoencoder}: {paths.chunks}")
         return

@@ -77,7 +77,7 @@ def evaluate_model(path: Path, text: Path | None, config: EvaluationConfig, scra
             rows, of_text = token_rows(experiment.data, experiment.paths.tokens), tokens_of_text
         else:
             rows = chunk_rows(experiment.data, experiment.paths.chunks)
-            of_text = partial(chunks_of_text, autoencoder=loaded.autoencoder)
+            of_text = partial(chunks_of_text, autoencoder=loaded.autoencoder, packing=rows.held_out.packing)
         held_out = of_text(text, tokenizer=loaded.tokenizer, folder=scratch) if text else rows.held_out
         return evaluate_checkpoint(loaded, rows.train.first, held_out, SEED, config)
 

@@ -11,9 +11,10 @@ import torch
 from calm_core.autoencoder import Autoencoder
 from calm_core.data.builder import StoreBuilder, shard_name
 from calm_core.data.manifest import read_manifest, store_hash
+from calm_core.data.packing import Packing, chunk_offsets, chunked, tokens_before
 from calm_core.data.shards import Verify, list_column, write_shard
 from calm_core.data.share import WHOLE, Share
-from calm_core.data.store import ShardView, TokenStore
+from calm_core.data.store import TokenStore
 from calm_core.errors import UserError
 from calm_core.folded_encoder import FoldedEncoder
 from calm_core.progress import Progress
@@ -27,17 +28,25 @@ FLOAT16_MAX = float(np.finfo(np.float16).max)
 class ChunkStoreBuild:
     """A chunk store in the making: a token store encoded by a frozen autoencoder, on the autoencoder's device.
 
-    A token shard is a part of the work: its documents run on, pad fills its last chunk, and it becomes as many chunk
-    shards as it needs. The parts may be shared among machines.
+    A token shard is a part of the work: its documents become chunks as `packing` says, and as many chunk shards as they
+    need. The parts may be shared among machines.
     """
 
     autoencoder: Autoencoder
+    packing: Packing
     builder: StoreBuilder
     parts: list[tuple[TokenStore, int]]
     """A split of the token store, and the number of the shard in it."""
 
     @classmethod
-    def begin(cls, tokens: Path, autoencoder: Autoencoder, folder: Path, verify: Verify = "auto") -> "ChunkStoreBuild":
+    def begin(
+        cls,
+        tokens: Path,
+        autoencoder: Autoencoder,
+        folder: Path,
+        verify: Verify = "auto",
+        packing: Packing = "pack",
+    ) -> "ChunkStoreBuild":
         """Begin the chunk store of a token store, or go on with it; nothing is written yet.
 
         Raises:
@@ -51,18 +60,13 @@ class ChunkStoreBuild:
                 f"The autoencoder was trained with the tokenizer {autoencoder.tokenizer_hash}, but the tokens in "
                 f"{tokens} are of {tokenizer_hash}: set data.autoencoder or data.tokens to one that fits the other."
             )
-        made_from = {
-            "tokenizer": tokenizer_hash,
-            "tokens": store_hash(tokens),
-            "autoencoder": autoencoder.content_hash,
-            "data.k": autoencoder.k,
-        }
+        made_from = source_of_chunks(tokenizer_hash, store_hash(tokens), autoencoder, packing)
         stores = [TokenStore(tokens, split, verify) for split in manifest["splits"]]
         parts = [(store, index) for store in stores for index in range(len(store.shards))]
         names = [store.shards[index]["file"] for store, index in parts]
-        shape = {"k": autoencoder.k, "latent": autoencoder.config.latent}
+        shape = {"k": autoencoder.k, "latent": autoencoder.config.latent, "packing": packing}
         special = {name: manifest[name] for name in ("vocab_size", "pad", "bos", "eos")}
-        return cls(autoencoder, StoreBuilder(folder, "chunks", made_from, names, **shape, **special), parts)
+        return cls(autoencoder, packing, StoreBuilder(folder, "chunks", made_from, names, **shape, **special), parts)
 
     def run(self, share: Share = WHOLE) -> None:
         """Encode what is not done yet of a share of the token shards.
@@ -85,17 +89,15 @@ class ChunkStoreBuild:
         """
         return self.builder.finish()
 
-    def _tokens(self, part: int) -> int:
-        store, index = self.parts[part]
-        return store.shards[index]["tokens"]
-
     def _rows(self, part: int) -> int:
-        return -(-self._tokens(part) // self.autoencoder.k)
+        store, index = self.parts[part]
+        return int(chunk_offsets(store.shard(index).offsets, self.autoencoder.k, self.packing)[-1])
 
     def _encode_part(self, part: int, encoder: FoldedEncoder, progress: Progress) -> None:
         store, index = self.parts[part]
         shard, k = store.shard(index), self.autoencoder.k
-        chunks = chunked(shard.columns["tokens"], k, self.builder.header["pad"])
+        chunks = chunked(shard.columns["tokens"], shard.offsets, k, self.builder.header["pad"], self.packing)
+        starts = chunk_offsets(shard.offsets, k, self.packing)
         begins = range(0, len(chunks), SHARD_ROWS)
         for piece, begin in enumerate(begins):
             if not self.builder.has(part, piece):
@@ -108,12 +110,15 @@ class ChunkStoreBuild:
                 }
                 path = self.builder.folder / shard_name(store.split, index, piece)
                 metadata = {name: str(value) for name, value in self.builder.header["made_from"].items()}
-                entry = _write(path, columns, shard, rows, k, metadata)
-                entry["tokens"] = min(rows.stop * k, self._tokens(part)) - rows.start * k
+                entry = _write(path, columns, shard.names, starts, rows, metadata)
+                first, end = (tokens_before(row, shard.offsets, k, self.packing) for row in (rows.start, rows.stop))
+                entry["tokens"] = end - first
                 self.builder.add(part, piece, piece == len(begins) - 1, {store.split: entry})
 
 
-def build_chunks(tokens: Path, autoencoder: Autoencoder, folder: Path, verify: Verify = "auto") -> dict[str, Any]:
+def build_chunks(
+    tokens: Path, autoencoder: Autoencoder, folder: Path, verify: Verify = "auto", packing: Packing = "pack"
+) -> dict[str, Any]:
     """Encode a whole token store into a chunk store; its manifest.
 
     A store that is finished is left as it is; one that was killed half made is gone on with, and ends the same.
@@ -121,18 +126,22 @@ def build_chunks(tokens: Path, autoencoder: Autoencoder, folder: Path, verify: V
     Raises:
         UserError: as `ChunkStoreBuild` does.
     """
-    build = ChunkStoreBuild.begin(tokens, autoencoder, folder, verify)
+    build = ChunkStoreBuild.begin(tokens, autoencoder, folder, verify, packing)
     if build.builder.is_complete:
         return read_manifest(folder, "chunks")
     build.run()
     return build.finish()
 
 
-def chunked(tokens: np.ndarray, k: int, pad: int) -> np.ndarray:
-    """The tokens `[n]` as chunks `[ceil(n / K), K]`, the last one filled up with `pad`."""
-    chunks = np.full((-(-len(tokens) // k), k), pad, tokens.dtype)
-    chunks.reshape(-1)[: len(tokens)] = tokens
-    return chunks
+def source_of_chunks(tokenizer: str, tokens: str, autoencoder: Autoencoder, packing: Packing) -> dict[str, Any]:
+    """What decides the chunks and latents of a token store, wherever they are computed; the first two are hashes."""
+    return {
+        "tokenizer": tokenizer,
+        "tokens": tokens,
+        "autoencoder": autoencoder.content_hash,
+        "data.k": autoencoder.k,
+        "data.packing": packing,
+    }
 
 
 def _encode(encoder: FoldedEncoder, chunks: np.ndarray, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
@@ -153,13 +162,13 @@ def _encode(encoder: FoldedEncoder, chunks: np.ndarray, progress: Progress) -> t
 
 
 def _write(
-    path: Path, columns: dict[str, pa.Array], shard: ShardView, rows: range, k: int, metadata: dict[str, str]
+    path: Path, columns: dict[str, pa.Array], names: pa.Array, starts: np.ndarray, rows: range, metadata: dict[str, str]
 ) -> dict[str, Any]:
     """Write the chunks `rows` of a token shard, and the sidecar with their documents; the entry in the manifest."""
-    document, inside, continues = documents_of(shard.offsets, rows, k)
+    document, inside, continues = documents_of(starts, rows)
     columns["document"] = pa.array(document.astype(np.int32))
     sidecar = {
-        "document": shard.names[inside.start : inside.stop],
+        "document": names[inside.start : inside.stop],
         "chunks": pa.array(np.bincount(document, minlength=len(inside)).astype(np.int64)),
     }
     return {
@@ -171,14 +180,14 @@ def _write(
     }
 
 
-def documents_of(offsets: np.ndarray, rows: range, k: int) -> tuple[np.ndarray, range, bool]:
-    """The documents of the chunks `rows` of a token shard, whose documents begin at the tokens `offsets`.
+def documents_of(starts: np.ndarray, rows: range) -> tuple[np.ndarray, range, bool]:
+    """The documents of the chunks `rows` of a token shard, whose documents begin with the chunks `starts`.
 
     A chunk belongs to the document of its first token. Returns the document of each chunk, counted within the second
     result; the documents of these chunks, one that has begun in the chunks before among them; and whether one has.
     """
     # With the chunks before and after: a document too short for a chunk of its own goes with the chunk before it.
-    around = np.arange(rows.start - 1, rows.stop + 1) * k
-    before, *document, after = np.searchsorted(offsets, around, side="right") - 1
+    around = np.arange(rows.start - 1, rows.stop + 1)
+    before, *document, after = np.searchsorted(starts, around, side="right") - 1
     first, last = document[0], document[-1]
     return np.array(document) - first, range(int(first), int(max(after, last + 1))), bool(before == first)

@@ -5,6 +5,7 @@ from typing import Literal
 
 from calm_core.config import option
 from calm_core.data.blend import StoreShare, check_shares
+from calm_core.data.packing import Packing
 from calm_core.data.shards import Verify
 from calm_core.errors import UserError
 
@@ -23,6 +24,7 @@ class DataConfig:
     eos: bool = option(True, "whether each document ends with eos; it begins with bos in any case")
     shard_bytes: int = option(1 << 26, "text in a token shard, at most; a longer document is a shard by itself")
     k: int = option(4, "K, tokens per chunk")
+    packing: Packing = option("pack", "pack: documents run on in chunks; align: each begins a chunk, padded to its end")
     verify: Verify = option(
         "auto", "check of a store when opened: full = checksums, size = lengths, auto = full if small"
     )

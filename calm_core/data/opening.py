@@ -28,13 +28,18 @@ def chunk_rows(data: DataConfig, chunks: Path, autoencoder: Autoencoder | None =
     """Chunks with their latents: of `data.blend`, or of the store `chunks`.
 
     Raises:
-        UserError: if a store is missing or damaged, or not made for chunks of `data.k` tokens by the autoencoder.
+        UserError: if a store is missing or damaged, or not made by the autoencoder as data.k and data.packing say.
     """
     places = _places(data, "chunks", chunks)
     stores = [ChunkStore(place, "train", data.verify) for place in places]
     if autoencoder is not None:
         for store in stores:
             store.require(data.k, autoencoder.content_hash)
+            if store.packing != data.packing:
+                raise UserError(
+                    f"data.packing={data.packing}, but the chunks in {store.folder} were made with {store.packing}: "
+                    f"set data.packing={store.packing}, or make the chunks again."
+                )
     return _rows(data, stores, ChunkStore(places[0], "held_out", data.verify))
 
 

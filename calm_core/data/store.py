@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from calm_core.data.manifest import read_manifest, source_hash, store_hash
+from calm_core.data.packing import Packing
 from calm_core.data.shards import Verify, files_of, read_shard, rows_of, verify_shards
 from calm_core.errors import UserError
 
@@ -44,6 +45,8 @@ class Store:
     """Tokens per row."""
     latent: int
     """Dimensions of the latent of a row, 0 if there is none."""
+    packing: Packing = "pack"
+    """How documents lie in the rows."""
 
     def __init__(self, folder: Path | str, split: str, verify: Verify = "auto"):
         """Open and verify one split, `train` or `held_out`.
@@ -90,6 +93,11 @@ class Store:
     def identity(self) -> str:
         """What the rows are, for a run that goes on: a hash."""
         return self.content_hash
+
+    @property
+    def padding(self) -> int | None:
+        """The token that fills up the rows of a document, None where documents run on."""
+        return self.manifest["pad"] if self.packing == "align" else None
 
     @property
     def kinship(self) -> dict[str, Any]:
@@ -195,6 +203,11 @@ class ChunkStore(Store):
         return self.manifest["k"]
 
     @property
+    def packing(self) -> Packing:
+        """`pack` where documents run on, `align` where each begins a chunk."""
+        return self.manifest["packing"]
+
+    @property
     def latent(self) -> int:
         """l, the dimensions of a latent."""
         return self.manifest["latent"]
@@ -212,7 +225,7 @@ class ChunkStore(Store):
     @property
     def kinship(self) -> dict[str, Any]:
         """What stores must have in common to be blended."""
-        return {**super().kinship, "autoencoder": self.autoencoder_hash}
+        return {**super().kinship, "packing": self.packing, "autoencoder": self.autoencoder_hash}
 
     def require(self, k: int, autoencoder_hash: str) -> None:
         """Refuse the store where it was not made for chunks of `k` tokens by this autoencoder.

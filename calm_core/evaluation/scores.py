@@ -16,6 +16,7 @@ from calm_core.model.heads.protocol import Target
 from calm_core.model.sequence import own_positions
 from calm_core.ngram import unigram_brier_terms
 from calm_core.noise import SampleNoise
+from calm_core.padding import text_tokens
 from calm_core.training.chunk_batch import ChunkBatch
 from calm_core.training.evaluation_config import EvaluationConfig
 
@@ -111,13 +112,24 @@ def numbered(name: str, terms: BrierTerms) -> dict[str, Tensor]:
 
 
 def clustered(scores: dict[str, Tensor], batch: ScoredBatch) -> ClusteredScores:
-    """Scores `[P, B]` summed by the document that each target chunk begins in."""
+    """Scores `[P, B]` summed by the document that each target chunk begins in.
+
+    A score named `..._n` counts where the n-th token of the target is text, one without a number where the first is.
+    """
+    text = text_tokens(batch.truth.cpu(), batch.held_out.windows.store.padding)
+    counted = torch.stack([text[..., _token_of(name)] for name in scores], -1)
     documents = torch.from_numpy(batch.held_out.windows.document_ids(batch.chosen))[:, 1:].T
     documents = own_positions(documents, batch.model.config)[batch.rows]
     values = torch.stack([score.cpu().double() for score in scores.values()], -1)
     accumulator = BrierAccumulator(len(scores))
-    accumulator.add(values.flatten(0, 1), documents.flatten())
+    accumulator.add(values.flatten(0, 1), documents.flatten(), counted.flatten(0, 1))
     return tuple(scores), accumulator.state()
+
+
+def _token_of(name: str) -> int:
+    """The last token of the target that a score looks at, counted from 0."""
+    number = name.rpartition("_")[2]
+    return int(number) - 1 if number.isdigit() else 0
 
 
 def summarize(parts: Iterable[ClusteredScores]) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from calm_core.model.heads.protocol import HeadLoss
 from calm_core.model.layout import check_layout
 from calm_core.model.megatron import transformer_config
 from calm_core.model.parameters import initialize
+from calm_core.model.sequence import own_positions
 from calm_core.noise import SampleNoise
+from calm_core.padding import text_tokens
 from calm_core.parallel.config import ParallelConfig
 from calm_core.parallel.engine import Engine
 from calm_core.parallel.topology import Topology
@@ -116,22 +118,34 @@ class CalmTask:
         return read_batch(self.samples, samples, samples, self._columns)
 
     def forward_step(self, micro_batches: Iterator[ChunkBatch], model: CalmModel) -> tuple[Any, Any]:
-        """Forward of one micro-batch; the loss is the mean over its positions and samples."""
+        """Forward of one micro-batch; the loss is the mean over its samples of the mean over the positions of each.
+
+        A target of nothing but padding counts for nothing. So every sample weighs alike, however much padding it has:
+        the loss of a step is that of its samples, whatever ranks and micro-batches they are divided into.
+        """
         batch = next(micro_batches)
         noise = SampleNoise(self.seed, batch.samples, self._device)
         inputs = batch.inputs(self._device) if model.first else None
         target = batch.target(self._device) if model.last else None
         output = model(inputs, target, noise)
-        count = len(batch.samples) * self.samples.positions
-        return output, partial(_mean_loss, count=count)
+        if not model.last:
+            return output, partial(_mean_loss, weights=None)
+        weights = position_weights(target.tokens, self.samples.store.padding)
+        return output, partial(_mean_loss, weights=own_positions(weights, model.config))
 
     def evaluate(self, engine: Engine) -> dict[str, Any]:
         """Brier scores and loss on held-out documents."""
         return evaluate(engine, self._held_out)
 
 
-def _mean_loss(output: HeadLoss, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The share of these positions in a mean over `count`; sequence-parallel ranks hold parts of one sum."""
-    loss = output.loss.sum() / count
-    terms = {name: term.sum() / count for name, term in output.terms.items()}
+def position_weights(tokens: Tensor, pad: int | None) -> Tensor:
+    """The weight of each position in the mean loss of a micro-batch, `[S, B]`, from its targets `[S, B, K]`."""
+    text = text_tokens(tokens, pad)[..., 0].float()
+    return text / text.sum(0).clamp(min=1) / tokens.shape[1]
+
+
+def _mean_loss(output: HeadLoss, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The share of these positions `[S', B]` in the mean loss; sequence-parallel ranks hold parts of one sum."""
+    loss = (output.loss * weights).sum()
+    terms = {name: (term * weights).sum() for name, term in output.terms.items()}
     return loss, {"loss": loss.detach().clone(), **terms}

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_core.data import chunks as chunk_stores
-from calm_core.data.chunks import build_chunks, chunked, documents_of
+from calm_core.data.chunks import build_chunks, documents_of
 from calm_core.data.corpus import sources
 from calm_core.data.documents import Tally, documents
+from calm_core.data.packing import chunked
 from calm_core.data.records import records
 from calm_core.data.store import ChunkStore, TokenStore
 from calm_core.data.tokens import build_tokens, side
@@ -82,7 +83,7 @@ def test_pieces_of_a_shard_hold_its_documents(lengths, k, rows):
     count = -(-offsets[-1] // k)
     found, begun = [], 0
     for begin in range(0, count, rows):
-        document, inside, continues = documents_of(offsets, range(begin, min(begin + rows, count)), k)
+        document, inside, continues = documents_of(-(-offsets // k), range(begin, min(begin + rows, count)))
         assert inside.start == begun - continues  # none is missed and only one that goes on comes twice
         found += [inside[number] for number in document]
         begun = inside.stop
@@ -111,7 +112,8 @@ def test_counts_are_those_of_the_tokens(tokens, tokenizer):
 def test_chunks_are_the_tokens_and_their_latents(tokens, chunks, autoencoder):
     for split in ("train", "held_out"):
         token_store, store = TokenStore(tokens, split), ChunkStore(chunks, split)
-        shards = [chunked(token_store.shard(index).columns["tokens"], 4, 0) for index in range(len(token_store.shards))]
+        views = [token_store.shard(index) for index in range(len(token_store.shards))]
+        shards = [chunked(view.columns["tokens"], view.offsets, 4, 0, "pack") for view in views]
         found = store.read(0, len(store), ("tokens", "mean", "log_std"))
         assert np.array_equal(found["tokens"], np.concatenate(shards))
         with torch.no_grad():
@@ -134,8 +136,9 @@ def test_a_chunk_belongs_to_the_document_of_its_first_token(tokens, chunks):
 
 def test_padding_fills_the_last_chunk():
     tokens = np.arange(1, 10, dtype=np.uint16)
-    assert chunked(tokens, 4, 0).tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 0, 0, 0]]
-    assert chunked(tokens[:8], 4, 0).tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    offsets = np.array([0, 9])
+    assert chunked(tokens, offsets, 4, 0, "pack").tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 0, 0, 0]]
+    assert chunked(tokens[:8], offsets - [0, 1], 4, 0, "pack").tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
 
 def test_plain_arrow_and_pandas_open_the_stores(tokens, chunks):
