@@ -74,9 +74,9 @@ def evaluate_model(path: Path, text: Path | None, config: EvaluationConfig, scra
         experiment = experiment_of(open_checkpoint(find_checkpoint(path)))
         loaded = load_for_inference(path, topology.device)
         if loaded.autoencoder is None:
-            rows, of_text = token_rows(experiment.data, experiment.paths.tokens), tokens_of_text
+            rows, of_text = token_rows(experiment.data, experiment.paths), tokens_of_text
         else:
-            rows = chunk_rows(experiment.data, experiment.paths.chunks)
+            rows = chunk_rows(experiment.data, experiment.paths, loaded.autoencoder)
             of_text = partial(chunks_of_text, autoencoder=loaded.autoencoder, packing=rows.held_out.packing)
         held_out = of_text(text, tokenizer=loaded.tokenizer, folder=scratch) if text else rows.held_out
         return evaluate_checkpoint(loaded, rows.train.first, held_out, SEED, config)

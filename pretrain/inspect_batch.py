@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from calm_core import command, config
+from calm_core.autoencoder_artefact import load_autoencoder
 from calm_core.data.opening import chunk_rows, token_rows
 from calm_core.data.samples import Samples
 from calm_core.errors import UserError
@@ -42,8 +43,11 @@ def samples_of(run: Path, experiment: Experiment) -> Samples:
     """The samples of a run."""
     paths, data, seed = experiment.paths, replace(experiment.data, verify="size"), experiment.seed
     if run.name != paths.calm_run.name:
-        return Samples(token_rows(data, paths.tokens).train, experiment.autoencoder_training.positions * data.k, seed)
-    rows = token_rows(data, paths.tokens) if experiment.head.reads_tokens else chunk_rows(data, paths.chunks)
+        return Samples(token_rows(data, paths).train, experiment.autoencoder_training.positions * data.k, seed)
+    if experiment.head.reads_tokens:
+        rows = token_rows(data, paths)
+    else:
+        rows = chunk_rows(data, paths, load_autoencoder(paths.autoencoder))
     return Samples(rows.train, experiment.training.positions, seed)
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from calm_core.autoencoder import Autoencoder
 from calm_core.data.builder import StoreBuilder, shard_name
+from calm_core.data.encoding import encoded
 from calm_core.data.manifest import read_manifest, store_hash
 from calm_core.data.packing import Packing, chunk_offsets, chunked, tokens_before
 from calm_core.data.shards import Verify, list_column, write_shard
@@ -20,8 +20,6 @@ from calm_core.folded_encoder import FoldedEncoder
 from calm_core.progress import Progress
 
 SHARD_ROWS = 1 << 20  # chunks in a shard at most: it is held in memory while it is written, 0.55 GB at l=128
-ENCODED_AT_ONCE = 1 << 12  # chunks: few enough for their activations to stay in cache
-FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,7 @@ class ChunkStoreBuild:
         """
         manifest = read_manifest(tokens, "tokens")
         tokenizer_hash = manifest["made_from"]["tokenizer"]
-        if tokenizer_hash != autoencoder.tokenizer_hash:
-            raise UserError(
-                f"The autoencoder was trained with the tokenizer {autoencoder.tokenizer_hash}, but the tokens in "
-                f"{tokens} are of {tokenizer_hash}: set data.autoencoder or data.tokens to one that fits the other."
-            )
+        require_tokenizer(autoencoder, tokenizer_hash, tokens)
         made_from = source_of_chunks(tokenizer_hash, store_hash(tokens), autoencoder, packing)
         stores = [TokenStore(tokens, split, verify) for split in manifest["splits"]]
         parts = [(store, index) for store in stores for index in range(len(store.shards))]
@@ -102,7 +96,7 @@ class ChunkStoreBuild:
         for piece, begin in enumerate(begins):
             if not self.builder.has(part, piece):
                 rows = range(begin, min(begin + SHARD_ROWS, len(chunks)))
-                mean, log_std = _encode(encoder, chunks[rows.start : rows.stop], progress)
+                mean, log_std = encoded(encoder, chunks[rows.start : rows.stop], progress.advance)
                 columns = {
                     "tokens": list_column(chunks[rows.start : rows.stop]),
                     "mean": list_column(mean),
@@ -133,6 +127,19 @@ def build_chunks(
     return build.finish()
 
 
+def require_tokenizer(autoencoder: Autoencoder, tokenizer_hash: str, tokens: Path) -> None:
+    """Refuse tokens that are not of the tokenizer that the autoencoder was trained with.
+
+    Raises:
+        UserError: naming both.
+    """
+    if tokenizer_hash != autoencoder.tokenizer_hash:
+        raise UserError(
+            f"The autoencoder was trained with the tokenizer {autoencoder.tokenizer_hash}, but the tokens in {tokens} "
+            f"are of {tokenizer_hash}: set data.autoencoder or data.tokens to one that fits the other."
+        )
+
+
 def source_of_chunks(tokenizer: str, tokens: str, autoencoder: Autoencoder, packing: Packing) -> dict[str, Any]:
     """What decides the chunks and latents of a token store, wherever they are computed; the first two are hashes."""
     return {
@@ -142,23 +149,6 @@ def source_of_chunks(tokenizer: str, tokens: str, autoencoder: Autoencoder, pack
         "data.k": autoencoder.k,
         "data.packing": packing,
     }
-
-
-def _encode(encoder: FoldedEncoder, chunks: np.ndarray, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
-    """The posteriors of the chunks `[n, K]`: mean and log_std, `[n, l]` float16."""
-    mean, log_std = (np.empty((len(chunks), encoder.latent), np.float16) for _ in range(2))
-    for begin in range(0, len(chunks), ENCODED_AT_ONCE):
-        piece = slice(begin, begin + ENCODED_AT_ONCE)
-        tokens = torch.from_numpy(chunks[piece].astype(np.int64)).to(encoder.device)
-        for name, values, out in zip(("mean", "log_std"), encoder.encode(tokens), (mean, log_std), strict=True):
-            largest = values.abs().max().item()
-            if not largest <= FLOAT16_MAX:  # not-a-number included
-                raise UserError(
-                    f"A latent's {name} is {largest:g}, beyond float16's {FLOAT16_MAX:g}: train the autoencoder again."
-                )
-            out[piece] = values.cpu().numpy()
-        progress.advance(len(tokens))
-    return mean, log_std
 
 
 def _write(

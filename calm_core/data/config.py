@@ -25,6 +25,9 @@ class DataConfig:
     shard_bytes: int = option(1 << 26, "text in a token shard, at most; a longer document is a shard by itself")
     k: int = option(4, "K, tokens per chunk")
     packing: Packing = option("pack", "pack: documents run on in chunks; align: each begins a chunk, padded to its end")
+    latents: Literal["stored", "encode"] = option(
+        "stored", "stored: train on data.chunks; encode: on data.tokens, the autoencoder runs in the loader"
+    )
     verify: Verify = option(
         "auto", "check of a store when opened: full = checksums, size = lengths, auto = full if small"
     )
@@ -57,6 +60,10 @@ class DataConfig:
             raise UserError(f"data.k={self.k} must be at least 1 token per chunk.")
         if self.vocabulary < 0:
             raise UserError(f"data.vocabulary={self.vocabulary} is no number of tokens: 0 means any.")
+        if self.latents == "encode" and self.packing == "align":
+            raise UserError(
+                "data.latents=encode reads documents as they run on: set data.packing=pack, or data.latents=stored."
+            )
         check_shares(self.blend)
 
     def require_vocabulary(self, found: int, source: object) -> None:

@@ -64,7 +64,7 @@ class Store:
             )
         self.shards: list[dict[str, Any]] = self.manifest["splits"][split]["shards"]
         verify_shards(self.folder, files_of(self.shards), verify)
-        self._starts = [0, *accumulate(shard[self.unit] for shard in self.shards)]
+        self._starts = [0, *accumulate(map(self._rows_of, self.shards))]
         # A shard counts the documents that begin in it; its first one may have begun in the shard before.
         begun = [0, *accumulate(shard["documents"] for shard in self.shards)]
         continued = [*(int(shard.get("continues", False)) for shard in self.shards), 0]
@@ -150,7 +150,8 @@ class Store:
         """How often each token id occurs in the first `limit` rows: int64 `[V]`."""
         counts = np.zeros(self.vocab_size, np.int64)
         for _, index, _, taken in self._spans(0, min(limit, len(self))):
-            counts += np.bincount(self.shard(index).columns["tokens"][:taken].ravel(), minlength=self.vocab_size)
+            rows = self.shard(index).columns["tokens"].reshape(-1)[: taken * self.k]
+            counts += np.bincount(rows, minlength=self.vocab_size)
         return counts
 
     def _spans(self, start: int, count: int) -> Iterable[tuple[int, int, int, int]]:
@@ -161,9 +162,13 @@ class Store:
         while done < count:
             index = bisect_right(self._starts, start + done) - 1
             row = start + done - self._starts[index]
-            taken = min(count - done, self.shards[index][self.unit] - row)
+            taken = min(count - done, self._starts[index + 1] - start - done)
             yield done, index, row, taken
             done += taken
+
+    def _rows_of(self, shard: Mapping[str, Any]) -> int:
+        """The rows of a shard, by its entry in the manifest."""
+        return shard[self.unit]
 
     def _open(self, index: int) -> ShardView:
         raise NotImplementedError
@@ -205,7 +210,7 @@ class ChunkStore(Store):
     @property
     def packing(self) -> Packing:
         """`pack` where documents run on, `align` where each begins a chunk."""
-        return self.manifest["packing"]
+        return self.manifest.get("packing", "pack")
 
     @property
     def latent(self) -> int:

@@ -77,7 +77,7 @@ def stages(experiment: Experiment) -> list[Stage]:
         data_stage("train_tokenizer", "data_prep/train_tokenizer.py", paths.tokenizer, data.tokenizer),
         data_stage("tokenize_corpus", "data_prep/tokenize_corpus.py", paths.tokens / "manifest.json", data.tokens),
     ]
-    latents = [
+    autoencoder = [
         data_stage(
             "train_autoencoder",
             "pretrain/train_autoencoder.py",
@@ -92,8 +92,9 @@ def stages(experiment: Experiment) -> list[Stage]:
             str(paths.tokens),
             product=run / "autoencoder" / "evaluation.json",
         ),
-        data_stage("build_chunks", "data_prep/build_chunks.py", paths.chunks / "manifest.json", data.chunks),
     ]
+    chunks = data_stage("build_chunks", "data_prep/build_chunks.py", paths.chunks / "manifest.json", data.chunks)
+    latents = [*autoencoder, chunks] if data.latents == "stored" else autoencoder
     model = [
         Stage("train_calm", "pretrain/train_calm.py", config, last, processes),
         evaluation("evaluate_calm", paths.calm_run, product=paths.calm_run / "evaluation.json"),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def run_autoencoder(experiment: Experiment) -> ExitCode:
     """Train the autoencoder of an experiment and freeze it."""
     paths, data = experiment.paths, experiment.data
-    train, held_out = token_rows(data, paths.tokens)
+    train, held_out = token_rows(data, paths)
     with distributed(ParallelConfig()) as topology:
         from calm_core.training.autoencoder import AutoencoderTask
         from calm_core.training.loop import train as run
@@ -72,6 +72,6 @@ def _rows(experiment: Experiment) -> tuple[Blend, Store, Autoencoder | None]:
     """
     paths, data = experiment.paths, experiment.data
     if experiment.head.reads_tokens:
-        return *token_rows(data, paths.tokens), None
+        return *token_rows(data, paths), None
     autoencoder = load_autoencoder(paths.autoencoder)
-    return *chunk_rows(data, paths.chunks, autoencoder), autoencoder
+    return *chunk_rows(data, paths, autoencoder), autoencoder

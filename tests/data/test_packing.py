@@ -10,6 +10,7 @@ from calm_core.data.opening import chunk_rows
 from calm_core.data.packing import chunk_offsets, chunked, tokens_before
 from calm_core.data.store import ChunkStore, TokenStore
 from calm_core.errors import UserError
+from calm_core.experiment import Experiment
 
 PAD = 0
 lengths = st.lists(st.integers(1, 20), min_size=1, max_size=20)
@@ -60,9 +61,10 @@ def test_an_aligned_store_holds_each_document_in_chunks_of_its_own(tokens, built
 
 def test_a_run_and_a_blend_take_chunks_of_one_packing(tokens, built_chunks, autoencoder, tmp_path):
     build_chunks(tokens, autoencoder, tmp_path / "chunks", packing="align")
+    paths = Experiment(run=str(tmp_path)).paths
     with pytest.raises(UserError, match=r"data\.packing=pack, but .* were made with align"):
-        chunk_rows(DataConfig(), tmp_path / "chunks", autoencoder)
-    assert chunk_rows(DataConfig(packing="align"), tmp_path / "chunks", autoencoder).held_out.packing == "align"
+        chunk_rows(DataConfig(), paths, autoencoder)
+    assert chunk_rows(DataConfig(packing="align"), paths, autoencoder).held_out.packing == "align"
     blend = [{"chunks": str(tmp_path / "chunks")}, {"chunks": str(built_chunks)}]
     with pytest.raises(UserError, match="differ in the packing"):
-        chunk_rows(config.convert({"blend": blend}, DataConfig), tmp_path)
+        chunk_rows(config.convert({"blend": blend}, DataConfig), paths, autoencoder)

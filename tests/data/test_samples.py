@@ -12,6 +12,7 @@ from calm_core.data.samples import Samples
 from calm_core.data.store import ChunkStore, TokenStore
 from calm_core.data.windows import Windows
 from calm_core.errors import UserError
+from calm_core.experiment import Experiment
 
 POSITIONS = 7
 
@@ -65,13 +66,15 @@ def test_budgets_are_weights_and_limits_in_tokens(built_chunks, other_chunks):
 def test_the_configuration_names_the_stores_of_a_blend(tokens, built_chunks, other_tokens, other_chunks, autoencoder):
     shares = [StoreShare(str(other_chunks), str(other_tokens), 2.0), StoreShare(str(built_chunks), str(tokens))]
     data = DataConfig(blend=shares)
-    rows = chunk_rows(data, other_chunks / "unused", autoencoder)
+    paths = Experiment(run="unused").paths
+    rows = chunk_rows(data, paths, autoencoder)
     assert [store.folder for store in rows.train.stores] == [other_chunks, built_chunks]
     assert (rows.held_out.folder, rows.held_out.split) == (other_chunks, "held_out")
-    assert [store.folder for store in token_rows(data, tokens / "unused").train.stores] == [other_tokens, tokens]
-    assert chunk_rows(DataConfig(), built_chunks).train.identity == ChunkStore(built_chunks, "train").identity
+    assert [store.folder for store in token_rows(data, paths).train.stores] == [other_tokens, tokens]
+    alone = chunk_rows(DataConfig(), replace(paths, chunks=built_chunks), autoencoder)
+    assert alone.train.identity == ChunkStore(built_chunks, "train").identity
     with pytest.raises(UserError, match=r"data\.blend\[1\] names no store of tokens"):
-        token_rows(replace(data, blend=[shares[0], StoreShare(str(built_chunks))]), tokens)
+        token_rows(replace(data, blend=[shares[0], StoreShare(str(built_chunks))]), paths)
 
 
 def test_the_identity_of_a_blend_is_that_of_stores_and_shares(built_chunks, other_chunks):

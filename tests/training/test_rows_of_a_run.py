@@ -1,4 +1,4 @@
-"""A run on a blend of stores, through the path of the real command."""
+"""What a run reads, through the path of the real command: a blend of stores, latents encoded on the way."""
 
 import sys
 from pathlib import Path
@@ -37,3 +37,23 @@ def test_a_blend_trains_resumes_and_shows_its_documents(tiny: Path, capsys: pyte
     once = f"data.blend=[{{chunks: {tiny}/chunks, epochs: 1}}]"
     with pytest.raises(UserError, match=r"data\.blend give [\d,]+ samples"):
         run(once, "training.steps=9999", f"run={tiny}/new", f"data.autoencoder={tiny}/autoencoder/frozen")
+
+
+def test_latents_that_are_encoded_on_the_way_are_those_of_the_store(tiny: Path) -> None:
+    """Up to float16's rounding of the stored ones; and a run may go on with the other kind."""
+
+    def run(run: str, *changes: str) -> list[float]:
+        places = [f"data.{name}={tiny}/{name}" for name in ("tokens", "chunks")]
+        made = [*places, f"data.autoencoder={tiny}/autoencoder/frozen", f"run={tiny}/{run}"]
+        assert run_calm(config.load(Experiment, tiny / "config.yaml", [*made, *changes])) == ExitCode.OK
+        return [record["loss"] for record in read_metrics(tiny / run / "calm" / "metrics.jsonl", "train")]
+
+    stored = run("stored", "training.steps=2", "training.eval_every=2")
+    begun = run("mixed", "training.steps=1")
+    (tiny / "chunks").rename(tiny / "no chunks")
+    encoded = run("encoded", "training.steps=2", "training.eval_every=2", "data.latents=encode")
+    assert encoded == pytest.approx(stored, rel=1e-5)
+    assert [*begun, *run("mixed", "training.steps=2", "data.latents=encode")[1:]] == pytest.approx(stored, rel=1e-5)
+    scores = [read_metrics(tiny / run / "calm" / "metrics.jsonl", "eval")[0] for run in ("stored", "encoded")]
+    for name in ("loss", "brier_1", "unigram_brier_1", "documents"):
+        assert scores[0][name] == pytest.approx(scores[1][name], rel=1e-3)

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+
+from calm_core.data.blend import Blend
+from calm_core.data.config import DataConfig
+from calm_core.data.encoded_store import EncodedStore
+from calm_core.data.opening import chunk_rows
+from calm_core.data.samples import Samples
+from calm_core.data.store import ChunkStore
+from calm_core.errors import UserError
+from calm_core.experiment import Experiment
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_encoding_reads_what_is_stored(tokens, built_chunks, autoencoder, split):
+    store, found = ChunkStore(built_chunks, split), EncodedStore(tokens, split, autoencoder)
+    assert len(found) == len(store)
+    assert found.columns == store.columns
+    assert (found.k, found.latent, found.vocab_size) == (store.k, store.latent, store.vocab_size)
+    wanted, read = (rows.read(0, len(rows), rows.columns) for rows in (store, found))
+    assert np.array_equal(read["tokens"], wanted["tokens"])
+    for name in ("mean", "log_std"):
+        assert read[name].dtype == np.float16
+        np.testing.assert_allclose(read[name], wanted[name], rtol=2**-10, atol=1e-6)
+    assert np.array_equal(found.document_ids(0, len(found)), store.document_ids(0, len(store)))
+    assert [found.document(row) for row in range(0, len(store), 97)] == [
+        store.document(row) for row in range(0, len(store), 97)
+    ]
+    padding = -np.array([shard["tokens"] for shard in found.shards]) % found.k
+    difference = store.token_counts() - found.token_counts()
+    assert difference.sum() == difference[store.manifest["pad"]] == padding.sum()
+
+
+def test_its_samples_and_its_identity_are_those_of_the_store(tokens, built_chunks, autoencoder):
+    stores = ChunkStore(built_chunks, "train"), EncodedStore(tokens, "train", autoencoder)
+    assert stores[0].identity == stores[1].identity
+    Blend(stores, [None, None])  # one may be blended with the other
+    samples = np.array([3, 100, 41])
+    first, second = (Samples(Blend.of(store), 7, seed=1).batch(samples, ("tokens", "mean")) for store in stores)
+    assert np.array_equal(first["tokens"], second["tokens"])
+    np.testing.assert_allclose(first["mean"], second["mean"], rtol=2**-10, atol=1e-6)
+
+
+def test_nothing_is_encoded_for_a_stage_that_reads_tokens_alone(tokens, autoencoder, monkeypatch):
+    store = EncodedStore(tokens, "train", autoencoder)
+    monkeypatch.setattr("calm_core.data.encoded_store.encoded", None)
+    assert store.read(5, 9, ("tokens",))["tokens"].shape == (9, 4)
+
+
+def test_what_does_not_fit_is_refused(tokens, autoencoder):
+    data, paths = DataConfig(latents="encode", tokens=str(tokens)), Experiment(run="unused").paths
+    with pytest.raises(UserError, match=r"data\.k=2, but .* is made for 4 tokens"):
+        chunk_rows(DataConfig(latents="encode", k=2), paths, autoencoder)
+    assert chunk_rows(data, Experiment(data=data).paths, autoencoder).held_out.split == "held_out"
+    autoencoder.tokenizer_hash = "another"
+    with pytest.raises(UserError, match="trained with the tokenizer another"):
+        EncodedStore(tokens, "train", autoencoder)
+    with pytest.raises(UserError, match=r"set data\.packing=pack"):
+        DataConfig(latents="encode", packing="align")
