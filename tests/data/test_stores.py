@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas
 import pyarrow as pa
@@ -51,6 +53,18 @@ def test_side_of_a_document_depends_on_its_text_alone():
     smaller = [side(f"document {number}", 0.05) for number in range(5000)]
     assert all(a == "held_out" for a, b in zip(sides, smaller, strict=True) if b == "held_out")
     assert side("document", 0.0) == "train"
+
+
+def test_a_document_stays_on_its_side_as_the_corpus_grows(config, tokens, tokenizer, tmp_path):
+    part = replace(config, corpus=[config.corpus[0].replace("*", "b")], shard_bytes=config.shard_bytes // 2)
+    build_tokens(part, tokenizer, tmp_path / "tokens")
+    for split in ("train", "held_out"):
+        before, after = (
+            {store.document_name(number).rpartition("/")[2] for number in range(store.document_count)}
+            for store in (TokenStore(tmp_path / "tokens", split), TokenStore(tokens, split))
+        )
+        assert 0 < len(before) < len(after)
+        assert before <= after
 
 
 def test_shards_hold_at_most_the_text_asked_for(config, tokens):
