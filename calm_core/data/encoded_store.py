@@ -1,8 +1,8 @@
 """A token store read as the chunk store that an autoencoder would make of it: latents are computed as they are read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,22 @@ class EncodedStore(TokenStore):
     The encoder runs where the autoencoder is when the first latent is asked for.
     """
 
-    def __init__(self, folder: Path | str, split: str, autoencoder: Autoencoder, verify: Verify = "auto") -> None:
-        """Open and verify one split.
+    def __init__(
+        self,
+        folder: Path | str,
+        split: str,
+        autoencoder: Autoencoder,
+        verify: Verify = "auto",
+        encoder: Callable[[], FoldedEncoder] | None = None,
+    ) -> None:
+        """Open and verify one split. `encoder` gives the autoencoder's, for several stores to share its tables.
 
         Raises:
             UserError: as `Store` does, or if the autoencoder was trained with another tokenizer.
         """
         self.k, self.latent = autoencoder.k, autoencoder.config.latent
         self._autoencoder = autoencoder
+        self._encoder = encoder or cache(partial(FoldedEncoder, autoencoder))
         super().__init__(folder, split, verify)
         require_tokenizer(autoencoder, self.tokenizer_hash, self.folder)
 
@@ -55,13 +63,9 @@ class EncodedStore(TokenStore):
     def fill(self, start: int, out: Mapping[str, np.ndarray]) -> None:
         """Copy rows from `start` on into the arrays `[count, ...]`, one for each column wanted."""
         tokens = self._chunks(start, len(next(iter(out.values()))))
-        latents = dict(zip(("mean", "log_std"), encoded(self._encoder, tokens), strict=True)) if len(out) > 1 else {}
+        latents = dict(zip(("mean", "log_std"), encoded(self._encoder(), tokens), strict=True)) if len(out) > 1 else {}
         for name, target in out.items():
             target[:] = tokens if name == "tokens" else latents[name]
-
-    @cached_property
-    def _encoder(self) -> FoldedEncoder:
-        return FoldedEncoder(self._autoencoder)
 
     def _chunks(self, start: int, count: int) -> np.ndarray:
         """The rows [start, start + count), `[count, K]`; pad fills the last one of a shard."""

@@ -1,7 +1,7 @@
 """What a run reads: the stores that `data` names, opened as the model needs them."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -11,6 +11,7 @@ from calm_core.data.config import DataConfig
 from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.store import ChunkStore, Store, TokenStore
 from calm_core.errors import UserError
+from calm_core.folded_encoder import FoldedEncoder
 
 if TYPE_CHECKING:
     from calm_core.experiment import Paths
@@ -40,7 +41,8 @@ def chunk_rows(data: DataConfig, paths: "Paths", autoencoder: Autoencoder) -> Ro
                 f"data.k={data.k}, but {paths.autoencoder} is made for {autoencoder.k} tokens per chunk: "
                 f"set data.k={autoencoder.k} or data.autoencoder to another one."
             )
-        read = partial(EncodedStore, autoencoder=autoencoder, verify=data.verify)
+        encoder = cache(partial(FoldedEncoder, autoencoder))
+        read = partial(EncodedStore, autoencoder=autoencoder, verify=data.verify, encoder=encoder)
         return _rows(data, _places(data, "tokens", paths), read)
     rows = _rows(data, _places(data, "chunks", paths), partial(ChunkStore, verify=data.verify))
     for store in rows.train.stores:

@@ -147,11 +147,13 @@ class Store:
         return self.document_name(int(self.document_ids(row, 1)[0]))
 
     def token_counts(self, limit: int = 1 << 26) -> np.ndarray:
-        """How often each token id occurs in the first `limit` rows: int64 `[V]`."""
+        """How often each token id occurs in the first `limit` rows, padding aside: int64 `[V]`."""
         counts = np.zeros(self.vocab_size, np.int64)
         for _, index, _, taken in self._spans(0, min(limit, len(self))):
             rows = self.shard(index).columns["tokens"].reshape(-1)[: taken * self.k]
             counts += np.bincount(rows, minlength=self.vocab_size)
+        if self.padding is not None:
+            counts[self.padding] = 0
         return counts
 
     def _spans(self, start: int, count: int) -> Iterable[tuple[int, int, int, int]]:

@@ -56,7 +56,7 @@ def test_an_aligned_store_holds_each_document_in_chunks_of_its_own(tokens, built
         found = rows[documents == document].ravel().tolist()
         assert found[: len(wanted)] == wanted
         assert found[len(wanted) :] == [store.padding] * (-len(wanted) % 4)
-    assert store.manifest["splits"]["train"]["tokens"] == len(source)
+    assert store.manifest["splits"]["train"]["tokens"] == len(source) == store.token_counts().sum()
 
 
 def test_a_run_and_a_blend_take_chunks_of_one_packing(tokens, built_chunks, autoencoder, tmp_path):
