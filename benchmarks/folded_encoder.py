@@ -13,7 +13,7 @@ import time
 import torch
 
 from calm_core.autoencoder import Autoencoder, AutoencoderConfig
-from calm_core.data.chunks import ENCODED_AT_ONCE
+from calm_core.data.encoding import ENCODED_AT_ONCE
 from calm_core.folded_encoder import FoldedEncoder
 
 VOCAB, K, CONFIG = 32_000, 4, AutoencoderConfig(hidden=512, latent=128)
