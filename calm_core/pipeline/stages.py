@@ -103,6 +103,15 @@ def stages(experiment: Experiment) -> list[Stage]:
     return [*tokens, *([] if experiment.head.reads_tokens else latents), *model]
 
 
+def inputs_of(experiment: Experiment, plan: list[Stage]) -> str:
+    """All that the products of the stages depend on, for their stamps: configuration and corpus.
+
+    Where the run lies and what file began it are no inputs: a folder that was moved is as finished as it was.
+    """
+    corpus = "" if plan[1].given else fingerprint(sources(experiment.data.corpus))
+    return configuration.to_yaml(replace(experiment, run="", config_file="")) + corpus
+
+
 def run_stages(experiment: Experiment, names: Collection[str] | None = None) -> int:
     """Run what is not finished yet, of the stages of these names or of all; the exit code of the first that fails.
 
@@ -112,10 +121,7 @@ def run_stages(experiment: Experiment, names: Collection[str] | None = None) -> 
     chosen = [stage for stage in plan if names is None or stage.name in names]
     run.mkdir(parents=True, exist_ok=True)
     configuration.save(experiment, config_path(experiment))
-    # Where the run lies and what file began it are no inputs: a folder that was moved is as finished as it was.
-    inputs = configuration.to_yaml(replace(experiment, run="", config_file="")) + (
-        "" if plan[1].given else fingerprint(sources(experiment.data.corpus))
-    )
+    inputs = inputs_of(experiment, plan)
     ledger = Ledger(run / "stages.json")
     for number, stage in enumerate(plan, 1):
         products = [before.product for before in plan[:number] if before.given or before in chosen]

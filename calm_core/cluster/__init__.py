@@ -1,0 +1,1 @@
+"""Runs on a Slurm cluster: checks before training, what to do when something ends it, the state of a run."""

@@ -1,0 +1,223 @@
+"""A job from start to end: `python -m calm_core.cluster.job --stage STAGE --config DEFAULT [CONFIG] [key=value ...]`.
+
+The batch script becomes this process. It checks configuration and nodes, starts the ranks, and decides when they have
+ended whether the job goes back into the queue. It runs outside a container and needs neither torch nor a GPU.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from calm_core.cluster.policy import bad_nodes, decide, first_failure, fruitless_attempts
+from calm_core.cluster.records import StageRecords, endings, progress_of, write_record
+from calm_core.cluster.slurm import Job
+from calm_core.cluster.steps import VERDICT, Steps, last_lines
+from calm_core.errors import ExitCode
+from calm_core.pipeline.ledger import Ledger, stamp
+
+ROOT = Path(__file__).parents[2]
+LINES = 25  # of the failing rank's log that the main log repeats
+LOCK_MINUTES = 15.0  # a process on a node that was lost may live, and hold the run, as long as a collective may take
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a stage as this job; the exit code for Slurm."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--config", required=True, help="used unless another one is given")
+    parser.add_argument("--list", help="file with a configuration and its key=value on each line")
+    parser.add_argument("--finish", action="store_true", help="put together what the tasks of an array have made")
+    parser.add_argument("experiment", nargs="*", help="[CONFIG.yaml] [key=value ...]")
+    parsed = parser.parse_intermixed_args(arguments)
+    job = Job.of(os.environ)
+    given = parsed.experiment
+    if parsed.list:
+        given = line_of(place(parsed.list), job)
+        if not given:
+            say(f"nothing to do: line {job.array[0]} of {parsed.list} holds no configuration")
+            return ExitCode.OK
+    if not given or "=" in given[0]:
+        given = [parsed.config, *given]
+    given[0] = place(given[0])
+    return Attempt(job, parsed.stage, given, parsed.finish, shared=not parsed.list).run()
+
+
+def place(path: str) -> str:
+    """A path that someone has given: where the job was submitted from, else below the project."""
+    near = Path(os.environ["SLURM_SUBMIT_DIR"], path)
+    return str(near if near.exists() else ROOT / path)
+
+
+def line_of(path: str, job: Job) -> list[str]:
+    """The words of the line of a list that is this task's, counted from 1; none for a comment or beyond the end."""
+    lines = Path(path).read_text().splitlines()
+    task = job.array[0] if job.array else 0
+    if task < 1:
+        raise SystemExit(f"{path} is a list of configurations: submit with --array=1-{len(lines)}")
+    return lines[task - 1].partition("#")[0].split() if task <= len(lines) else []
+
+
+def say(text: str) -> None:
+    """A line in the main log."""
+    print(f"[{time.strftime('%F %T')}] {text}", flush=True)
+
+
+class Attempt:
+    """One start of a job, the first or after a requeue."""
+
+    def __init__(self, job: Job, stage: str, experiment: list[str], finish: bool, shared: bool) -> None:
+        self._job, self._stage, self._experiment = job, stage, experiment
+        self._options = ["--finish"] if finish else []
+        self._task = None
+        if shared and job.array:
+            task, first, count = job.array
+            self._task = task
+            self._options = ["--shard", f"{task - first}/{count}"]
+        self._limit = int(os.environ.get("CALM_RESTARTS") or 3)
+        self._steps = Steps(job, os.environ | {"MASTER_ADDR": job.address, "MASTER_PORT": str(job.port)})
+
+    def run(self) -> int:
+        """Check, train, decide; the exit code for Slurm."""
+        job = self._job
+        say(f"{self._stage}: job {job.id}, restart {job.restart}, {len(job.nodes)} nodes {','.join(job.nodes)}")
+        verdicts = self._check()
+        if self._steps.asked:
+            return self._give_way(ExitCode.STOPPED)
+        refusals = [verdict["refusal"] for verdict in verdicts.values() if "refusal" in verdict]
+        if refusals:
+            say(f"refused: {refusals[0]}")
+            return ExitCode.USAGE
+        bad = bad_nodes(job.nodes, verdicts)
+        for node, problem in bad.items():
+            say(f"bad node {node}: {problem}")
+        if len(bad) == len(job.nodes):
+            say("no node is sound: the cause is not in the nodes; the lines above, launchers/site.env")
+            return ExitCode.FAILED
+        self._plan = next(verdict["plan"] for verdict in verdicts.values())
+        run = Path(self._plan["run"])
+        self._records = StageRecords.of(run, self._stage, self._task)
+        self._folder = self._records.attempt(f"{job.id}.{job.restart}")
+        return self._start(bad)
+
+    def _start(self, bad: dict[str, str]) -> int:
+        plan = self._plan
+        if plan["training"] and Path(plan["product"]).exists():
+            say(f"finished before: {plan['product']} is there")
+            self._note("finished")
+            return ExitCode.OK
+        if (fruitless := self._fruitless()) > self._limit:
+            return self._end(ExitCode.FAILED, f"given up after {fruitless} attempts without progress")
+        self._note("start", step=progress_of(plan), nodes=self._job.nodes)
+        if bad:
+            self._note("bad nodes", nodes=bad)
+            return self._judge(ExitCode.FAILED, exclude=bad)
+        if plan["layout"]:
+            say(plan["layout"])
+        write_record(self._folder, ROOT, plan, self._job.nodes)
+        self._await_lock()
+        began = time.time()
+        code = self._train()
+        if code == ExitCode.OK and self._task is None and plan["inputs"]:
+            ledger = Ledger(Path(plan["run"]) / "stages.json")
+            products = [Path(product) for product in plan["products"]]
+            ledger.note(self._stage, ledger.seconds(self._stage) + time.time() - began, stamp(plan["inputs"], products))
+        return self._judge(code)
+
+    def _check(self) -> dict[str, dict[str, Any]]:
+        """The verdict of each node's preflight, by node."""
+        seconds = float(os.environ.get("CALM_CHECK_SECONDS") or 120)
+        job = self._job
+        nodes = ["--nodes", ",".join(job.nodes), "--tasks", str(job.tasks_per_node)]
+        meeting = ["--address", job.address, "--port", str(job.port)]
+        arguments = [self._stage, *nodes, *meeting, *self._experiment]
+        command = self._steps.command(1, [], "calm_core.cluster.preflight", *arguments)
+        text, errors = self._steps.output(command, 3 * seconds + 60)
+        found = [json.loads(line.removeprefix(VERDICT)) for line in text.splitlines() if line.startswith(VERDICT)]
+        if len(found) < len(job.nodes):
+            print(last_lines(errors, LINES), flush=True)
+        return {verdict["node"]: verdict for verdict in found}
+
+    def _train(self) -> int:
+        """Run the ranks; the code of the one that failed first, whose last lines are repeated here."""
+        tasks = self._job.tasks_per_node if self._plan["training"] else 0
+        logs = str(self._folder).replace("%", "%%") + "/rank-%4t.log"
+        options = [f"--output={logs}", "--open-mode=append", "--kill-on-bad-exit=1", "--wait=60"]
+        arguments = [str(self._folder / "ranks"), *self._plan["command"], *self._options]
+        say(f"starting {' '.join(arguments[1:])}")
+        say(f"logs: {self._folder}/rank-*.log")
+        code = self._steps.run(self._steps.command(tasks, options, "calm_core.cluster.rank", *arguments))
+        records = endings(self._folder)
+        if failure := first_failure(records):
+            who = f"rank {failure['rank']} on {failure['node']}"
+            say(f"{who} failed first, code {failure['code']}; its last lines:")
+            log = self._folder / f"rank-{failure['rank']:04}.log"
+            print(last_lines(log.read_text(errors="replace"), LINES), flush=True)
+            self._note("failure", who=who, code=failure["code"], log=str(log))
+            return failure["code"]
+        if any(record["code"] == ExitCode.STOPPED for record in records):
+            return ExitCode.STOPPED
+        return code
+
+    def _judge(self, code: int, exclude: Iterable[str] = ()) -> int:
+        """Requeue the job or end it."""
+        asked = self._steps.asked
+        self._note("end", code=code, asked=asked, step=progress_of(self._plan))
+        verdict = decide(code, asked, self._fruitless(), self._limit)
+        if not verdict.again:
+            return self._end(code, verdict.reason)
+        if self._steps.decided:
+            say("Slurm ends this job")
+            return ExitCode.STOPPED
+        say(f"requeued: {verdict.reason}")
+        self._note("requeue", reason=verdict.reason, without=list(exclude))
+        return self._requeue(code, exclude)
+
+    def _requeue(self, code: int, exclude: Iterable[str]) -> int:
+        try:
+            self._job.requeue(exclude)
+        except subprocess.CalledProcessError as refusal:
+            return self._end(code, f"Slurm does not requeue it: {refusal.stderr.strip()}")
+        return ExitCode.STOPPED
+
+    def _give_way(self, code: int) -> int:
+        """Slurm wants the nodes before anything has started."""
+        if self._steps.decided:
+            return code
+        say("requeued before the start: Slurm needs the nodes")
+        self._job.requeue()
+        return code
+
+    def _end(self, code: int, reason: str) -> int:
+        say(f"ended with code {code}: {reason}")
+        self._note("over", code=code, reason=reason)
+        return code if code >= 0 else ExitCode.FAILED
+
+    def _fruitless(self) -> int:
+        return fruitless_attempts(self._records.journal(), self._job.id, progress_of(self._plan))
+
+    def _note(self, event: str, **values: Any) -> None:
+        self._records.note(self._job.id, self._job.restart, event, **values)
+
+    def _await_lock(self) -> None:
+        """After a restart, wait for what is left of the attempt before to let go of the run."""
+        path = Path(self._plan["training"]) / ".lock"
+        if not (self._job.restart and self._plan["training"] and path.exists()):
+            return
+        end = time.monotonic() + 60 * LOCK_MINUTES
+        with open(path) as lock:
+            while time.monotonic() < end and not self._steps.asked:
+                try:
+                    return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,273 @@
+"""A throw-away Slurm cluster on this machine: real daemons, several nodes, everything below one folder.
+
+It needs root and the packages of `PACKAGES`, and neither systemd nor cgroups nor GPUs. All nodes are this host, each
+with a port of its own (Slurm's "multiple slurmd"), and promise more cores than there are. Nothing is enforced.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import mkdtemp
+
+import psutil
+
+PACKAGES = "munge slurmctld slurmd slurm-client"
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+PR_SET_PDEATHSIG = 1
+# A requeued job becomes eligible two minutes later; told to start before its remains are gone, it fails.
+SETTLED = 2.5
+
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={root}/munge.socket
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool.%n
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd.%n.pid
+SlurmctldLogFile={root}/log/slurmctld.log
+SlurmdLogFile={root}/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+MpiDefault=none
+SwitchType=switch/none
+MailProg=/bin/true
+PropagateResourceLimits=NONE
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=1
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0,sched_min_interval=0
+SlurmdParameters=config_overrides
+SlurmctldTimeout=60
+SlurmdTimeout=60
+MessageTimeout=30
+KillWait={kill_wait}
+CompleteWait=0
+InactiveLimit=0
+MinJobAge=3600
+JobRequeue=1
+ReturnToService=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=30 PriorityTier=10 PreemptMode=REQUEUE
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=30 PriorityTier=100 PreemptMode=OFF
+"""
+
+
+def missing() -> str:
+    """Why there can be no cluster here; empty if there can."""
+    absent = [program for program in PROGRAMS if shutil.which(program, path=_PATH) is None]
+    if absent:
+        return f"no {', '.join(absent)}: apt-get install -y --no-install-recommends {PACKAGES}"
+    return "" if os.geteuid() == 0 else "Slurm's daemons need root"
+
+
+class Cluster:
+    """A running cluster of nodes `node1`, `node2`, ...; a context manager.
+
+    Attributes:
+        nodes: their names.
+        environment: what a client of the cluster needs.
+    """
+
+    def __init__(self, nodes: int, cpus: int = 8, kill_wait: int = 30) -> None:
+        self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
+        self._root = Path(mkdtemp(prefix="calm-slurm-", dir="/tmp"))  # short: a socket lies in it
+        self.environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(self._root / "slurm.conf")}
+        self._daemons: dict[str, subprocess.Popen] = {}
+        self._pending_since: dict[str, float] = {}
+        (self._root / "log").mkdir()
+        ports = _free_ports(nodes + 1)
+        lines = [
+            f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} "
+            "RealMemory=64000 State=UNKNOWN"
+            for name, port in zip(self.nodes, ports[1:], strict=True)
+        ]
+        conf = CONF.format(host=socket.gethostname(), port=ports[0], root=self._root, kill_wait=kill_wait)
+        (self._root / "slurm.conf").write_text("\n".join([conf, *lines, ""]))
+        # slurmd loads a cgroup plugin even if nothing uses it; this one starts where there are no cgroups.
+        (self._root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+
+    def __enter__(self) -> "Cluster":
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(Exception):
+            self.clear()
+        for name in reversed(self._daemons):
+            _end(self._daemons[name])
+        for process in self.processes(steps=True):
+            process.kill()
+        shutil.rmtree(self._root)
+
+    def run(self, *command: object, check: bool = True) -> str:
+        """The output of a client's command."""
+        result = subprocess.run(
+            list(map(str, command)), env=self.environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert result.returncode == 0 or not check, f"{command}: {result.stdout}{result.stderr}"
+        return result.stdout
+
+    def submit(self, *arguments: object, folder: Path, **environment: str) -> str:
+        """Submit a batch job from `folder`; its id."""
+        result = subprocess.run(
+            ["sbatch", "--parsable", *map(str, arguments)],
+            env=self.environment | environment,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    def job(self, job: str) -> dict[str, str]:
+        """The fields of `scontrol show job` of a job, or of one task of an array, as `12_3`."""
+        words = self.run("scontrol", "show", "job", "--oneliner", job).splitlines()[0].split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait(self, condition: Callable[[], object], seconds: float = 240, say: Callable[[], str] = str) -> None:
+        """Wait for a condition, while requeued jobs are started as soon as they can be."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"too late\n{self.run('squeue', '--all')}\n{say()}"
+            self._hurry()
+            time.sleep(0.1)
+
+    def ended(self, job: str) -> bool:
+        """Whether a job, with all tasks of its array, has left the queue."""
+        return not self.run("squeue", "--noheader", "--jobs", job, check=False)
+
+    def busy(self) -> bool:
+        """Whether a job runs, or is about to."""
+        return bool(self.run("squeue", "--noheader"))
+
+    def state(self, job: str) -> str:
+        """State of a job, such as RUNNING or COMPLETED."""
+        return self.job(job)["JobState"]
+
+    def processes(self, steps: bool = False) -> list[psutil.Process]:
+        """The processes that jobs of this cluster have started and that are alive, with slurmstepds if `steps`."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                environment = process.environ()
+                started = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"] and (
+                    "SLURM_JOB_ID" in environment and "SLURMD_NODENAME" in environment
+                )
+                if process.status() != psutil.STATUS_ZOMBIE and (
+                    started or (steps and process.name() == "slurmstepd" and self._holds(process))
+                ):
+                    found.append(process)
+        return found
+
+    def clear(self) -> None:
+        """Cancel every job, mend every node, and wait until nothing is left."""
+        jobs = self.run("squeue", "--noheader", "--format=%A").split()
+        if jobs:
+            self.run("scancel", "--quiet", *jobs)
+        self.wait(lambda: not self.run("squeue", "--noheader", "--states=all", "-t", "R,PD,CG"), 90)
+        for node in self.run("sinfo", "--noheader", "-N", "-t", "down,drain,fail", "-o", "%N").split():
+            self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+        self.wait(self._all_idle, 90)
+
+    def break_node(self, node: str) -> None:
+        """Take a node away from the job that runs on it, as when it has died."""
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+    def _start(self) -> None:
+        key = self._root / "munge.key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o600)
+        files = [f"--{name}={self._root}/munge.{name}" for name in ("socket", "pid-file", "log-file", "seed-file")]
+        self._daemon("munged", ["--foreground", "--force", f"--key-file={key}", *files])
+        self._wait_up(lambda: (self._root / "munge.socket").exists())
+        self._daemon("slurmctld", ["-D", "-i"])
+        for node in self.nodes:
+            self._daemon("slurmd", ["-D", "-N", node], node)
+        self._wait_up(self._all_idle)
+
+    def _daemon(self, program: str, arguments: Sequence[str], name: str = "") -> None:
+        with open(self._root / "log" / f"{name or program}.out", "w") as output:
+            self._daemons[name or program] = subprocess.Popen(
+                [shutil.which(program, path=_PATH), *arguments],
+                env=self.environment,
+                cwd=self._root,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+
+    def _wait_up(self, condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 90
+        while not condition():
+            for name, daemon in self._daemons.items():
+                assert daemon.poll() is None, f"{name}: {(self._root / 'log' / f'{name}.out').read_text()}"
+            assert time.monotonic() < end, self.run("sinfo", check=False)
+            time.sleep(0.05)
+
+    def _all_idle(self) -> bool:
+        idle = self.run("sinfo", "--noheader", "-N", "-p", "batch", "-t", "idle", "-o", "%N", check=False)
+        return len(idle.split()) == len(self.nodes)
+
+    def _hurry(self) -> None:
+        waiting = self.run("squeue", "--noheader", "--array", "-t", "PD", "-o", "%i %r", check=False).splitlines()
+        jobs = [line.split()[0] for line in waiting if line.endswith(" BeginTime")]
+        self._pending_since = {job: self._pending_since.get(job, time.monotonic()) for job in jobs}
+        for job in jobs:
+            if time.monotonic() - self._pending_since[job] > SETTLED:
+                self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+
+    def _holds(self, process: psutil.Process) -> bool:
+        return any(file.path.startswith(str(self._root)) for file in process.open_files())
+
+
+_PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports in a row that nobody listens on, below those that the system hands out."""
+    for first in range(17000, 30000, 100):
+        with suppress(OSError):
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+            return list(range(first, first + count))
+    raise OSError("no free ports")
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
