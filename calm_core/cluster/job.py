@@ -18,7 +18,7 @@ from typing import Any
 from calm_core.cluster.policy import bad_nodes, decide, first_failure, fruitless_attempts
 from calm_core.cluster.records import StageRecords, endings, progress_of, write_record
 from calm_core.cluster.slurm import Job
-from calm_core.cluster.steps import VERDICT, Steps, last_lines
+from calm_core.cluster.steps import VERDICT, Steps, last_lines, say
 from calm_core.errors import ExitCode
 from calm_core.pipeline.ledger import Ledger, stamp
 
@@ -62,11 +62,6 @@ def line_of(path: str, job: Job) -> list[str]:
     if task < 1:
         raise SystemExit(f"{path} is a list of configurations: submit with --array=1-{len(lines)}")
     return lines[task - 1].partition("#")[0].split() if task <= len(lines) else []
-
-
-def say(text: str) -> None:
-    """A line in the main log."""
-    print(f"[{time.strftime('%F %T')}] {text}", flush=True)
 
 
 class Attempt:

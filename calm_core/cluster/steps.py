@@ -73,6 +73,7 @@ class Steps:
         while process.poll() is None:
             if self.asked and not passed_on:
                 passed_on = True
+                say("Slurm asks for the end: passed on to the ranks")
                 self._deadline = _end_of(self._job) - MARGIN
                 process.send_signal(signal.SIGUSR1)
             if time.time() > self._deadline:
@@ -88,6 +89,11 @@ class Steps:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signals.append(number)
+
+
+def say(text: str) -> None:
+    """A line in the main log."""
+    print(f"[{time.strftime('%F %T')}] {text}", flush=True)
 
 
 def last_lines(text: str, count: int) -> str:
