@@ -85,9 +85,9 @@ class Attempt:
         verdicts = self._check()
         if self._steps.asked:
             return self._give_way(ExitCode.STOPPED)
-        refusals = [verdict["refusal"] for verdict in verdicts.values() if "refusal" in verdict]
-        if refusals:
-            say(f"refused: {refusals[0]}")
+        plan = next((verdict["plan"] for verdict in verdicts.values() if "plan" in verdict), None)
+        if verdicts and plan is None:  # by all of them: a node that alone cannot read a file is a bad node
+            say(f"refused: {next(iter(verdicts.values()))['refusal']}")
             return ExitCode.USAGE
         bad = bad_nodes(job.nodes, verdicts)
         for node, problem in bad.items():
@@ -95,9 +95,8 @@ class Attempt:
         if len(bad) == len(job.nodes):
             say("no node is sound: the cause is not in the nodes; the lines above, launchers/site.env")
             return ExitCode.FAILED
-        self._plan = next(verdict["plan"] for verdict in verdicts.values())
-        run = Path(self._plan["run"])
-        self._records = StageRecords.of(run, self._stage, self._task)
+        self._plan = plan
+        self._records = StageRecords.of(Path(plan["run"]), self._stage, self._task)
         self._folder = self._records.attempt(f"{job.id}.{job.restart}")
         return self._start(bad)
 
@@ -147,7 +146,7 @@ class Attempt:
         arguments = [str(self._folder / "ranks"), *self._plan["command"], *self._options]
         say(f"starting {' '.join(arguments[1:])}")
         say(f"logs: {self._folder}/rank-*.log")
-        code = self._steps.run(self._steps.command(tasks, options, "calm_core.cluster.rank", *arguments))
+        code = self._steps.run(self._steps.command(tasks, options, "calm_core.cluster.rank", *arguments), self._asked)
         records = endings(self._folder)
         if failure := first_failure(records):
             who = f"rank {failure['rank']} on {failure['node']}"
@@ -162,13 +161,12 @@ class Attempt:
 
     def _judge(self, code: int, exclude: Iterable[str] = ()) -> int:
         """Requeue the job or end it."""
-        asked = self._steps.asked
-        self._note("end", code=code, asked=asked, step=progress_of(self._plan))
-        verdict = decide(code, asked, self._fruitless(), self._limit)
+        self._note("end", code=code, step=progress_of(self._plan))
+        verdict = decide(code, self._steps.asked, self._fruitless(), self._limit)
         if not verdict.again:
             return self._end(code, verdict.reason)
         if self._steps.decided:
-            say("Slurm ends this job")
+            say("Slurm has ended this job by itself")
             return ExitCode.STOPPED
         say(f"requeued: {verdict.reason}")
         self._note("requeue", reason=verdict.reason, without=list(exclude))
@@ -196,6 +194,12 @@ class Attempt:
 
     def _fruitless(self) -> int:
         return fruitless_attempts(self._records.journal(), self._job.id, progress_of(self._plan))
+
+    def _asked(self) -> None:
+        """Slurm asks for the end, unless it is a lost node that ends the job."""
+        lost = self._job.lost_nodes()
+        say(f"lost {', '.join(lost)}" if lost else "Slurm asks for the end: passed on to the ranks")
+        self._note("lost" if lost else "asked", nodes=lost)
 
     def _note(self, event: str, **values: Any) -> None:
         self._records.note(self._job.id, self._job.restart, event, **values)

@@ -38,13 +38,13 @@ def decide(code: int, asked: bool, fruitless: int, limit: int) -> Verdict:
 
 
 def fruitless_attempts(journal: Sequence[Mapping[str, Any]], job: str, step: int) -> int:
-    """Attempts of a job in a row, back from the last one, that began at `step` and were not ended by Slurm's wish.
+    """Attempts of a job in a row, back from the last one, that began at `step` and that Slurm did not ask to end.
 
-    An attempt without an `end` was cut off together with its node: it counts.
+    An attempt without an end was cut off together with its node: it counts.
     """
     count = 0
     for event in reversed(journal):
-        if event["job"] != job or (event["event"] == "end" and event["asked"]):
+        if event["job"] != job or event["event"] == "asked":
             break
         if event["event"] == "start":
             if event["step"] != step:

@@ -27,9 +27,7 @@ def main(arguments: Sequence[str]) -> None:
     """Check, and print the verdict."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage")
-    parser.add_argument(
-        "--nodes", type=lambda names: names.split(","), required=True, help="all nodes, in Slurm's order"
-    )
+    parser.add_argument("--nodes", required=True, help="all nodes, in Slurm's order, with commas")
     parser.add_argument("--tasks", type=int, required=True, help="ranks on each node")
     parser.add_argument("--address", required=True, help="of the first node")
     parser.add_argument("--port", type=int, required=True)
@@ -39,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
         plan = plan_stage(parsed.stage, parsed.nodes.count(",") + 1, parsed.tasks, *parsed.experiment)
         verdict = {"plan": plan, **_examine(Path(plan["run"]), parsed)}
     except UserError as refusal:
-        verdict = {"refusal": str(refusal)}
+        verdict = {"refusal": str(refusal), "problems": [str(refusal)], "apart": "", "absent": []}
     print(VERDICT + json.dumps({"node": os.environ["SLURMD_NODENAME"], **verdict}), flush=True)
 
 

@@ -63,6 +63,11 @@ class Job:
         """What Slurm says of this job."""
         return fields("job", self.id)
 
+    def lost_nodes(self) -> list[str]:
+        """Nodes of this job that Slurm has given up."""
+        names = _ask("sinfo", "-h", "-N", "-n", ",".join(self.nodes), "-t", "down,fail", "-o", "%N").split()
+        return sorted(set(names))
+
     def requeue(self, exclude: Iterable[str] = ()) -> None:
         """Put the job back into the queue, to run on other nodes than `exclude`. Slurm then ends this process.
 

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from tempfile import TemporaryFile
 from types import FrameType
@@ -15,6 +15,7 @@ from calm_core.cluster.slurm import Job
 
 VERDICT = "preflight "  # begins the line in which a node's check says what it found
 BEAT = 0.5  # seconds between looks at the signals
+HOUR = 3600.0
 MARGIN = 10.0  # seconds before the time limit at which a job that has not ended in good order is requeued as it is
 
 
@@ -28,7 +29,6 @@ class Steps:
     def __init__(self, job: Job, environment: Mapping[str, str]) -> None:
         self._job, self._environment = job, dict(environment)
         self._signals: list[int] = []
-        self._deadline = float("inf")
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._note)
 
@@ -66,18 +66,17 @@ class Steps:
             errors.seek(0)
             return output.read(), errors.read()
 
-    def run(self, command: Sequence[str]) -> int:
-        """Run a step to its end; what Slurm asks for is passed on as SIGUSR1, once. srun's exit code."""
-        process = self._start(command)
-        passed_on = False
-        while process.poll() is None:
-            if self.asked and not passed_on:
-                passed_on = True
-                say("Slurm asks for the end: passed on to the ranks")
-                self._deadline = _end_of(self._job) - MARGIN
+    def run(self, command: Sequence[str], on_asked: Callable[[], None]) -> int:
+        """Run a step to its end; srun's exit code.
+
+        What Slurm asks for is passed on as SIGUSR1, once, after a call of `on_asked`.
+        """
+        process, deadline = self._start(command), float("inf")
+        while process.poll() is None and time.time() < deadline:
+            if self.asked and deadline == float("inf"):
+                on_asked()
                 process.send_signal(signal.SIGUSR1)
-            if time.time() > self._deadline:
-                break
+                deadline = _end_of(self._job) - MARGIN
             time.sleep(BEAT)
         return process.returncode if process.returncode is not None else -signal.SIGKILL
 
@@ -106,4 +105,4 @@ def _end_of(job: Job) -> float:
     try:
         return datetime.fromisoformat(job.fields()["EndTime"]).timestamp()
     except (KeyError, ValueError):
-        return float("inf")
+        return time.time() + HOUR

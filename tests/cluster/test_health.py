@@ -1,0 +1,41 @@
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from calm_core.cluster.health import Limits, meet, problems_of_node
+
+LIMITS = Limits(scratch=Path("/tmp"), scratch_gib=0, memory_gib=0, seconds=5)
+GPUS = torch.cuda.device_count()
+
+
+def problems(tmp_path: Path, promised: int = GPUS, **limits: object) -> list[str]:
+    return problems_of_node(promised, [tmp_path / "run"], Limits(**{**vars(LIMITS), "scratch": tmp_path, **limits}))
+
+
+def test_a_sound_node(tmp_path: Path) -> None:
+    assert problems(tmp_path) == []
+    assert list(tmp_path.rglob("*")) == [tmp_path / "run"]  # nothing is left of the probes
+
+
+def test_each_fault_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert problems(tmp_path, promised=GPUS + 1) == [f"Slurm gives {GPUS + 1} GPUs, torch sees {GPUS}"]
+    (memory,) = problems(tmp_path, memory_gib=1e6)
+    assert memory.endswith("GiB of memory free, 1e+06 needed")
+    (disk,) = problems(tmp_path, scratch_gib=1e9)
+    assert f"free below {tmp_path}" in disk
+    (unwritable,) = problems(tmp_path, scratch=tmp_path / "file")
+    assert unwritable.startswith(f"{tmp_path / 'file'} is not writable")
+    assert len(problems(tmp_path, promised=GPUS + 1, memory_gib=1e6, scratch=tmp_path / "file")) == 3
+
+
+@pytest.mark.skipif(GPUS > 0, reason="one process cannot stand for two nodes with GPUs")
+def test_who_never_came_is_named_by_the_first_node() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    apart, absent = meet(0, ["a", "b"], "127.0.0.1", port, seconds=0.5)
+    assert apart
+    assert absent == ["b"]

@@ -1,0 +1,73 @@
+"""Every launcher as it is shipped: sound shell, a configuration that is there, a layout that divides."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from launching import ROOT
+
+from calm_core import config
+from calm_core.cluster.jobfile import JobFile
+from calm_core.cluster.layout import describe_layout, nearest_nodes
+from calm_core.cluster.submit import TRAININGS
+from calm_core.errors import UserError
+from calm_core.experiment import Experiment
+from calm_core.pipeline.stages import stages
+
+LAUNCHERS = sorted((ROOT / "launchers").glob("*.slurm"))
+
+
+def experiment(job: JobFile) -> Experiment:
+    return config.load(Experiment, ROOT / job.config, [])
+
+
+@pytest.mark.parametrize("path", [*LAUNCHERS, *(ROOT / "launchers").glob("*.sh")], ids=lambda path: path.name)
+def test_it_is_sound_shell(path: Path) -> None:
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_it_can_come_back(path: Path) -> None:
+    options = JobFile.read(path).options
+    assert options["job-name"] == path.stem
+    assert options["signal"].startswith("B:USR1@")
+    assert {"requeue", "open-mode"} <= set(options)
+    assert "/" not in options["output"]  # a folder would have to be there before the job is
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_what_it_runs_is_there(path: Path) -> None:
+    job = JobFile.read(path)
+    assert job.stage in {stage.name for stage in stages(experiment(job))}
+    if job.stage in TRAININGS:
+        assert describe_layout(experiment(job), job.stage, job.nodes, job.tasks).startswith(f"{job.nodes * job.tasks} ")
+        assert job.options["gpus-per-node"] == job.options["ntasks-per-node"]
+
+
+def test_a_launcher_for_each_configuration_of_the_paper() -> None:
+    shipped = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - {"demo"}
+    assert {"autoencoder", "calm_m", "calm_l", "calm_xl", "ar_s", "ar_m", "ar_l"} <= shipped & {
+        path.stem for path in LAUNCHERS
+    }
+
+
+def test_an_impossible_size_is_refused_with_the_nearest_that_works() -> None:
+    job = JobFile.read(ROOT / "launchers" / "calm_xl.slurm")
+    xl = experiment(job)
+    assert nearest_nodes(xl, job.stage, 64, 8) == 64
+    assert nearest_nodes(xl, job.stage, 40, 8) == 32
+    with pytest.raises(UserError, match=r"not a multiple of .* On nodes of 8 ranks, sbatch --nodes=64 is the nearest"):
+        describe_layout(xl, job.stage, 63, 8)
+    with pytest.raises(UserError, match=r"does not divide the 63 ranks .* On nodes of 1 ranks, sbatch --nodes=64"):
+        describe_layout(xl, job.stage, 63, 1)
+
+
+def test_options_of_sbatch_take_the_place_of_the_file_s() -> None:
+    job = JobFile.read(ROOT / "launchers" / "calm_xl.slurm").with_options(["--nodes=32", "--exclusive"])
+    assert (job.nodes, job.tasks) == (32, 8)
+    assert job.resources().startswith("nodes 32, ntasks-per-node 8, gpus-per-node 8")
+
+
+def test_an_unknown_launcher_is_refused() -> None:
+    with pytest.raises(UserError, match=r"choose one of ar_l, .*calm_xl"):
+        JobFile.read(ROOT / "launchers" / "calm_xxl.slurm")

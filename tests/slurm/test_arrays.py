@@ -1,0 +1,91 @@
+"""Many jobs: a sweep, and the whole way from text to scores, on a real Slurm."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from launching import ROOT
+from trained import SMALL, Training
+
+from calm_core.training.run_log import read_metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+def test_a_sweep_with_one_failing_member(training: Training, tmp_path: Path) -> None:
+    cluster = training.cluster
+    training.set_steps(8)
+    lines = [f"{training.config} run={training.run} training.{what}" for what in ("keep=1", "kep=1", "keep=1 seed=1")]
+    lines[2] = lines[2].replace(
+        str(training.run), str(other := Training.of_copy(cluster, training.run, tmp_path / "b").run)
+    )
+    (tmp_path / "list").write_text("\n".join([*lines, "# the end"]) + "\n")
+    command = [*SMALL, f"--array=1-{len(lines) + 2}", ROOT / "launchers" / "sweep.slurm", "list"]
+
+    def states(job: str) -> list[str]:
+        cluster.wait(lambda: cluster.ended(job))
+        return [cluster.state(f"{job}_{task}") for task in range(1, len(lines) + 3)]
+
+    job = cluster.submit(*command, folder=tmp_path)
+    assert states(job) == ["COMPLETED", "FAILED", "COMPLETED", "COMPLETED", "COMPLETED"]
+    assert "did you mean training.keep" in (tmp_path / f"sweep-{job}_2.out").read_text()
+    for run in (training.run, other):
+        assert [r["step"] for r in read_metrics(run / "calm" / "metrics.jsonl", "train")] == list(range(1, 9))
+
+    job = cluster.submit(*command, folder=tmp_path)
+    assert states(job) == ["COMPLETED", "FAILED", "COMPLETED", "COMPLETED", "COMPLETED"]
+    for task in (1, 3):
+        assert "finished before" in (tmp_path / f"sweep-{job}_{task}.out").read_text()
+
+
+def test_the_way_from_text_to_scores(cluster: Cluster, tiny_experiment: Path, tmp_path: Path) -> None:
+    run, config = tmp_path / "run", tmp_path / "mine.yaml"
+    text = (tiny_experiment / "config.yaml").read_text() + f"run: {run}\ntokenizer: {{vocab_size: 300}}\n"
+    config.write_text(text + "pipeline: {shares: 2, nodes: 2, prompts: [a], temperatures: [1.0], max_tokens: 8}\n")
+    small = " ".join([*SMALL, "--nodes=1", "--mem=1G", "--no-requeue"])
+
+    def pipeline(*arguments: str) -> str:
+        result = subprocess.run(
+            [ROOT / "launchers" / "pipeline.sh", config, *arguments],
+            env=cluster.environment | {"EXTRA_SBATCH_ARGS": small},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    planned = pipeline("--dry-run")
+    names = [line.split(":")[0] for line in planned.splitlines() if ": sbatch" in line]
+    assert names == [
+        "train_tokenizer",
+        *("tokenize_corpus", "tokenize_corpus-finish"),
+        *("train_autoencoder", "evaluate_autoencoder"),
+        *("build_chunks", "build_chunks-finish"),
+        *("train_calm", "evaluate_calm", "sample"),
+    ]
+    assert "2 ranks = tensor 1 x pipeline 1 x data 2" in planned
+    assert "array 0-1" in planned
+    assert not run.exists()
+    assert not cluster.busy()
+
+    submitted = pipeline()
+    jobs = dict(re.findall(r"^(\S+): job (\d+)", submitted, re.MULTILINE))
+    assert list(jobs) == names
+    assert pipeline().count("in the queue already") >= len(names) - 1  # nothing twice
+    cluster.wait(lambda: not cluster.busy(), seconds=1200)
+    assert {name: cluster.state(job) for name, job in jobs.items()} == dict.fromkeys(names, "COMPLETED"), "\n".join(
+        path.read_text() for path in sorted((run / "slurm").glob("*.out"))
+    )
+    assert json.loads((run / "calm" / "evaluation.json").read_text())
+    assert json.loads((run / "samples.json").read_text())
+    for task in (0, 1):
+        assert (
+            f"finished share {task} of 2"
+            in (run / "slurm" / f"build_chunks-{task}" / "latest" / "rank-0000.log").read_text()
+        )
+    assert "nothing to do: every stage is finished" in pipeline()
