@@ -28,7 +28,7 @@ class Limits:
     def of(cls, environment: Mapping[str, str]) -> "Limits":
         """The limits that variables set, or the defaults."""
         return cls(
-            scratch=Path(environment.get("CALM_SCRATCH") or "/tmp"),
+            scratch=Path(os.path.expandvars(environment.get("CALM_SCRATCH") or "/tmp")),
             scratch_gib=float(environment.get("CALM_SCRATCH_GIB") or 1),
             memory_gib=float(environment.get("CALM_MEMORY_GIB") or 1),
             seconds=float(environment.get("CALM_CHECK_SECONDS") or 120),

@@ -6,19 +6,20 @@ ended whether the job goes back into the queue. It runs outside a container and 
 
 import argparse
 import fcntl
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from calm_core.cluster.policy import bad_nodes, decide, first_failure, fruitless_attempts
 from calm_core.cluster.records import StageRecords, endings, progress_of, write_record
 from calm_core.cluster.slurm import Job
-from calm_core.cluster.steps import VERDICT, Steps, last_lines, say
+from calm_core.cluster.steps import Steps, last_lines, say
+from calm_core.data.manifest import read_json
 from calm_core.errors import ExitCode
 from calm_core.pipeline.ledger import Ledger, stamp
 
@@ -128,15 +129,18 @@ class Attempt:
         """The verdict of each node's preflight, by node."""
         seconds = float(os.environ.get("CALM_CHECK_SECONDS") or 120)
         job = self._job
-        nodes = ["--nodes", ",".join(job.nodes), "--tasks", str(job.tasks_per_node)]
+        size = ["--nodes", ",".join(job.nodes), "--tasks", str(job.tasks_per_node)]
         meeting = ["--address", job.address, "--port", str(job.port)]
-        arguments = [self._stage, *nodes, *meeting, *self._experiment]
-        command = self._steps.command(1, [], "calm_core.cluster.preflight", *arguments)
-        text, errors = self._steps.output(command, 3 * seconds + 60)
-        found = [json.loads(line.removeprefix(VERDICT)) for line in text.splitlines() if line.startswith(VERDICT)]
-        if len(found) < len(job.nodes):
-            print(last_lines(errors, LINES), flush=True)
-        return {verdict["node"]: verdict for verdict in found}
+        with TemporaryDirectory(prefix=".preflight-", dir=Path.cwd()) as folder:
+            arguments = [self._stage, "--verdicts", folder, *size, *meeting, *self._experiment]
+            command = self._steps.command(1, [], "calm_core.cluster.preflight", *arguments)
+            printed = self._steps.output(command, 3 * seconds + 60)
+            # By name: on NFS the listing of a folder may be older than the files in it.
+            files = {node: Path(folder, f"{node}.json") for node in job.nodes}
+            verdicts = {node: read_json(path) for node, path in files.items() if path.exists()}
+        if len(verdicts) < len(job.nodes):
+            print(last_lines(printed, LINES), flush=True)
+        return verdicts
 
     def _train(self) -> int:
         """Run the ranks; the code of the one that failed first, whose last lines are repeated here."""
@@ -147,7 +151,7 @@ class Attempt:
         say(f"starting {' '.join(arguments[1:])}")
         say(f"logs: {self._folder}/rank-*.log")
         code = self._steps.run(self._steps.command(tasks, options, "calm_core.cluster.rank", *arguments), self._asked)
-        records = endings(self._folder)
+        records = endings(self._folder, self._job.world if tasks else 1)
         if failure := first_failure(records):
             who = f"rank {failure['rank']} on {failure['node']}"
             say(f"{who} failed first, code {failure['code']}; its last lines:")

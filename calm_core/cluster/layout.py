@@ -38,7 +38,8 @@ def _describe(experiment: Experiment, stage: str, world: int) -> str:
         shared, multiple = f"tensor {layout.tensor} x pipeline {layout.pipeline} x ", layout.micro_batch_multiple
         data = layout.data_parallel(world)
     accumulated = training.micro_batches(data, multiple)
+    ranks = "1 rank" if world == 1 else f"{world} ranks"
     return (
-        f"{world} ranks = {shared}data {data}; global batch {training.global_batch} = {data} x micro-batch "
+        f"{ranks} = {shared}data {data}; global batch {training.global_batch} = {data} x micro-batch "
         f"{training.micro_batch} x {accumulated} accumulated"
     )

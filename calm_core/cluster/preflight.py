@@ -1,12 +1,11 @@
 """The check before a job starts, on each of its nodes: is the configuration sound, is the node?
 
-One process a node under srun: `python -m calm_core.cluster.preflight STAGE --nodes A,B --tasks N --address A --port P
-CONFIG [key=value ...]`. Each prints its verdict as one line of JSON; what is to be run is part of it, so that the job
-itself, which runs outside a container, needs neither torch nor the configuration.
+One process a node under srun: `python -m calm_core.cluster.preflight STAGE --verdicts FOLDER --nodes A,B --tasks N
+--address A --port P CONFIG [key=value ...]`. Each writes FOLDER/NODE.json. What is to be run is part of it, so that the
+job itself, which runs outside a container, needs neither torch nor the configuration.
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -17,16 +16,17 @@ from typing import Any
 
 from calm_core import config as configuration
 from calm_core.cluster.layout import describe_layout
-from calm_core.cluster.steps import VERDICT
+from calm_core.data.manifest import write_json
 from calm_core.errors import UserError
 from calm_core.experiment import Experiment
 from calm_core.pipeline.stages import ROOT, Stage, config_path, inputs_of, stages
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Check, and print the verdict."""
+    """Check, and write the verdict."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage")
+    parser.add_argument("--verdicts", type=Path, required=True, help="folder that all nodes share")
     parser.add_argument("--nodes", required=True, help="all nodes, in Slurm's order, with commas")
     parser.add_argument("--tasks", type=int, required=True, help="ranks on each node")
     parser.add_argument("--address", required=True, help="of the first node")
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
         verdict = {"plan": plan, **_examine(Path(plan["run"]), parsed)}
     except UserError as refusal:
         verdict = {"refusal": str(refusal), "problems": [str(refusal)], "apart": "", "absent": []}
-    print(VERDICT + json.dumps({"node": os.environ["SLURMD_NODENAME"], **verdict}), flush=True)
+    write_json(parsed.verdicts / f"{os.environ['SLURMD_NODENAME']}.json", verdict)
 
 
 def plan_stage(name: str, nodes: int, tasks: int, path: str, *overrides: str) -> dict[str, Any]:

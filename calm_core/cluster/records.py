@@ -54,9 +54,10 @@ class StageRecords:
         return folder
 
 
-def endings(attempt: Path) -> list[dict[str, Any]]:
+def endings(attempt: Path, world: int) -> list[dict[str, Any]]:
     """How the ranks of an attempt ended, as far as they could still say."""
-    return [read_json(path) for path in sorted((attempt / "ranks").glob("*.json"))]
+    paths = [attempt / "ranks" / f"{rank}.json" for rank in range(world)]
+    return [read_json(path) for path in paths if path.exists()]
 
 
 def write_record(attempt: Path, root: Path, plan: Mapping[str, Any], nodes: tuple[str, ...]) -> None:

@@ -13,7 +13,6 @@ from typing import IO
 
 from calm_core.cluster.slurm import Job
 
-VERDICT = "preflight "  # begins the line in which a node's check says what it found
 BEAT = 0.5  # seconds between looks at the signals
 HOUR = 3600.0
 MARGIN = 10.0  # seconds before the time limit at which a job that has not ended in good order is requeued as it is
@@ -52,10 +51,10 @@ class Steps:
         python = self._environment.get("CALM_PYTHON") or sys.executable
         return ["srun", *size, cores, *options, *extra, python, "-m", module, *arguments]
 
-    def output(self, command: Sequence[str], seconds: float) -> tuple[str, str]:
-        """What a step prints, and its errors; it is ended after `seconds`, or when Slurm asks for the end."""
-        with TemporaryFile("w+") as output, TemporaryFile("w+") as errors:
-            process = self._start(command, output, errors)
+    def output(self, command: Sequence[str], seconds: float) -> str:
+        """All that a step prints; it is ended after `seconds`, or when Slurm asks for the end."""
+        with TemporaryFile("w+") as output:
+            process = self._start(command, output)
             end = time.monotonic() + seconds
             while process.poll() is None:
                 if self.asked or time.monotonic() > end:
@@ -63,8 +62,7 @@ class Steps:
                     process.wait()
                 time.sleep(BEAT)
             output.seek(0)
-            errors.seek(0)
-            return output.read(), errors.read()
+            return output.read()
 
     def run(self, command: Sequence[str], on_asked: Callable[[], None]) -> int:
         """Run a step to its end; srun's exit code.
@@ -80,10 +78,9 @@ class Steps:
             time.sleep(BEAT)
         return process.returncode if process.returncode is not None else -signal.SIGKILL
 
-    def _start(
-        self, command: Sequence[str], output: IO[str] | None = None, errors: IO[str] | None = None
-    ) -> subprocess.Popen:
+    def _start(self, command: Sequence[str], output: IO[str] | None = None) -> subprocess.Popen:
         # A session of its own: a signal to the batch script is the batch script's to pass on.
+        errors = output and subprocess.STDOUT
         return subprocess.Popen(command, env=self._environment, stdout=output, stderr=errors, start_new_session=True)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -11,7 +11,7 @@ from trained import Training
 
 SITE = """
 export CALM_HOST_PYTHON={python} CALM_PYTHON={python}
-export CALM_SCRATCH={scratch}/$SLURMD_NODENAME
+export CALM_SCRATCH='{scratch}/$SLURMD_NODENAME'
 export OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo WANDB_MODE=disabled
 """
 STEPS = 150  # of the run that nothing interrupts: more than any interrupted one does

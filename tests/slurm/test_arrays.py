@@ -18,10 +18,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 def test_a_sweep_with_one_failing_member(training: Training, tmp_path: Path) -> None:
     cluster = training.cluster
     training.set_steps(8)
-    lines = [f"{training.config} run={training.run} training.{what}" for what in ("keep=1", "kep=1", "keep=1 seed=1")]
-    lines[2] = lines[2].replace(
-        str(training.run), str(other := Training.of_copy(cluster, training.run, tmp_path / "b").run)
-    )
+    other = Training.of_copy(cluster, training.run, tmp_path / "other")
+    other.set_steps(8)
+    lines = [
+        f"{training.config} training.keep=1",
+        f"{training.config} training.kep=1",
+        f"{other.config} seed=1",
+    ]
     (tmp_path / "list").write_text("\n".join([*lines, "# the end"]) + "\n")
     command = [*SMALL, f"--array=1-{len(lines) + 2}", ROOT / "launchers" / "sweep.slurm", "list"]
 
@@ -32,7 +35,7 @@ def test_a_sweep_with_one_failing_member(training: Training, tmp_path: Path) -> 
     job = cluster.submit(*command, folder=tmp_path)
     assert states(job) == ["COMPLETED", "FAILED", "COMPLETED", "COMPLETED", "COMPLETED"]
     assert "did you mean training.keep" in (tmp_path / f"sweep-{job}_2.out").read_text()
-    for run in (training.run, other):
+    for run in (training.run, other.run):
         assert [r["step"] for r in read_metrics(run / "calm" / "metrics.jsonl", "train")] == list(range(1, 9))
 
     job = cluster.submit(*command, folder=tmp_path)

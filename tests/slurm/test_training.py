@@ -35,7 +35,9 @@ def test_a_node_is_lost(training: Training, uninterrupted: Training) -> None:
     training.cluster.break_node("node2")
     job = training.wait_for_end()
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), training.log()
-    assert "node2" not in training.log().splitlines()[-1]
+    first, second = training.events("start")
+    assert first["nodes"] == ["node1", "node2"]
+    assert "node2" not in second["nodes"]
     assert training.went_on_from(step)
     assert same_curve(training, uninterrupted, step + 20)
 

@@ -24,7 +24,8 @@ class Training:
         self.cluster, self.run, self.folder = cluster, run, folder
         self.config = run / "config.yaml"
         text = self.config.read_text().replace("save_every: 0", "save_every: 5")
-        self.config.write_text(f"{text}\nrun: {run}\n")
+        text = re.sub(r"^run: .*\n", "", text, flags=re.MULTILINE)
+        self.config.write_text(f"{text}run: {run}\n")
         self.set_steps(FOREVER)
         self.job = ""
 
