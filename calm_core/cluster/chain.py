@@ -110,7 +110,8 @@ def _submit(experiment: Experiment, jobs: list[Link]) -> None:
         job = submitted.get(link.name, "")
         if not job or slurm.fields("job", job).get("JobState", "COMPLETED") in ENDED:
             after = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"] if before else []
-            output = f"--output={folder.resolve()}/%x-{'%A_%a' if '--array' in ' '.join(link.options) else '%j'}.out"
+            array = any(option.startswith("--array") for option in link.options)
+            output = f"--output={folder.resolve()}/%x-{'%A_%a' if array else '%j'}.out"
             job = sbatch([*site_options(), *link.options, output, *after], link.launcher, link.arguments)
             write_json(known, submitted := {**submitted, link.name: job})
             print(f"{link.name}: job {job}{f' after {before}' if before else ''}")

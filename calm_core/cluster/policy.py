@@ -34,7 +34,7 @@ def decide(code: int, asked: bool, fruitless: int, limit: int) -> Verdict:
         return Verdict(False, "stopped by a person, checkpoint saved; submit again to go on")
     if fruitless > limit:
         return Verdict(False, f"{limit} restarts without progress: look at the cause and submit again")
-    return Verdict(True, f"restart {fruitless} of {limit} without progress")
+    return Verdict(True, f"restart {fruitless} of {limit} without progress" if fruitless else "it has made progress")
 
 
 def fruitless_attempts(journal: Sequence[Mapping[str, Any]], job: str, step: int) -> int:

@@ -14,7 +14,6 @@ from typing import IO
 from calm_core.cluster.slurm import Job
 
 BEAT = 0.5  # seconds between looks at the signals
-HOUR = 3600.0
 MARGIN = 10.0  # seconds before the time limit at which a job that has not ended in good order is requeued as it is
 
 
@@ -69,12 +68,14 @@ class Steps:
 
         What Slurm asks for is passed on as SIGUSR1, once, after a call of `on_asked`.
         """
-        process, deadline = self._start(command), float("inf")
+        process, deadline, passed_on = self._start(command), float("inf"), False
         while process.poll() is None and time.time() < deadline:
-            if self.asked and deadline == float("inf"):
+            if self.asked and not passed_on:
+                passed_on = True
                 on_asked()
                 process.send_signal(signal.SIGUSR1)
-                deadline = _end_of(self._job) - MARGIN
+                if signal.SIGTERM not in self._signals:  # after SIGTERM Slurm itself puts an end to it
+                    deadline = _end_of(self._job) - MARGIN
             time.sleep(BEAT)
         return process.returncode if process.returncode is not None else -signal.SIGKILL
 
@@ -101,5 +102,5 @@ def _end_of(job: Job) -> float:
     """When Slurm will end the job, in seconds since 1970."""
     try:
         return datetime.fromisoformat(job.fields()["EndTime"]).timestamp()
-    except (KeyError, ValueError):
-        return time.time() + HOUR
+    except (KeyError, ValueError):  # without a time limit
+        return float("inf")

@@ -11,7 +11,7 @@ from calm_core import command
 from calm_core import config as configuration
 from calm_core.cluster.jobfile import JobFile, sbatch, site_options
 from calm_core.cluster.layout import describe_layout
-from calm_core.errors import ExitCode, UserError
+from calm_core.errors import ExitCode
 from calm_core.experiment import Experiment
 from calm_core.pipeline.stages import ROOT
 
@@ -34,7 +34,8 @@ def check(job: JobFile, options: Sequence[str], experiment: Experiment, stage: s
 def main(arguments: Sequence[str]) -> int:
     """Check and submit one launcher."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        raise UserError(__doc__.strip())
+        print(__doc__)
+        return ExitCode.OK
     name, *rest = arguments
     options = [*site_options(), *(word for word in rest if word.startswith("--") and word != "--dry-run")]
     given = [word for word in rest if not word.startswith("--")]
