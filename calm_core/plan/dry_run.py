@@ -23,7 +23,7 @@ def plan_calm(experiment: Experiment, sections: tuple[str, ...]) -> ExitCode:
     world = _world(experiment, layout.tensor * layout.pipeline)
     found = account(model_shape(experiment), training, layout, plan, world)
     text = table.render(found, training, layout, plan, rank_groups(layout, world))
-    print(f"{_resolved(experiment, sections)}\n{text}")
+    _say(experiment, sections, text)
     return ExitCode.OK
 
 
@@ -35,7 +35,7 @@ def plan_autoencoder(experiment: Experiment, sections: tuple[str, ...]) -> ExitC
     """
     world = _world(experiment, 1)
     text = describe(experiment, vocabulary(experiment), world)
-    print(f"{_resolved(experiment, sections)}\n{text}")
+    _say(experiment, sections, text)
     return ExitCode.OK
 
 
@@ -66,8 +66,10 @@ def _world(experiment: Experiment, least: int) -> int:
     return experiment.plan.world or int(os.environ.get("WORLD_SIZE", least))
 
 
-def _resolved(experiment: Experiment, sections: tuple[str, ...]) -> str:
-    """The resolved configuration that a script would use."""
+def _say(experiment: Experiment, sections: tuple[str, ...], plan: str) -> None:
+    """Print the resolved configuration that a script would use and the plan; under torchrun on one rank."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     resolved = configuration.to_dict(experiment)
     chosen = {"run": experiment.run, "seed": experiment.seed, **{name: resolved[name] for name in sections}}
-    return configuration.dump(chosen)
+    print(f"{configuration.dump(chosen)}\n{plan}")

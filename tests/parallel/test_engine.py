@@ -120,6 +120,7 @@ def test_bf16_weights_accumulate_and_step_in_float32(topology: Topology) -> None
     gradients = [engine.local_gradient(p) for p in engine.chunks[0].parameters()]
     assert all(g.dtype == torch.float32 for g in gradients)
     assert any((g != g.bfloat16()).any() for g in gradients)
+    assert engine._deepspeed.communication_data_type == torch.float32  # in which ranks sum them
     before = [flat.clone() for flat in masters]
     engine.step(1e-6, lambda norm: True)
     assert all(torch.equal(p, small[id(p)]) for p in engine.chunks[0].parameters() if p.dim() > 1)
