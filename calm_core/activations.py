@@ -140,7 +140,7 @@ def _layer(shape: ModelShape, load: Load) -> Activations:
     output = shared * d
     rotation = 4 * load.positions * head_width * load.width
     attention = rotation + shared * (2 * d + 3 * key_value) + output + scores  # projections, rotated ones, output
-    feed_forward = shared * 4 * backbone.ffn  # gate and up, gate after SiLU, product
+    feed_forward = shared * 5 * backbone.ffn  # gate and up, gate after SiLU, a copy of up (Megatron-core's), product
     kept = own * d * (4 + 2 * load.plain_norm) + attention + feed_forward
     backward = 2 * own * d + 2 * shared * backbone.ffn
     gathered = _gathered(d, load)

@@ -34,7 +34,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _follow(self, tensor: torch.Tensor) -> None:
-        if tensor.layout != torch.strided:
+        if not _has_bytes(tensor):
             return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
@@ -58,4 +58,8 @@ def storages() -> dict[int, weakref.ref]:
 
 def _tensors() -> list[torch.Tensor]:
     gc.collect()
-    return [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.layout == torch.strided]
+    return [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and _has_bytes(x)]
+
+
+def _has_bytes(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.device.type != "meta"
