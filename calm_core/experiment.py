@@ -6,6 +6,7 @@ from pathlib import Path
 from calm_core.autoencoder import AutoencoderConfig
 from calm_core.config import option
 from calm_core.data.config import DataConfig
+from calm_core.inference.config import SamplesConfig
 from calm_core.model.config import BackboneConfig, HeadConfig
 from calm_core.parallel.config import ParallelConfig
 from calm_core.pipeline.config import PipelineConfig
@@ -13,6 +14,7 @@ from calm_core.plan.config import PlanConfig
 from calm_core.tokenizer import TokenizerConfig
 from calm_core.training.config import TrainingConfig
 from calm_core.training.evaluation_config import EvaluationConfig
+from calm_core.training.profile_config import ProfileConfig
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Experiment:
     parallel: ParallelConfig = option(ParallelConfig, "layout over ranks")
     training: TrainingConfig = option(TrainingConfig, "training of CALM")
     evaluation: EvaluationConfig = option(EvaluationConfig, "evaluation on held-out documents")
+    samples: SamplesConfig = option(SamplesConfig, "texts that show what the model says")
+    profile: ProfileConfig = option(ProfileConfig, "profile of training steps")
     pipeline: PipelineConfig = option(PipelineConfig, "all stages as one command")
     plan: PlanConfig = option(PlanConfig, "the machine that --dry-run of a training counts with")
 

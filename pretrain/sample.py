@@ -1,6 +1,5 @@
-"""Samples of a trained model at several temperatures: RUN/samples.json, as `pipeline.*` says."""
+"""Samples of a trained model at several temperatures: RUN/samples.json, as `samples.*` says."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 from calm_core import command
@@ -8,12 +7,12 @@ from calm_core.data.manifest import write_json
 from calm_core.errors import ExitCode
 from calm_core.experiment import Experiment
 
-SECTIONS = ("data", "pipeline")
+SECTIONS = ("data", "samples")
 
 
 def sample(experiment: Experiment, dry_run: bool) -> ExitCode:
     """Continue the prompts, or print what would be done."""
-    settings, run = experiment.pipeline, experiment.paths.calm_run
+    settings, run = experiment.samples, experiment.paths.calm_run
     if dry_run:
         print(f"would continue {len(settings.prompts)} prompts at temperatures {settings.temperatures} with {run}")
         return ExitCode.OK
@@ -21,17 +20,11 @@ def sample(experiment: Experiment, dry_run: bool) -> ExitCode:
     from calm_core.parallel.config import ParallelConfig
     from calm_core.parallel.topology import distributed
 
-    samples = []
     with distributed(ParallelConfig()) as topology:
-        from calm_core.inference.generate import generate
         from calm_core.inference.load import load_for_inference
-        from calm_core.inference.options import GenerationOptions
+        from calm_core.inference.samples import continue_prompts
 
-        loaded = load_for_inference(run, topology.device)
-        for temperature in settings.temperatures:
-            options = GenerationOptions(max_tokens=settings.max_tokens, temperature=temperature, seed=experiment.seed)
-            completions = generate(loaded, settings.prompts, options)
-            samples += [{"temperature": temperature, **asdict(completion)} for completion in completions]
+        samples = continue_prompts(load_for_inference(run, topology.device), settings, experiment.seed)
     path = Path(experiment.run) / "samples.json"
     write_json(path, samples)
     print(f"finished: {path}")

@@ -9,7 +9,7 @@ from calm_core.experiment import Experiment
 from calm_core.plan.dry_run import plan_autoencoder
 from calm_core.training.launch import run_autoencoder
 
-SECTIONS = ("data", "autoencoder", "autoencoder_training", "plan")
+SECTIONS = ("data", "autoencoder", "autoencoder_training", "profile", "plan")
 
 
 def train(experiment: Experiment, dry_run: bool) -> ExitCode:

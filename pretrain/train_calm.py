@@ -10,7 +10,7 @@ from calm_core.experiment import Experiment
 from calm_core.plan.dry_run import plan_calm
 from calm_core.training.launch import run_calm
 
-SECTIONS = ("data", "model", "head", "parallel", "training", "evaluation", "plan")
+SECTIONS = ("data", "model", "head", "parallel", "training", "evaluation", "samples", "profile", "plan")
 
 
 def train(experiment: Experiment, dry_run: bool) -> ExitCode:

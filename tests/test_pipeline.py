@@ -34,7 +34,8 @@ model: {{layers: 2, hidden: 32, ffn: 64, heads: 2}}
 head: {{noise: 8, samples: 4, target_samples: 8}}
 training: {{<<: *training, steps: 24, save_every: 4}}
 evaluation: {{windows: 16, samples: 8, micro_batch: 4}}
-pipeline: {{processes: 2, prompts: [The people], max_tokens: 12}}
+pipeline: {{processes: 2}}
+samples: {{prompts: [The people], max_tokens: 12, while_training: true}}
 """
 STAGES = 8
 

@@ -138,6 +138,7 @@ def experiment(config: ScalingConfig, point: Point) -> Experiment:
         base.training,
         steps=point.steps,
         eval_every=0,
+        wandb_group=base.training.wandb_group or Path(config.run).name,
         milestones=list(point.budget_steps[:-1]),
         keep=max(base.training.keep, len(point.budget_steps)),
         global_batch=point.global_batch,

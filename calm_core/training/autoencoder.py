@@ -100,6 +100,10 @@ class AutoencoderTask:
         metrics = {"loss": losses.loss.detach().clone(), "cross_entropy": losses.cross_entropy, "kl": losses.kl}
         return losses.loss, lambda loss: (loss, metrics)
 
+    def texts(self, engine: Engine) -> list[dict[str, Any]]:
+        """An autoencoder continues no prompts."""
+        return []
+
     def evaluate(self, engine: Engine) -> dict[str, Any]:
         """Reconstruction of held-out documents: the same on every rank, for it is soon done."""
         model = engine.chunks[0].autoencoder

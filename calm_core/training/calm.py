@@ -19,6 +19,9 @@ from calm_core.data.store import Store
 from calm_core.data.windows import Windows
 from calm_core.errors import UserError
 from calm_core.evaluation.scores import HeldOut
+from calm_core.inference.config import SamplesConfig
+from calm_core.inference.load import Loaded
+from calm_core.inference.samples import continue_prompts
 from calm_core.model.calm import CalmModel
 from calm_core.model.config import ModelShape
 from calm_core.model.heads.protocol import HeadLoss
@@ -32,6 +35,7 @@ from calm_core.parallel.config import ParallelConfig
 from calm_core.parallel.engine import Engine
 from calm_core.parallel.topology import Topology
 from calm_core.pipeline_split import describe, pipeline_split, shares
+from calm_core.tokenizer import Tokenizer
 from calm_core.training.chunk_batch import ChunkBatch, needed_columns, read_batch
 from calm_core.training.evaluation import evaluate, own_windows
 from calm_core.training.evaluation_config import EvaluationConfig
@@ -65,8 +69,11 @@ class CalmTask:
         held_out: Store,
         autoencoder: Autoencoder | None,
         evaluation: EvaluationConfig,
+        samples: SamplesConfig,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         check_layout(shape, positions, layout)
+        samples.require_whole_model(layout.tensor, layout.pipeline)
         self.shape, self.layout, self.seed = shape, layout, seed
         self.split = pipeline_split(shape, positions, layout)
         self.samples = Samples(train, positions, seed)
@@ -85,6 +92,7 @@ class CalmTask:
         self._held_out = HeldOut(
             Windows(held_out, positions), autoencoder, train.first.token_counts(), seed, evaluation
         )
+        self._said, self._tokenizer = samples, tokenizer
         self._device = torch.device("cpu")
         self._columns = list(train.first.columns)
 
@@ -132,6 +140,16 @@ class CalmTask:
             return output, partial(_mean_loss, weights=None)
         weights = position_weights(target.tokens, self.samples.store.padding)
         return output, partial(_mean_loss, weights=own_positions(weights, model.config))
+
+    def texts(self, engine: Engine) -> list[dict[str, Any]]:
+        """The prompts of the configuration continued by the first rank, if there is a tokenizer to say them with."""
+        if self._tokenizer is None or engine.topology.rank:
+            return []
+        model = engine.chunks[0].eval()
+        speaker = Loaded(model, self._held_out.autoencoder, self._tokenizer, self.samples.positions)
+        records = continue_prompts(speaker, self._said, self.seed)
+        model.train()
+        return [{name: record[name] for name in ("temperature", "prompt", "text")} for record in records]
 
     def evaluate(self, engine: Engine) -> dict[str, Any]:
         """Brier scores and loss on held-out documents."""

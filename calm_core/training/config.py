@@ -38,6 +38,7 @@ class TrainingConfig:
         60.0, "the same until the first step is done: reading a checkpoint, first batches, compilation"
     )
     wandb: str = option("offline", "offline | online | disabled")
+    wandb_group: str = option("", "group of the run in wandb, such as the name of a sweep")
 
     def __post_init__(self) -> None:
         counts = ("steps", "global_batch", "micro_batch", "positions", "log_every", "keep", "bad_steps")

@@ -14,6 +14,7 @@ from calm_core.model.config import ModelShape
 from calm_core.parallel.config import ParallelConfig
 from calm_core.parallel.together import on_first_rank
 from calm_core.parallel.topology import distributed
+from calm_core.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from calm_core.parallel.engine import Engine
@@ -60,6 +61,8 @@ def run_calm(experiment: Experiment) -> ExitCode:
             held_out,
             autoencoder and autoencoder.to(topology.device),
             experiment.evaluation,
+            experiment.samples,
+            load_tokenizer(paths.tokenizer) if experiment.samples.while_training else None,
         )
         task.samples.require(config.steps * config.global_batch)
         return run(task, config, topology, RunFolder(paths.calm_run), experiment)

@@ -16,6 +16,7 @@ from calm_core.parallel.together import on_first_rank
 from calm_core.parallel.topology import Topology
 from calm_core.training.config import TrainingConfig
 from calm_core.training.loader import Loader, step_samples
+from calm_core.training.profiler import StepProfiler
 from calm_core.training.progress import Progress
 from calm_core.training.reporter import Reporter
 from calm_core.training.resume import is_finished, start
@@ -81,13 +82,16 @@ def train(
 
         remaining = config.steps - progress.step
         loader = held.enter_context(Loader(task.load, plan, progress.consumed, config.global_batch, remaining))
+        profiler = held.enter_context(StepProfiler(experiment.profile, folder.path / "profile", topology))
         while progress.step < config.steps:
             batches = reporter.waited(loader.next)
+            profiler.begin(progress.step + 1)
             progress = _train_step(task, config, engine, batches, progress, reporter)
+            profiler.end(progress.step)
             watchdog.alive(f"step {progress.step}")
             last, milestone = progress.step == config.steps, progress.step in config.milestones
             if last or milestone or _due(progress.step, config.eval_every):
-                reporter.evaluation(progress.step, task.evaluate(engine))
+                reporter.evaluation(progress.step, task.evaluate(engine), task.texts(engine))
                 watchdog.alive(f"the evaluation after step {progress.step}")
             asked = requests.agreed(topology.device)
             if last or milestone or asked.save or asked.stop or _due(progress.step, config.save_every):

@@ -45,7 +45,7 @@ class Reporter:
         self._log = None
         if topology.rank == 0:
             precision = str(dtype).removeprefix("torch.")
-            self._log = RunLog(folder, start.step, task.name, config.wandb, resolved)
+            self._log = RunLog(folder, start.step, task.name, config, resolved)
             how = {"global_batch": config.global_batch, "ranks": topology.world, "precision": precision}
             how |= {name: getattr(topology.layout, name) for name in LAYOUT}
             how |= {"data": topology.data_size, "stages": task.stages}
@@ -98,10 +98,12 @@ class Reporter:
         print(self._line(step, values, seconds), flush=True)
         self._restart_clock()
 
-    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
-        """Record an evaluation; its time is not counted as training."""
+    def evaluation(self, step: int, metrics: dict[str, Any], texts: list[dict[str, Any]]) -> None:
+        """Record an evaluation and what the model said; their time is not counted as training."""
         if self._log is not None:
             self._log.write(step, "eval", metrics)
+            for text in texts:
+                self._log.write(step, "sample", text)
             shown = "  ".join(_shown(name, value, metrics) for name, value in metrics.items() if _is_shown(name, value))
             print(f"{self._task.name} step {step} held-out: {shown}", flush=True)
             self._write_page()

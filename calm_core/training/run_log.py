@@ -6,21 +6,24 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from calm_core.training.config import TrainingConfig
 from calm_core.training.run_folder import RunFolder
 
 
 class RunLog:
     """Writes one record per line of metrics.jsonl, under the same names to wandb, and a short line for a person.
 
-    A record is {"step": N, "kind": "train" | "eval" | "event", name: value, ...}. After a resume the lines of steps
-    that are about to be done again are dropped, so a step has one record.
+    A record is {"step": N, "kind": "train" | "eval" | "sample" | "event", name: value, ...}. After a resume the lines
+    of steps that are about to be done again are dropped, so a step has one record.
     """
 
-    def __init__(self, folder: RunFolder, start_step: int, name: str, wandb_mode: str, config: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: RunFolder, start_step: int, name: str, config: TrainingConfig, resolved: dict[str, Any]
+    ) -> None:
         folder.path.mkdir(parents=True, exist_ok=True)
         _drop_after(folder.metrics, start_step)
         self._file = open(folder.metrics, "a")  # noqa: SIM115 - open for the whole run
-        self._wandb = _start_wandb(folder, name, wandb_mode, config)
+        self._wandb = _start_wandb(folder, name, config, resolved)
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Record `values` at `step`."""
@@ -73,8 +76,8 @@ def _drop_after(metrics: Path, step: int) -> None:
     partial.replace(metrics)
 
 
-def _start_wandb(folder: RunFolder, name: str, mode: str, config: dict[str, Any]) -> Any:
-    if mode == "disabled":
+def _start_wandb(folder: RunFolder, name: str, config: TrainingConfig, resolved: dict[str, Any]) -> Any:
+    if config.wandb == "disabled":
         return None
     try:
         import wandb
@@ -85,8 +88,10 @@ def _start_wandb(folder: RunFolder, name: str, mode: str, config: dict[str, Any]
             id=_run_id(folder.path / "wandb_id"),
             resume="allow",
             dir=str(folder.path),
-            mode=mode,
-            config=config,
+            mode=config.wandb,
+            group=config.wandb_group or None,
+            job_type=name,
+            config=resolved,
             settings=wandb.Settings(silent=True, console="off", init_timeout=60, x_disable_stats=True),
         )
     except Exception as error:  # a tracker that fails must not take the run with it

@@ -51,6 +51,10 @@ class Task(Protocol):
         """
         ...
 
+    def texts(self, engine: Engine) -> list[dict[str, Any]]:
+        """What the model says at this point, on the rank that reports: records with temperature, prompt and text."""
+        ...
+
     def evaluate(self, engine: Engine) -> dict[str, float]:
         """Metrics on held-out documents, on the rank that reports. Collective."""
         ...
