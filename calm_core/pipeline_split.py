@@ -24,19 +24,27 @@ def pipeline_split(shape: ModelShape, positions: int, layout: ParallelConfig) ->
 
     There are pipeline x virtual parts; part i belongs to stage i modulo pipeline. The first part also holds the
     embedding and the compression, the last one the head: these two may do without layers, the parts between may not.
+    Nor may the first one where there is no compression: it would have no norm, and the ranks would not agree on the
+    groups of weights (with decay and without) over which DeepSpeed reduces the gradient norm.
 
     Raises:
         UserError: if the layers do not suffice, or are not those of `layout.split`.
     """
     parts, layers = layout.pipeline * layout.virtual, shape.backbone.layers
-    if layers < parts - 2:
+    first = int(shape.head.reads_tokens)
+    if layers < parts - 2 + first:
         raise UserError(
             f"model.layers={layers} leaves a part of parallel.pipeline x parallel.virtual = {parts} without a layer: "
-            f"choose at most {layers + 2} parts."
+            f"choose at most {layers + 2 - first} parts."
         )
     if not layout.split:
         work = [piece.training for piece in _costs(shape, positions, layout)]
-        return balanced(work, layout.pipeline, layout.virtual)
+        return balanced(work, layout.pipeline, layout.virtual, first)
+    if layout.split[0] < first:
+        raise UserError(
+            f"parallel.split={layout.split} leaves nothing but an embedding to the first stage, as head.kind="
+            f"{shape.head.kind} has no compression: give it at least 1 layer."
+        )
     if sum(layout.split) != layers:
         raise UserError(
             f"parallel.split={layout.split} has {sum(layout.split)} layers in all, the model has {layers} "
@@ -45,18 +53,19 @@ def pipeline_split(shape: ModelShape, positions: int, layout: ParallelConfig) ->
     return layout.split
 
 
-def balanced(work: Sequence[int], stages: int, virtual: int = 1) -> list[int]:
+def balanced(work: Sequence[int], stages: int, virtual: int = 1, first_least: int = 0) -> list[int]:
     """The numbers of layers that make the busiest stage least busy, and then the heaviest part of each stage lightest.
 
-    `work` is that of the first part's own pieces, of each layer (all alike), and of the last part's own pieces. Layers
-    being alike, it is best to hand them out one by one, each to who would have least with it: first to stages, then
-    those of a stage to its parts. Among equals the later one takes it: it keeps fewer micro-batches' activations.
+    `work` is that of the first part's own pieces, of each layer (all alike), and of the last part's own pieces; the
+    first part gets at least `first_least` layers, those between the ends at least one. Layers being alike, it is best to
+    hand them out one by one, each to who would have least with it: first to stages, then those of a stage to its parts.
+    Among equals the later one takes it: it keeps fewer micro-batches' activations.
     """
     first, *layers, last = work
     parts = stages * virtual
     if parts == 1:
         return [len(layers)]
-    held = [0] + [1] * (parts - 2) + [0]
+    held = [first_least] + [1] * (parts - 2) + [0]
     own = [first] + [0] * (parts - 2) + [last]
     loads = [extra + count * layers[0] for extra, count in zip(own, held, strict=True)]
     of_stage = [sum(loads[stage::stages]) for stage in range(stages)]

@@ -63,6 +63,15 @@ def test_a_heavy_head_has_a_stage_to_itself() -> None:
     assert pipeline_split(shape, 2048, ParallelConfig(pipeline=4))[-1] == 0
 
 
+def test_without_compression_the_first_stage_has_a_layer() -> None:
+    two = replace(BASELINE, backbone=BackboneConfig(layers=2))
+    assert pipeline_split(two, 2048, ParallelConfig(pipeline=3)) == [1, 1, 0]
+    with pytest.raises(UserError, match="choose at most 3 parts"):
+        pipeline_split(two, 2048, ParallelConfig(pipeline=4))
+    with pytest.raises(UserError, match=r"split=\[0, 2\] .* head\.kind=softmax .* at least 1 layer"):
+        pipeline_split(two, 2048, ParallelConfig(pipeline=2, split=[0, 2]))
+
+
 def test_recomputed_layers_weigh_more() -> None:
     plain, again = (pipeline_split(CALM_M, 2048, ParallelConfig(pipeline=2, recompute=r)) for r in ("none", "full"))
     assert again[-1] > plain[-1]

@@ -131,7 +131,7 @@ class Backbone(TransformerBlock):
         spec = TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
         super().__init__(config, spec, pre_process=first, post_process=last, vp_stage=vp_stage)
         self.rope = RotaryEmbedding(
-            config.kv_channels, rotary_percent=1.0, rotary_base=int(rope_base), use_cpu_initialization=True
+            config.kv_channels, rotary_percent=1.0, rotary_base=rope_base, use_cpu_initialization=True
         )
 
     def forward(self, hidden: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:

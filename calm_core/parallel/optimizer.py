@@ -56,5 +56,4 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    groups = [group for group in groups if group["params"]]  # a stage may hold an embedding and nothing else
     return GatedAdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
