@@ -38,6 +38,7 @@ def test_what_a_task_raises_is_raised():
         list(spread(lambda task: 1 / task, [0], workers=2))
 
 
+@pytest.mark.timeout(30)
 def test_a_killed_worker_is_noticed():
     with pytest.raises(RuntimeError, match="was killed"):
-        list(spread(lambda task: os.kill(os.getpid(), signal.SIGKILL), [1, 2], workers=2))
+        list(spread(lambda task: os.kill(os.getpid(), signal.SIGKILL), [1], workers=2))
