@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from calm_core.memory import BUCKET
 from calm_core.parallel.mpu import ModelParallelUnit
-from calm_core.parallel.optimizer import OptimizerConfig, build_optimizer
+from calm_core.parallel.optimizer import NOT_FINITE, OptimizerConfig, build_optimizer
 from calm_core.parallel.topology import Topology
 
 # The schedule's own protocol: (iterator of micro-batches, model chunk) -> (output, function of the output).
@@ -40,10 +40,15 @@ class Pass:
 
 @dataclass(frozen=True)
 class Update:
-    """What became of one optimizer step: the global gradient norm before clipping, and whether it was applied."""
+    """What became of one optimizer step: the global gradient norm before clipping, and the answer it was given."""
 
     gradient_norm: float
-    applied: bool
+    answer: int
+
+    @property
+    def applied(self) -> bool:
+        """Whether weights and moments have changed."""
+        return self.answer > 0
 
 
 class Engine:
@@ -75,20 +80,21 @@ class Engine:
         with torch.no_grad():
             return self._schedule(forward_step, micro_batches, shape, forward_only=True, collect_non_loss_data=True)
 
-    def step(self, learning_rate: float, admit: Callable[[float], bool]) -> Update:
-        """One update at this learning rate, if `admit(gradient norm)` agrees on every rank.
+    def step(self, learning_rate: float, admit: Callable[[float], int]) -> Update:
+        """One update at this learning rate, if `admit(gradient norm)` is above 0 on every rank.
 
-        Gradients that are not finite are never applied. Either way they are gone afterwards.
+        The lowest answer of all ranks holds and is what every rank gets back; it is -1 for gradients that are not
+        finite, which are never applied. Either way they are gone afterwards.
         """
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
         self._complete_shared_gradients()
 
-        self._adam.applied = False
+        self._adam.answer = NOT_FINITE
         # Cached: the float32 optimizer steps one parameter group at a time, and asks each time.
-        self._adam.admit = cache(lambda: _all_agree(admit(self._norm()), self.topology.device))
+        self._adam.admit = cache(lambda: _lowest(self._answer(admit), self.topology.device))
         self._deepspeed.step()
-        return Update(self._norm(), self._adam.applied)
+        return Update(self._norm(), self._adam.answer)
 
     def _schedule(self, forward_step: ForwardStep, micro_batches: Sequence[Any], shape: Pass, **how: Any) -> list[Any]:
         iterators = [iter(micro_batches) for _ in self.chunks]  # each interleaved chunk walks the same micro-batches
@@ -119,6 +125,10 @@ class Engine:
         for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(summed.view_as(gradient))
 
+    def _answer(self, admit: Callable[[float], int]) -> int:
+        norm = self._norm()
+        return int(admit(norm)) if math.isfinite(norm) else NOT_FINITE
+
     def _norm(self) -> float:
         norm = float(self.optimizer._global_grad_norm)
         return norm if norm >= 0 else math.nan  # DeepSpeed reports a norm that is not finite as -1 or inf
@@ -133,10 +143,11 @@ class Engine:
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _all_agree(mine: bool, device: torch.device) -> bool:
-    vote = torch.tensor(float(mine), device=device)
-    dist.all_reduce(vote, op=dist.ReduceOp.MIN)
-    return bool(vote.item())
+def _lowest(mine: int, device: torch.device) -> int:
+    """The lowest of all ranks' numbers. Collective."""
+    lowest = torch.tensor(float(mine), device=device)
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    return int(lowest.item())
 
 
 def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:

@@ -9,6 +9,8 @@ from torch import nn
 from calm_core.config import option
 from calm_core.errors import UserError
 
+NOT_FINITE = -1  # the answer to gradients that are not, where an update is asked for
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -33,18 +35,18 @@ class OptimizerConfig:
 
 
 class GatedAdamW(torch.optim.AdamW):
-    """AdamW whose step asks first: where `admit` says no, neither weights nor moments change.
+    """AdamW whose step asks first: unless `admit` answers above 0, neither weights nor moments change.
 
     ZeRO reduces, measures and clips the gradients before it calls this step, so the gate sees the global norm.
     """
 
-    admit: Callable[[], bool] = staticmethod(lambda: True)
-    applied: bool = False
+    admit: Callable[[], int] = staticmethod(lambda: True)
+    answer: int = NOT_FINITE
 
     def step(self, closure: None = None) -> None:
-        """Apply one update if the gate admits it, and remember whether it did."""
-        self.applied = self.admit()
-        if self.applied:
+        """Apply one update if the gate admits it, and remember its answer."""
+        self.answer = self.admit()
+        if self.answer > 0:
             super().step(closure)
 
 

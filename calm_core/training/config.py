@@ -7,6 +7,7 @@ from calm_core.errors import UserError
 from calm_core.parallel.optimizer import OptimizerConfig
 from calm_core.parallel.precision import PRECISIONS
 from calm_core.training.schedule import ScheduleConfig
+from calm_core.training.spikes import SpikeConfig
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class TrainingConfig:
     precision: str = option("bf16", "bf16 (float32 masters and accumulation) | fp32 | auto (bf16 where it is faster)")
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     log_every: int = option(10, "steps between lines of metrics")
     eval_every: int = option(1000, "steps between evaluations on held-out documents; 0 evaluates at the end only")
     save_every: int = option(1000, "steps between checkpoints; 0 saves at the end only")

@@ -1,6 +1,5 @@
 """The training loop: batches in, updates out, with metrics, evaluation and checkpoints along the way."""
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from calm_core.training.reporter import Reporter
 from calm_core.training.resume import is_finished, start
 from calm_core.training.run_folder import RunFolder
 from calm_core.training.schedule import learning_rate_factor
+from calm_core.training.spikes import Verdict, judge
 from calm_core.training.stop import Requests
 from calm_core.training.task import Task
 from calm_core.training.watchdog import Watchdog
@@ -51,7 +51,8 @@ def train(
         OK, or STOPPED if a signal or a file asked for it (a checkpoint is saved).
 
     Raises:
-        UserError: if the folder or a checkpoint cannot serve this run, or the loss stays non-finite.
+        UserError: if the folder or a checkpoint cannot serve this run, or its loss stays non-finite or
+            keeps jumping.
     """
     accumulated = config.micro_batches(topology.data_size, topology.layout.micro_batch_multiple)
     resolved = configuration.to_dict(experiment)
@@ -108,21 +109,39 @@ def train(
 def _train_step(
     task: Task, config: TrainingConfig, engine: Engine, batches: list[Any], progress: Progress, reporter: Reporter
 ) -> Progress:
-    """One step: gradients of the global batch, one update if loss and gradients are finite, one record."""
+    """One step: gradients of the global batch, one update if loss and gradient allow it, one record."""
     shape = Pass(config.positions, config.micro_batch)
     results = engine.forward_backward(task.forward_step, batches, shape)
     metrics = average_metrics(results, engine.topology)
     factor = learning_rate_factor(progress.step, config.steps, config.schedule)
     learning_rate = factor * config.optimizer.learning_rate
-    update = engine.step(learning_rate, admit=lambda norm: math.isfinite(metrics["loss"]) and math.isfinite(norm))
-    progress = progress.after(update.applied, config.global_batch)
+    loss, recent, spikes = metrics["loss"], progress.recent, config.spikes
+    update = engine.step(learning_rate, admit=lambda norm: judge(loss, norm, recent, spikes))
+    progress = progress.after(
+        Verdict(update.answer), config.global_batch, loss, update.gradient_norm, spikes.remembered
+    )
     reporter.step(progress, metrics, update, learning_rate)
-    if progress.bad_in_a_row >= config.bad_steps:
-        raise UserError(
-            f"training stopped at step {progress.step}: the loss or its gradient was not finite for {config.bad_steps} "
-            "steps running (training.bad_steps); weights are those of the last good step; try a lower learning rate."
-        )
+    _give_up(progress, config)
     return progress
+
+
+def _give_up(progress: Progress, config: TrainingConfig) -> None:
+    """End a run whose updates have been refused too often in a row.
+
+    Raises:
+        UserError: in that case.
+    """
+    spikes = 1 if config.spikes.action == "stop" else config.spikes.in_a_row
+    if progress.bad_in_a_row >= config.bad_steps:
+        reason = f"the loss or its gradient was not finite for {config.bad_steps} steps running (training.bad_steps)"
+    elif progress.spikes_in_a_row >= spikes:
+        reason = f"the loss or its gradient was a spike for {spikes} steps running (training.spikes)"
+    else:
+        return
+    raise UserError(
+        f"training stopped at step {progress.step}: {reason}; weights are those of the last good step, and "
+        "metrics.jsonl names the documents of the refused ones; try a lower learning rate."
+    )
 
 
 def _check_hang_time(config: TrainingConfig, topology: Topology) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -18,6 +19,7 @@ from calm_core.training.hardware import backends, peak_flops, peak_memory
 from calm_core.training.progress import Progress
 from calm_core.training.run_folder import RunFolder
 from calm_core.training.run_log import RunLog
+from calm_core.training.spikes import Verdict
 from calm_core.training.task import Task
 
 T = TypeVar("T")
@@ -93,9 +95,12 @@ class Reporter:
             "memory_gib": peak_memory(self._topology.device) / 2**30,
             "data_wait": self._wait / self._steps / seconds,
             "skipped_updates": step - progress.updates,
+            "spikes": progress.spikes,
         }
         self._log.write(step, "train", {name: _json_number(value) for name, value in values.items()})
         print(self._line(step, values, seconds), flush=True)
+        if not update.applied:
+            self._refused(progress, Verdict(update.answer))
         self._restart_clock()
 
     def evaluation(self, step: int, metrics: dict[str, Any], texts: list[dict[str, Any]]) -> None:
@@ -123,6 +128,13 @@ class Reporter:
             write_run_page(self._folder.path.parent)
         except Exception as error:  # a page must not take the run with it
             print(f"the page of the run was not written ({error}); metrics.jsonl has everything.", file=sys.stderr)
+
+    def _refused(self, progress: Progress, verdict: Verdict) -> None:
+        """Record the documents behind an update that was left out."""
+        samples = np.arange(progress.consumed - self._config.global_batch, progress.consumed)
+        what = {"event": "refused", "reason": verdict.name.lower(), "documents": self._task.documents(samples)}
+        self._log.write(progress.step, "event", what)
+        print(f"{self._task.name} step {progress.step}: update left out ({what['reason']})", flush=True)
 
     def _restart_clock(self) -> None:
         self._since, self._steps, self._wait = time.perf_counter(), 0, 0.0

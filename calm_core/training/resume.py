@@ -63,7 +63,7 @@ def _resume(found: list[Path], task: Task, engine: Engine, resolved: dict[str, A
             engine.topology.say(f"{damage} Trying the one before.")
             continue
         engine.topology.say("\n".join([f"resumed from {path}", *notes]))
-        return Progress(**newest.state["progress"])
+        return Progress.restored(newest.state["progress"])
     raise UserError(
         f"{found[0].parent} holds no checkpoint that is whole: restore one, or move the folder away to start anew."
     )

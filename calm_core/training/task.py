@@ -44,6 +44,10 @@ class Task(Protocol):
         """The micro-batch of the samples with these global indices, on the host (called from a loader thread)."""
         ...
 
+    def documents(self, samples: np.ndarray) -> list[str]:
+        """The names of the documents behind the samples with these global indices, each once."""
+        ...
+
     def forward_step(self, micro_batches: Iterator[Any], model: MegatronModule) -> tuple[Any, Any]:
         """One micro-batch through one model chunk, as Megatron-core's schedules want it.
 

@@ -18,7 +18,7 @@ from calm_core.training.launch import run_calm
 from calm_core.training.run_log import read_metrics
 
 SCRIPT = ROOT / "pretrain" / "train_calm.py"
-HANGING = Path(__file__).with_name("hanging_rank.py")
+FAULTY = Path(__file__).with_name("faulty_rank.py")
 
 
 def arguments(folder: Path, steps: int) -> list[str]:
@@ -107,13 +107,24 @@ def test_two_ranks_asked_to_stop_save_at_the_same_step(
 @pytest.mark.slow
 def test_two_ranks_of_which_one_hangs(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both write their stacks: where rank 1 hangs, and that rank 0 waits for it."""
-    hang = torchrun(2, HANGING, *arguments(tiny, 10_000), "training.hang_minutes=0.1")
+    hang = torchrun(2, FAULTY, "hang", *arguments(tiny, 10_000), "training.hang_minutes=0.1")
     code, output = finish(hang, seconds=200)
     assert code == ExitCode.WATCHDOG, output
     stacks = [(tiny / "calm" / "logs" / f"stacks-rank-{rank}.txt").read_text() for rank in (0, 1)]
     assert "in wait_for_ever\n" in stacks[1]
     assert "in all_reduce\n" in stacks[0]
     assert_it_goes_on(tiny, assert_nothing_reported_is_lost(tiny), capsys)
+
+
+@pytest.mark.slow
+def test_a_spike_on_one_of_two_ranks_changes_nothing_on_either(tiny: Path) -> None:
+    more = "training.keep=9", "training.spikes.action=skip", "training.spikes.window=8"
+    code, output = finish(torchrun(2, FAULTY, "spike", *arguments(tiny, 8), *more), seconds=200)
+    assert code == ExitCode.OK, output
+    events = read_metrics(tiny / "calm" / "metrics.jsonl", "event")
+    assert [(event["step"], event["reason"]) for event in events if event["event"] == "refused"] == [(7, "spike")]
+    contents = [open_checkpoint(path).checksums for path in list_checkpoints(tiny / "calm" / "checkpoints")[-3:]]
+    assert contents[0] == contents[1] != contents[2]
 
 
 @pytest.mark.slow

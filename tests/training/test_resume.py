@@ -248,6 +248,12 @@ def test_a_loss_that_is_no_number_changes_nothing(tiny: Path, monkeypatch: pytes
     records = read_metrics(tiny / "calm" / "metrics.jsonl", "train")
     assert [record["loss"] is None for record in records] == [False, True, True, False, True, False]
     assert [record["skipped_updates"] for record in records] == [0, 1, 2, 2, 3, 3]
+    refused = [e for e in read_metrics(tiny / "calm" / "metrics.jsonl", "event") if e["event"] == "refused"]
+    assert [(event["step"], event["reason"]) for event in refused] == [
+        (2, "not_finite"),
+        (3, "not_finite"),
+        (5, "not_finite"),
+    ]
     assert tensors_of(tiny, 1) == tensors_of(tiny, 2) == tensors_of(tiny, 3)
     assert tensors_of(tiny, 4) == tensors_of(tiny, 5)
     assert len({tuple(tensors_of(tiny, step).items()) for step in (1, 4, 6)}) == 3
@@ -258,6 +264,59 @@ def test_too_many_of_them_stop_the_run(tiny: Path, monkeypatch: pytest.MonkeyPat
     with forward_step_of(monkeypatch, poison({3, 4, 5}, tiny)), pytest.raises(UserError, match=words):
         train(tiny, "training.save_every=2", "training.bad_steps=2")
     assert steps_saved(tiny) == [2]
+
+
+def scale_loss(factors: dict[int, float], folder: Path) -> Any:
+    """A forward step whose loss, and gradient, is so many times itself in these steps."""
+
+    def step(original: Any, task: Any, micro_batches: Any, model: Any) -> Any:
+        output, loss_of = original(task, micro_batches, model)
+        factor = factors.get(len(curve(folder)) + 1, 1.0)
+
+        def loss(output: Any) -> Any:
+            value, metrics = loss_of(output)
+            return value * factor, metrics | {"loss": value.detach() * factor}
+
+        return output, loss
+
+    return step
+
+
+SPIKES = ("training.steps=12", "training.spikes.window=8", "training.save_every=1", "training.keep=99")
+
+
+def test_a_spike_is_left_out_and_its_documents_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped and resumed between two spikes, the run is the one that was not; the spikes leave no trace in it."""
+    import shutil
+
+    resumed = Path(shutil.copytree(tiny, tiny.with_name("resumed")))
+    for folder, lengths in ((tiny, (12,)), (resumed, (8, 12))):
+        with forward_step_of(monkeypatch, scale_loss({7: 50.0, 10: 50.0}, folder)):
+            for steps in lengths:
+                train(folder, *SPIKES, "training.spikes.action=skip", f"training.steps={steps}")
+    records = read_metrics(tiny / "calm" / "metrics.jsonl", "train")
+    assert [record["spikes"] for record in records] == [0] * 6 + [1] * 3 + [2] * 3
+    assert tensors_of(tiny, 6) == tensors_of(tiny, 7)
+    assert tensors_of(tiny, 9) == tensors_of(tiny, 10)
+    assert tensors_of(tiny, 7) != tensors_of(tiny, 8)
+    assert curve(resumed) == curve(tiny)
+    assert tensors_of(resumed, 12) == tensors_of(tiny, 12)
+    refused = [e for e in read_metrics(tiny / "calm" / "metrics.jsonl", "event") if e["event"] == "refused"]
+    assert [(event["step"], event["reason"]) for event in refused] == [(7, "spike"), (10, "spike")]
+    assert all(0 < len(event["documents"]) == len(set(event["documents"])) for event in refused)
+    assert refused[0]["documents"] != refused[1]["documents"]
+
+
+@pytest.mark.parametrize(("action", "more", "step"), [("stop", (), 7), ("skip", ("training.spikes.in_a_row=3",), 9)])
+def test_spikes_end_the_run_when_told_so(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, action: str, more: tuple[str, ...], step: int
+) -> None:
+    words = rf"stopped at step {step}: the loss or its gradient was a spike .*\(training\.spikes\)"
+    with (
+        forward_step_of(monkeypatch, scale_loss(dict.fromkeys(range(7, 13), 50.0), tiny)),
+        pytest.raises(UserError, match=words),
+    ):
+        train(tiny, *SPIKES, *more, f"training.spikes.action={action}", "training.save_every=0")
 
 
 def test_init_from_takes_the_weights_alone(whole: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
