@@ -3,6 +3,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -36,6 +37,9 @@ head: {{noise: 8, samples: 4, target_samples: 8, blocks: 2}}
 training: *training
 evaluation: {{windows: 16, samples: 4, micro_batch: 2}}
 """
+
+hypothesis.settings.register_profile("calm", deadline=None)  # the tests assert no times
+hypothesis.settings.load_profile("calm")
 
 
 @pytest.fixture(scope="module")

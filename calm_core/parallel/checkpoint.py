@@ -1,7 +1,7 @@
-"""Checkpoints that any layout of ranks can read: torch.distributed.checkpoint under global parameter names.
+"""Checkpoints that any layout of ranks can read: tensors under global names, float32 weights and both Adam moments.
 
-The tensors are the float32 master weights and both Adam moments, tensor-parallel shards as slices of global tensors.
-How their folder becomes a complete checkpoint: see `checkpoint_folder`.
+Each rank writes what ZeRO-1 gives it (see `fragments`, `saver`); reading takes what a rank needs from whatever boxes
+there are (see `tensor_folder`). How the folder becomes a complete checkpoint: see `checkpoint_folder`.
 """
 
 from collections.abc import Sequence
@@ -11,37 +11,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
-from megatron.core import parallel_state
+from deepspeed.utils import safe_get_full_fp32_param
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from calm_core.data.manifest import hash_file
 from calm_core.errors import UserError
-from calm_core.model.parameters import Piece, named_parameters, pieces
-from calm_core.parallel.checkpoint_folder import (
-    Checkpoint,
-    DamagedError,
-    begin,
-    damaged_files,
-    delete_older,
-    finish,
-)
+from calm_core.model.parameters import global_shape, named_parameters, pieces
+from calm_core.parallel.checkpoint_folder import Checkpoint, DamagedError, damaged_files
 from calm_core.parallel.engine import Engine
-from calm_core.parallel.safe_reader import SafeReader
-from calm_core.parallel.together import on_every_rank, on_first_rank
-
-_WEIGHT, _MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+from calm_core.parallel.fragments import KINDS, WEIGHT, box_of, flat_parts, fragments
+from calm_core.parallel.saver import Saver
+from calm_core.parallel.tensor_folder import TensorFolder
+from calm_core.parallel.together import on_every_rank
 
 
 def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: int) -> Path:
@@ -50,19 +31,9 @@ def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: i
     Raises:
         UserError: if the checkpoint cannot be written; those before it stay.
     """
-    final = folder / f"step-{step}"
-    try:
-        partial = on_first_rank(lambda: begin(final))
-        dcp.save(_tensors(engine), storage_writer=dcp.FileSystemWriter(partial / "tensors", sync_files=True))
-        checksums = dict(chain.from_iterable(on_every_rank(lambda: _own_checksums(partial / "tensors"))))
-        on_first_rank(lambda: finish(partial, final, state, checksums))
-    except (CheckpointException, UserError) as error:
-        on_first_rank(lambda: delete_older(final, keep))
-        raise UserError(
-            f"checkpoint {final} could not be written ({_cause(error)}): earlier checkpoints are intact."
-        ) from error
-    on_first_rank(lambda: delete_older(final, keep))
-    return final
+    with Saver(folder, engine, keep) as saver:
+        saver.save(step, state)
+        return saver.wait().path
 
 
 def load(checkpoint: Checkpoint, engine: Engine) -> None:
@@ -72,15 +43,14 @@ def load(checkpoint: Checkpoint, engine: Engine) -> None:
         DamagedError: if a file is not as it was written; nothing is loaded.
         UserError: if the model has another shape; likewise.
     """
-    verify(checkpoint)
-    tensors = _read(checkpoint, _empty(engine.chunks, (_WEIGHT, *_MOMENTS)))
-    updates = torch.tensor(float(checkpoint.state["updates"]))
+    source = _open(checkpoint, engine.chunks, KINDS)
     for name, parameter in named_parameters(engine.chunks):
-        weight = _assemble(tensors, _WEIGHT, name, parameter)
-        parameter.data.copy_(weight)
-        safe_set_full_fp32_param(parameter, weight)
-        for moment in _MOMENTS:
-            safe_set_full_optimizer_state(parameter, _assemble(tensors, moment, name, parameter), moment)
+        parameter.data.copy_(_local(source, name, parameter))
+    flats = flat_parts(engine)
+    for fragment in fragments(engine.chunks):
+        for kind, flat in flats[fragment.group].items():
+            fragment.of(flat).copy_(source.read(f"{kind}/{fragment.name}", fragment.box).flatten())
+    updates = torch.tensor(float(checkpoint.state["updates"]))
     for adam in engine.optimizer.optimizer.state.values():
         adam["step"].copy_(updates)
 
@@ -97,11 +67,10 @@ def load_weights(checkpoint: Checkpoint, chunks: Sequence[MegatronModule], only:
         DamagedError: if a file is not as it was written; nothing is loaded.
         UserError: if the model has another shape; likewise.
     """
-    verify(checkpoint)
-    tensors = _read(checkpoint, _empty(chunks, (_WEIGHT,), only))
+    source = _open(checkpoint, chunks, (WEIGHT,), only)
     loaded = [(name, parameter) for name, parameter in named_parameters(chunks) if name.startswith(only)]
     for name, parameter in loaded:
-        parameter.data.copy_(_assemble(tensors, _WEIGHT, name, parameter))
+        parameter.data.copy_(_local(source, name, parameter))
     return [name for name, _ in loaded]
 
 
@@ -121,73 +90,37 @@ def full_weights(engine: Engine) -> dict[str, Tensor]:
     return {name: safe_get_full_fp32_param(p).cpu() for name, p in named_parameters(engine.chunks)}
 
 
-def _tensors(engine: Engine) -> dict[str, DTensor]:
-    """Everything a checkpoint holds, as slices of global tensors."""
-    mesh = _mesh()
-    state = {}
-    for name, parameter in named_parameters(engine.chunks):
-        whole = {_WEIGHT: safe_get_full_fp32_param(parameter)}
-        whole |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in _MOMENTS}
-        for kind, tensor in whole.items():
-            for piece in pieces(name, parameter):
-                state[f"{kind}/{piece.name}"] = _slice_of_global(piece, tensor, mesh)
-    return state
+def _open(
+    checkpoint: Checkpoint, chunks: Sequence[MegatronModule], kinds: Sequence[str], only: str = ""
+) -> TensorFolder:
+    """The tensors of a checkpoint that is whole and has all that these model chunks want of it."""
+    verify(checkpoint)
+
+    def checked() -> TensorFolder:
+        source = TensorFolder(checkpoint.path / "tensors")
+        for name, parameter in named_parameters(chunks):
+            for piece in pieces(name, parameter) if name.startswith(only) else ():
+                for kind in kinds:
+                    wanted = tuple(global_shape(piece, piece.of(parameter)))
+                    _check_shape(checkpoint.path, f"{kind}/{piece.name}", source.shapes, wanted)
+        return source
+
+    found: list[TensorFolder] = []
+    on_every_rank(lambda: found.append(checked()))
+    return found[0]
 
 
-def _empty(chunks: Sequence[MegatronModule], kinds: Sequence[str], only: str = "") -> dict[str, DTensor]:
-    """Uninitialised tensors of the shapes that this layout wants to read."""
-    mesh = _mesh()
-    return {
-        f"{kind}/{piece.name}": _slice_of_global(piece, torch.empty_like(parameter, dtype=torch.float32), mesh)
-        for name, parameter in named_parameters(chunks)
-        if name.startswith(only)
-        for kind in kinds
-        for piece in pieces(name, parameter)
-    }
+def _check_shape(path: Path, name: str, saved: dict[str, tuple[int, ...]], wanted: tuple[int, ...]) -> None:
+    if name not in saved:
+        raise UserError(f"{path} has no tensor {name}: it holds a model of another shape.")
+    if saved[name] != wanted:
+        raise UserError(
+            f"{path} holds {name} with shape {saved[name]} where this configuration wants {wanted}: "
+            "set the model's shape as in the checkpoint's configuration."
+        )
 
 
-def _slice_of_global(piece: Piece, local: Tensor, mesh: DeviceMesh) -> DTensor:
-    placement = Replicate() if piece.dim is None else Shard(piece.dim)
-    return DTensor.from_local(piece.of(local).detach().contiguous(), mesh, [placement], run_check=False)
-
-
-def _assemble(tensors: dict[str, DTensor], kind: str, name: str, parameter: nn.Parameter) -> Tensor:
-    parts = [tensors[f"{kind}/{piece.name}"].to_local() for piece in pieces(name, parameter)]
+def _local(source: TensorFolder, name: str, parameter: nn.Parameter) -> Tensor:
+    """This rank's shard of a weight, float32 on the host."""
+    parts = [source.read(f"{WEIGHT}/{piece.name}", box_of(piece, parameter)) for piece in pieces(name, parameter)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _mesh() -> DeviceMesh:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return DeviceMesh.from_group(parallel_state.get_tensor_model_parallel_group(), device)
-
-
-def _read(checkpoint: Checkpoint, tensors: dict[str, DTensor]) -> dict[str, DTensor]:
-    reader = SafeReader(checkpoint.path / "tensors")
-    on_every_rank(lambda: _check_shapes(checkpoint, reader.read_metadata(), tensors))
-    dcp.load(tensors, storage_reader=reader)
-    return tensors
-
-
-def _check_shapes(checkpoint: Checkpoint, saved: Metadata, tensors: dict[str, DTensor]) -> None:
-    for name, tensor in tensors.items():
-        found = saved.state_dict_metadata.get(name)
-        if found is None:
-            raise UserError(f"{checkpoint.path} has no tensor {name}: it holds a model of another shape.")
-        if tuple(found.size) != tuple(tensor.shape):
-            raise UserError(
-                f"{checkpoint.path} holds {name} with shape {tuple(found.size)} where this configuration wants "
-                f"{tuple(tensor.shape)}: set the model's shape as in the checkpoint's configuration."
-            )
-
-
-def _own_checksums(tensors: Path) -> list[tuple[str, str]]:
-    """Checksums of the files that this rank wrote."""
-    own = [*tensors.glob(f"__{dist.get_rank()}_*"), *([tensors / ".metadata"] if dist.get_rank() == 0 else [])]
-    return [(path.name, hash_file(path)) for path in own]
-
-
-def _cause(error: BaseException) -> str:
-    """The first underlying reason of a failure that torch wraps for all ranks."""
-    if isinstance(error, CheckpointException) and error.failures:
-        return str(next(iter(error.failures.values()))[0])
-    return str(error)

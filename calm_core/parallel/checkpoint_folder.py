@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from calm_core.data.manifest import hash_bytes, hash_file
 from calm_core.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NAME = re.compile(r"step-(\d+)")
 _PARTIAL, _DELETING = ".partial", ".deleting"
 
@@ -93,19 +94,23 @@ def finish(partial: Path, final: Path, state: dict[str, Any], checksums: dict[st
     _sync_folder(final.parent)
 
 
-def delete_older(newest: Path, keep: int) -> None:
-    """Keep the last `keep` checkpoints up to `newest`; sweep out what killed processes left behind.
+def retire(newest: Path, keep: int) -> list[Path]:
+    """Leave the last `keep` checkpoints up to `newest`; the folders to `remove`: others, and what was left half done.
 
     A checkpoint beyond `newest` is damaged, or the run would have gone on from it: it counts for nothing.
     """
-    for leftover in newest.parent.glob("step-*"):
-        if leftover.suffix in (_PARTIAL, _DELETING):
-            shutil.rmtree(leftover)
     older = [path for path in list_checkpoints(newest.parent) if _step(path) <= _step(newest)]
     for path in older[:-keep]:
-        doomed = path.with_name(path.name + _DELETING)  # half deleted, it would be no checkpoint
+        doomed = path.with_name(path.name + _DELETING)  # half removed, it would be no checkpoint
+        shutil.rmtree(doomed, ignore_errors=True)
         os.replace(path, doomed)
-        shutil.rmtree(doomed)
+    return [path for path in newest.parent.glob("step-*") if path.suffix in (_PARTIAL, _DELETING)]
+
+
+def remove(folders: Iterable[Path]) -> None:
+    """Delete folders; what cannot be deleted stays, for the next time."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def damaged_files(checkpoint: Checkpoint, share: slice) -> list[Path]:

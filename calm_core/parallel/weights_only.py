@@ -1,4 +1,4 @@
-"""Checkpoints of weights alone, written and read as whole tensors by a world of one rank, without a model.
+"""Checkpoints of weights alone, written and read as whole tensors, without a model and without ranks.
 
 Runs start from one by `training.init_from` and generation reads one as any other. It has no moments, so that no run can
 go on from it.
@@ -8,17 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
-from calm_core.data.manifest import hash_file
 from calm_core.errors import UserError
+from calm_core.parallel.boxes import Box
 from calm_core.parallel.checkpoint_folder import Checkpoint, DamagedError, begin, damaged_files, finish
-from calm_core.parallel.safe_reader import SafeReader
+from calm_core.parallel.tensor_folder import INDEX, Entry, TensorFolder, write_file, write_index
 
 _WEIGHT = "weight/"
+_FILE = "weights.safetensors"
 
 
 def write_weights(final: Path, weights: Mapping[str, Tensor], state: dict[str, Any]) -> None:
@@ -32,14 +30,13 @@ def write_weights(final: Path, weights: Mapping[str, Tensor], state: dict[str, A
     Raises:
         UserError: if it cannot be written.
     """
-    tensors = {_WEIGHT + name: weight.contiguous() for name, weight in weights.items()}
+    contents = [(_whole(name, tuple(weight.shape)), weight.flatten()) for name, weight in weights.items()]
     try:
         partial = begin(final)
-        writer = dcp.FileSystemWriter(partial / "tensors", sync_files=True)
-        dcp.save(tensors, storage_writer=writer)
-        checksums = {path.name: hash_file(path) for path in (partial / "tensors").iterdir()}
-        finish(partial, final, state, checksums)
-    except (CheckpointException, OSError) as error:
+        checksum = write_file(partial / "tensors" / _FILE, contents)
+        index = write_index(partial / "tensors", [(_FILE, [entry for entry, _ in contents])])
+        finish(partial, final, state, {INDEX: index, _FILE: checksum})
+    except OSError as error:
         raise UserError(
             f"checkpoint {final} could not be written ({error}): free some room, or go elsewhere."
         ) from error
@@ -53,8 +50,9 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """
     if damaged := damaged_files(checkpoint, slice(None)):
         raise DamagedError(f"{damaged[0]} is missing or its bytes have changed: use another checkpoint.")
-    reader = SafeReader(checkpoint.path / "tensors")
-    saved = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size) for name, entry in saved.items() if name.startswith(_WEIGHT)}
-    dcp.load(tensors, storage_reader=reader)
-    return {name.removeprefix(_WEIGHT): tensor for name, tensor in tensors.items()}
+    source = TensorFolder(checkpoint.path / "tensors")
+    return {name.removeprefix(_WEIGHT): source.read(name) for name in source.shapes if name.startswith(_WEIGHT)}
+
+
+def _whole(name: str, shape: tuple[int, ...]) -> Entry:
+    return Entry(_WEIGHT + name, shape, Box((0,) * len(shape), shape))

@@ -26,6 +26,10 @@ class TrainingConfig:
     eval_every: int = option(1000, "steps between evaluations on held-out documents; 0 evaluates at the end only")
     save_every: int = option(1000, "steps between checkpoints; 0 saves at the end only")
     milestones: list[int] = option([], "further steps after which to evaluate and to save a checkpoint")
+    background_saves: bool = option(
+        True,
+        "write checkpoints while training goes on; takes host memory, 12 bytes a parameter over data-parallel ranks",
+    )
     keep: int = option(2, "checkpoints kept, the newest ones")
     resume: str = option("auto", "auto (newest usable checkpoint of this run) | never (refuse a run folder in use)")
     init_from: str = option(

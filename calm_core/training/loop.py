@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from calm_core import config as configuration
 from calm_core.errors import ExitCode, UserError
-from calm_core.parallel import checkpoint as checkpoints
 from calm_core.parallel.engine import Engine, Pass
 from calm_core.parallel.reduce import average_metrics
+from calm_core.parallel.saver import Saver
 from calm_core.parallel.together import on_first_rank
 from calm_core.parallel.topology import Topology
 from calm_core.training.config import TrainingConfig
@@ -68,15 +69,15 @@ def train(
         on_first_rank(lambda: configuration.save(experiment, folder.config))
         reporter = held.enter_context(Reporter(task, config, topology, folder, progress, engine.dtype, resolved))
         requests = held.enter_context(Requests(folder.path))
+        saver = held.enter_context(Saver(folder.checkpoints, engine, config.keep))
 
-        def save() -> None:
-            state = {
+        def state() -> dict[str, Any]:
+            return {
                 "progress": asdict(progress),
                 "updates": progress.updates,
                 "config": resolved,
                 "identity": task.identity,
             }
-            checkpoints.save(folder.checkpoints, progress.step, engine, state, config.keep)
 
         def plan(consumed: int) -> list[Any]:
             return step_samples(consumed, accumulated, config.micro_batch, topology.data_rank, topology.data_size)
@@ -94,9 +95,14 @@ def train(
             if last or milestone or _due(progress.step, config.eval_every):
                 reporter.evaluation(progress.step, task.evaluate(engine), task.texts(engine))
                 watchdog.alive(f"the evaluation after step {progress.step}")
+            reporter.saving(progress.step, saver.poll)
             asked = requests.agreed(topology.device)
-            if last or milestone or asked.save or asked.stop or _due(progress.step, config.save_every):
-                reporter.saved(progress.step, save)
+            now = last or asked.save or asked.stop
+            if now or milestone or _due(progress.step, config.save_every):
+                reporter.saving(progress.step, saver.wait)
+                reporter.saving(progress.step, partial(saver.save, progress.step, state()))
+                if now or not config.background_saves:
+                    reporter.saving(progress.step, saver.wait)
                 requests.obeyed(asked)
                 watchdog.alive(f"the checkpoint of step {progress.step}")
             if asked.stop and not last:

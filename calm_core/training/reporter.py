@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from calm_core.parallel.engine import Update
+from calm_core.parallel.saver import Saved
 from calm_core.parallel.topology import Topology
 from calm_core.report.run import write_run_page
 from calm_core.training.config import TrainingConfig
@@ -57,6 +58,7 @@ class Reporter:
         self._since = time.perf_counter()
         self._steps = 0
         self._wait = 0.0
+        self._stood = 0.0
 
     def __enter__(self) -> "Reporter":
         return self
@@ -114,13 +116,18 @@ class Reporter:
             self._write_page()
         self._restart_clock()
 
-    def saved(self, step: int, save: Callable[[], None]) -> None:
-        """Save a checkpoint and record how long training stood still for it."""
+    def saving(self, step: int, work: Callable[[], Saved | None]) -> None:
+        """Do a part of a save; once a checkpoint is complete, record it and how long training stood still for it."""
         start = time.perf_counter()
-        save()
-        if self._log is not None:
-            self._log.write(step, "event", {"event": "checkpoint", "seconds": time.perf_counter() - start})
-        self._restart_clock()
+        saved = work()
+        stood = time.perf_counter() - start
+        self._stood += stood
+        self._since += stood  # not counted as training
+        if saved is not None:
+            if self._log is not None:
+                times = {"seconds": saved.seconds, "stall": self._stood}
+                self._log.write(step, "event", {"event": "checkpoint", "saved": saved.step, **times})
+            self._stood = 0.0
 
     def _write_page(self) -> None:
         """Bring RUN/report.html up to date."""

@@ -56,7 +56,7 @@ def assert_nothing_reported_is_lost(folder: Path) -> int:
     newest = open_checkpoint(list_checkpoints(folder / "calm" / "checkpoints")[-1])
     assert damaged_files(newest, slice(None)) == []
     events = read_metrics(folder / "calm" / "metrics.jsonl", "event")
-    assert newest.step >= max((event["step"] for event in events if event["event"] == "checkpoint"), default=0)
+    assert newest.step >= max((event["saved"] for event in events if event["event"] == "checkpoint"), default=0)
     return newest.step
 
 

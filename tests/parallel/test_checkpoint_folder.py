@@ -10,10 +10,11 @@ from calm_core.parallel.checkpoint_folder import (
     DamagedError,
     begin,
     damaged_files,
-    delete_older,
     finish,
     list_checkpoints,
     open_checkpoint,
+    remove,
+    retire,
 )
 
 STATE = {"progress": {"step": 3, "consumed": 96}, "config": {"seed": 7, "rate": 1e-3}}
@@ -65,7 +66,7 @@ def test_another_format_is_not_damage(tmp_path: Path, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr("calm_core.parallel.checkpoint_folder.FORMAT_VERSION", 9)
         path = save(tmp_path, 3)
-    with pytest.raises(UserError, match="has checkpoint format 9, this version reads 1") as refused:
+    with pytest.raises(UserError, match="has checkpoint format 9, this version reads 2") as refused:
         open_checkpoint(path)
     assert not isinstance(refused.value, DamagedError)
 
@@ -81,7 +82,9 @@ def test_what_is_kept(tmp_path: Path) -> None:
     begin(tmp_path / "step-5")
     (tmp_path / "step-1.deleting" / "tensors").mkdir(parents=True)
     (tmp_path / "step-2.mine").mkdir()
-    delete_older(tmp_path / "step-4", keep=2)  # step 9 is of a time that did not come to be
+    doomed = retire(tmp_path / "step-4", keep=2)  # step 9 is of a time that did not come to be
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-3", "step-4", "step-9"]
+    remove(doomed)
     assert {path.name for path in tmp_path.iterdir()} == {"step-2.mine", "step-3", "step-4", "step-9"}
 
 

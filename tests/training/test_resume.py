@@ -33,8 +33,7 @@ def steps_saved(folder: Path) -> list[int]:
 
 def tensors_of(folder: Path, step: int) -> dict[str, str]:
     """Checksums of the files that hold the tensors of a checkpoint."""
-    checksums = open_checkpoint(folder / "calm" / "checkpoints" / f"step-{step}").checksums
-    return {name: checksum for name, checksum in checksums.items() if name != ".metadata"}
+    return open_checkpoint(folder / "calm" / "checkpoints" / f"step-{step}").checksums
 
 
 def curve(folder: Path) -> list[tuple[int, float, float, float, int]]:
@@ -133,10 +132,10 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "name"),
     [
-        (flip, "tensors/__0_0.distcp"),
-        (cut, "tensors/__0_0.distcp"),
+        (flip, "tensors/rank-0.safetensors"),
+        (cut, "tensors/rank-0.safetensors"),
         (flip, "manifest.json"),
-        (cut, "tensors/.metadata"),
+        (cut, "tensors/index.json"),
     ],
 )
 def test_damage_is_named_and_the_checkpoint_before_is_used(
@@ -156,7 +155,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(
 def test_a_damaged_checkpoint_is_not_kept_in_place_of_a_good_one(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tiny, "training.steps=4", "training.save_every=2")
     checkpoints = tiny / "calm" / "checkpoints"
-    flip(checkpoints / "step-4" / "tensors" / "__0_0.distcp")
+    flip(checkpoints / "step-4" / "tensors" / "rank-0.safetensors")
 
     def step(original: Any, task: Any, micro_batches: Any, model: Any) -> Any:
         if (checkpoints / "step-3").exists():
@@ -170,7 +169,7 @@ def test_a_damaged_checkpoint_is_not_kept_in_place_of_a_good_one(tiny: Path, mon
 
 def test_no_checkpoint_left_whole_is_no_fresh_start(tiny: Path) -> None:
     train(tiny, "training.steps=2")
-    flip(tiny / "calm" / "checkpoints" / "step-2" / "tensors" / "__0_0.distcp")
+    flip(tiny / "calm" / "checkpoints" / "step-2" / "tensors" / "rank-0.safetensors")
     with pytest.raises(UserError, match="holds no checkpoint that is whole"):
         train(tiny)
     assert len(curve(tiny)) == 2

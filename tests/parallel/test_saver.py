@@ -1,0 +1,85 @@
+"""Saving while training goes on, on one rank."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from test_checkpoint import engine, one_more_steps, state, stepped
+
+from calm_core.errors import UserError
+from calm_core.parallel import checkpoint, saver
+from calm_core.parallel.checkpoint_folder import list_checkpoints, open_checkpoint
+from calm_core.parallel.saver import Saver
+from calm_core.parallel.topology import Topology
+
+
+@contextmanager
+def writing_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Writes wait for the event; it is set at the end in any case."""
+    go, write = threading.Event(), saver.write_file
+
+    def held(*arguments: object) -> str:
+        assert go.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(saver, "write_file", held)
+    try:
+        yield go
+    finally:
+        go.set()
+
+
+def test_what_is_written_is_what_was_there_when_asked(
+    topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = stepped(topology, torch.float32)
+    wanted = state(one)
+    with Saver(tmp_path, one, keep=2) as saves, writing_held(monkeypatch) as go:
+        saves.save(3, {"updates": 3})
+        one_more_steps(one, 2)
+        assert saves.poll() is None
+        assert list_checkpoints(tmp_path) == []
+        with pytest.raises(RuntimeError, match="checkpoint 3 is still being written"):
+            saves.save(5, {"updates": 5})
+        go.set()
+        assert saves.wait().path == tmp_path / "step-3"
+        assert saves.wait() is None
+        assert saves.poll() is None
+    other = engine(topology, 1)
+    checkpoint.load(open_checkpoint(tmp_path / "step-3"), other)
+    assert all(map(torch.equal, state(other), wanted))
+    assert not all(map(torch.equal, state(one), wanted))
+
+
+def test_a_later_step_finds_it_complete(topology: Topology, tmp_path: Path) -> None:
+    one = stepped(topology, torch.float32)
+    with Saver(tmp_path, one, keep=1) as saves:
+        for step in (3, 4):
+            saves.save(step, {"updates": step})
+            while (saved := saves.poll()) is None:
+                one_more_steps(one, 1)
+            assert saved.step == step
+            assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{step}"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
+
+
+def test_what_cannot_be_written_is_known_and_the_one_before_stays(
+    topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    one = stepped(topology, torch.float32)
+    with Saver(tmp_path, one, keep=2) as saves:
+        saves.save(3, {"updates": 3})
+        saves.wait()
+        monkeypatch.setattr(saver, "write_file", full)
+        saves.save(4, {"updates": 4})
+        with pytest.raises(
+            UserError, match=r"step-4 could not be written .*No space left.*: earlier checkpoints are intact"
+        ):
+            saves.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
