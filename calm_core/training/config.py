@@ -22,6 +22,9 @@ class TrainingConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    deterministic: bool = option(
+        False, "bitwise the same run each time on a GPU too, more slowly; a CPU with as many threads does so anyway"
+    )
     log_every: int = option(10, "steps between lines of metrics")
     eval_every: int = option(1000, "steps between evaluations on held-out documents; 0 evaluates at the end only")
     save_every: int = option(1000, "steps between checkpoints; 0 saves at the end only")

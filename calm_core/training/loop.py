@@ -15,6 +15,7 @@ from calm_core.parallel.saver import Saver
 from calm_core.parallel.together import on_first_rank
 from calm_core.parallel.topology import Topology
 from calm_core.training.config import TrainingConfig
+from calm_core.training.deterministic import deterministic
 from calm_core.training.loader import Loader, step_samples
 from calm_core.training.profiler import StepProfiler
 from calm_core.training.progress import Progress
@@ -62,6 +63,7 @@ def train(
         return ExitCode.OK
     _check_hang_time(config, topology)
     with ExitStack() as held:
+        held.enter_context(deterministic(config.deterministic))
         watchdog = Watchdog(config.hang_start_minutes, config.hang_minutes, topology.rank, folder.logs)
         held.enter_context(watchdog)
         on_first_rank(lambda: held.enter_context(folder.locked()))

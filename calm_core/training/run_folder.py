@@ -11,6 +11,7 @@ from calm_core.errors import UserError
 from calm_core.parallel.checkpoint_folder import Checkpoint
 
 _LOCK = ".lock"
+_BEFORE_CONFIG = {_LOCK, "logs", "save", "stop"}  # what may be there of a run that has not come to its configuration
 
 
 class RunFolder:
@@ -31,7 +32,7 @@ class RunFolder:
             UserError: if another process trains in this folder, or it holds something else than a run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        if not self.config.exists() and any(path.name != _LOCK for path in self.path.iterdir()):
+        if not self.config.exists() and any(path.name not in _BEFORE_CONFIG for path in self.path.iterdir()):
             raise UserError(
                 f"{self.path} holds something else than a run: move it away or choose another `run` folder."
             )
