@@ -59,3 +59,9 @@ class Samples:
         for sample, (windows, window) in enumerate(self.places(samples)):
             windows.fill(window, {name: array[sample] for name, array in out.items()})
         return out
+
+    def documents(self, samples: np.ndarray) -> list[str]:
+        """The names of the documents behind the samples `[B]`, each once."""
+        return list(
+            dict.fromkeys(name for windows, window in self.places(samples) for name in windows.documents(window))
+        )

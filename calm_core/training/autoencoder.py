@@ -24,7 +24,6 @@ from calm_core.noise import SampleNoise, stream_seed
 from calm_core.parallel.checkpoint import full_weights
 from calm_core.parallel.engine import Engine
 from calm_core.parallel.topology import Topology
-from calm_core.training.history import documents_of
 
 EVALUATED_CHUNKS = 4096
 # Settings under which the same weights serve as well.
@@ -95,7 +94,7 @@ class AutoencoderTask:
 
     def documents(self, samples: np.ndarray) -> list[str]:
         """The names of the documents behind these samples."""
-        return documents_of(self.windows, self.order, samples)
+        return self.samples.documents(samples)
 
     def forward_step(self, micro_batches: Iterator[TokenBatch], model: AutoencoderModule) -> tuple[Any, Any]:
         """Forward of one micro-batch; the loss is the mean over its chunks."""

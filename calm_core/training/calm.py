@@ -39,7 +39,6 @@ from calm_core.tokenizer import Tokenizer
 from calm_core.training.chunk_batch import ChunkBatch, needed_columns, read_batch
 from calm_core.training.evaluation import evaluate, own_windows
 from calm_core.training.evaluation_config import EvaluationConfig
-from calm_core.training.history import documents_of
 
 # Settings under which the same weights serve as well.
 _NOT_OF_THE_WEIGHTS = (
@@ -128,7 +127,7 @@ class CalmTask:
 
     def documents(self, samples: np.ndarray) -> list[str]:
         """The names of the documents behind these samples."""
-        return documents_of(self.windows, self.order, samples)
+        return self.samples.documents(samples)
 
     def forward_step(self, micro_batches: Iterator[ChunkBatch], model: CalmModel) -> tuple[Any, Any]:
         """Forward of one micro-batch; the loss is the mean over its samples of the mean over the positions of each.

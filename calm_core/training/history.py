@@ -1,11 +1,7 @@
-"""Which samples a step of a run consumed, and the documents behind them."""
+"""Which samples a step of a run consumed, read from the run's folder."""
 
 from pathlib import Path
 
-import numpy as np
-
-from calm_core.data.order import SampleOrder
-from calm_core.data.windows import Windows
 from calm_core.errors import UserError
 from calm_core.training.run_log import read_metrics
 
@@ -27,9 +23,3 @@ def samples_of_step(run: Path, step: int) -> range:
     start = before[-1]
     first = start["samples"] + (step - 1 - start["step"]) * start["global_batch"]
     return range(first, first + start["global_batch"])
-
-
-def documents_of(windows: Windows, order: SampleOrder, samples: np.ndarray) -> list[str]:
-    """The names of the documents behind the samples with these global indices, each once."""
-    found = (name for window in order.window(samples) for name in windows.documents(int(window)))
-    return list(dict.fromkeys(found))

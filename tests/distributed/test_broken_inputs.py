@@ -1,0 +1,89 @@
+"""Real commands given inputs that are damaged or do not belong together: a sentence names the file, exit code 2."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ROOT, finish, torchrun
+
+from calm_core import config
+from calm_core.autoencoder import Autoencoder, AutoencoderConfig
+from calm_core.autoencoder_artefact import load_autoencoder, save_autoencoder
+from calm_core.data.manifest import read_json
+from calm_core.data.tokens import build_tokens
+from calm_core.errors import ExitCode
+from calm_core.experiment import Experiment
+from calm_core.parallel.checkpoint_folder import damaged_files, list_checkpoints, open_checkpoint
+from calm_core.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+
+pytestmark = pytest.mark.slow
+
+TRAIN, BUILD = ROOT / "pretrain" / "train_calm.py", ROOT / "data_prep" / "build_chunks.py"
+
+
+def refused(command: list[str]) -> str:
+    """The one sentence with which a command refuses."""
+    code, output = finish(command, seconds=200)
+    assert code == ExitCode.USAGE, output
+    assert "Traceback" not in output
+    return output
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [flip, cut])
+def test_a_damaged_shard_of_chunks(tiny: Path, damage: Callable[[Path], None]) -> None:
+    shard = read_json(tiny / "chunks" / "manifest.json")["splits"]["train"]["shards"][0]["file"]
+    damage(tiny / "chunks" / shard)
+    output = refused([sys.executable, str(TRAIN), str(tiny / "config.yaml"), f"run={tiny}"])
+    assert str(tiny / "chunks" / shard) in output
+    assert not (tiny / "calm").exists()
+
+
+def test_another_autoencoder(tiny: Path) -> None:
+    old = load_autoencoder(tiny / "autoencoder" / "frozen")
+    torch.manual_seed(1)
+    other = Autoencoder(AutoencoderConfig(hidden=16, latent=8), old.vocab_size, k=4)
+    save_autoencoder(other, tiny / "autoencoder" / "frozen", old.tokenizer_hash, {})
+    output = refused([sys.executable, str(TRAIN), str(tiny / "config.yaml"), f"run={tiny}"])
+    assert f"latents in {tiny / 'chunks'} were made by the autoencoder {old.content_hash}" in output
+    assert not (tiny / "calm").exists()
+
+
+def test_tokens_of_another_tokenizer(tiny: Path) -> None:
+    experiment = config.load(Experiment, tiny / "config.yaml", [f"run={tiny}"])
+    train_tokenizer(["another corpus of other words"] * 50, TokenizerConfig(vocab_size=280), tiny / "t.model", {})
+    build_tokens(experiment.data, load_tokenizer(tiny / "t.model"), tiny / "others")
+    stores = [f"data.tokens={tiny / 'others'}", f"data.chunks={tiny / 'new'}"]
+    output = refused([sys.executable, str(BUILD), str(tiny / "config.yaml"), f"run={tiny}", *stores])
+    assert "tokenizer" in output
+    assert str(tiny / "others") in output
+    assert not (tiny / "new" / "manifest.json").exists()
+
+
+def test_a_full_disk_on_two_ranks(tiny: Path) -> None:
+    """A limit on the size of a file stands for the disk: neither rank can write its share of the second checkpoint."""
+    arguments = [str(tiny / "config.yaml"), f"run={tiny}"]
+    code, output = finish(torchrun(2, TRAIN, *arguments, "training.steps=2"), seconds=200)
+    assert code == ExitCode.OK, output
+    # The shell counts in blocks of 512 or 1024 bytes; a share takes some hundred thousand.
+    limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "limited"]
+    output = refused([*limited, *torchrun(2, TRAIN, *arguments, "training.steps=6", "training.save_every=3")])
+    assert "step-3 could not be written" in output
+    assert "earlier checkpoints are intact" in output
+    [left] = list_checkpoints(tiny / "calm" / "checkpoints")
+    assert left.name == "step-2"
+    assert damaged_files(open_checkpoint(left), slice(None)) == []
+    code, output = finish(torchrun(2, TRAIN, *arguments, "training.steps=6"), seconds=200)
+    assert code == ExitCode.OK, output
+    assert f"resumed from {left}" in output
