@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calm_core.data.order import SampleOrder
 from calm_core.training.loader import Loader, step_samples
 
 
@@ -14,6 +15,21 @@ def test_the_ranks_share_exactly_the_samples_of_the_step(consumed: int, count: i
     assert all(len(share) == count and all(len(part) == micro for part in share) for share in shares)
     taken = np.concatenate([part for share in shares for part in share])
     assert sorted(taken) == list(range(consumed, consumed + count * micro * ranks))
+
+
+@given(st.integers(5, 60), st.lists(st.tuples(st.integers(1, 8), st.integers(1, 3), st.integers(1, 3)), max_size=12))
+def test_runs_on_any_numbers_of_ranks_see_each_window_once_an_epoch(
+    windows: int, layouts: list[tuple[int, int, int]]
+) -> None:
+    """A step for each layout of (ranks, micro-batch, micro-batches): resumed on other ranks after every step."""
+    order, seen = SampleOrder(windows, seed=3), []
+    for ranks, micro, count in layouts:
+        shares = [step_samples(len(seen), count, micro, rank, ranks) for rank in range(ranks)]
+        taken = np.sort(np.concatenate([part for share in shares for part in share]))
+        seen += order.window(taken).tolist()
+    for first in range(0, len(seen), windows):
+        epoch = seen[first : first + windows]
+        assert len(set(epoch)) == len(epoch)
 
 
 def plan(consumed: int) -> list[np.ndarray]:
