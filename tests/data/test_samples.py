@@ -47,6 +47,9 @@ def test_a_blend_takes_the_windows_of_each_store_once_an_epoch_in_another_order_
         store, window = places[sample]
         alone = store.batch(np.array([window]), ("tokens", "mean"))
         assert all(np.array_equal(batch[name][row], alone[name][0]) for name in alone)
+    documents = samples.documents(np.array([3, 1499, 0]))
+    assert documents == list(dict.fromkeys(name for n in (3, 1499, 0) for name in places[n][0].documents(places[n][1])))
+    assert len(documents) >= 3
 
 
 def test_budgets_are_weights_and_limits_in_tokens(built_chunks, other_chunks):
