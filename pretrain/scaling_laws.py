@@ -1,7 +1,8 @@
 """Scaling laws over size, data and K, on one YAML: scaling_laws.py ACTION [CONFIG.yaml] [key=value ...].
 
 plan:    the models that the ladder and the grid give, what each costs, how long it takes; nothing runs.
-prepare: what the models share: tokenizer, tokens, and for each K the autoencoder and the chunks.
+prepare: what the models share: tokenizer, tokens, and for each K the autoencoder and the chunks. Then RUN/models.txt
+         lists the models' configurations, for an array of jobs: sbatch --array=1-N launchers/sweep.slurm RUN/models.txt
 run:     prepare, then the models one after another; finished ones are skipped, half-done ones resume. task=N trains
          model N of the plan alone, as a task of a job array does after prepare.
 fit:     the evaluations in RUN/results.parquet, the laws fitted to them in RUN/laws.json.

@@ -1,20 +1,25 @@
 """The run of a study: what is shared first, then every model; each is an ordinary experiment in its own folder."""
 
 import sys
+from pathlib import Path
 
+from calm_core import config as configuration
 from calm_core.data.manifest import MANIFEST
 from calm_core.errors import ExitCode, UserError
-from calm_core.pipeline.stages import run_stages
+from calm_core.pipeline.stages import config_path, run_stages
 from calm_core.scaling.config import ScalingConfig
 from calm_core.scaling.points import experiment, family_experiment, points, shared_experiment
 
 SHARED = ("train_tokenizer", "tokenize_corpus")
 FAMILY = ("train_autoencoder", "evaluate_autoencoder", "build_chunks")
 MODEL = ("train_calm",)
+LIST = "models.txt"
 
 
 def prepare(config: ScalingConfig) -> int:
     """Make what the models share: tokenizer, tokens, and the autoencoder and chunks of each K. Finished parts stay.
+
+    Then every model is a configuration of its own, and RUN/models.txt lists them: what an array of jobs works on.
 
     Returns:
         The exit code of the first part that fails, or OK.
@@ -25,7 +30,18 @@ def prepare(config: ScalingConfig) -> int:
     ]:
         if code := run_stages(part, names):
             return code
+    _write_list(config)
     return ExitCode.OK
+
+
+def _write_list(config: ScalingConfig) -> None:
+    paths = []
+    for point in points(config):
+        of_point = experiment(config, point)
+        Path(of_point.run).mkdir(parents=True, exist_ok=True)
+        configuration.save(of_point, config_path(of_point))
+        paths.append(config_path(of_point).absolute())
+    (Path(config.run) / LIST).write_text("".join(f"{path}\n" for path in paths))
 
 
 def train_points(config: ScalingConfig) -> int:

@@ -47,7 +47,9 @@ def test_a_sweep_with_one_failing_member(training: Training, tmp_path: Path) -> 
 def test_the_way_from_text_to_scores(cluster: Cluster, tiny_experiment: Path, tmp_path: Path) -> None:
     run, config = tmp_path / "run", tmp_path / "mine.yaml"
     text = (tiny_experiment / "config.yaml").read_text() + f"run: {run}\ntokenizer: {{vocab_size: 300}}\n"
-    config.write_text(text + "pipeline: {shares: 2, nodes: 2}\nsamples: {prompts: [a], temperatures: [1.0], max_tokens: 8}\n")
+    config.write_text(
+        text + "pipeline: {shares: 2, nodes: 2}\nsamples: {prompts: [a], temperatures: [1.0], max_tokens: 8}\n"
+    )
     small = " ".join([*SMALL, "--nodes=1", "--mem=1G", "--no-requeue"])
 
     def pipeline(*arguments: str) -> str:
