@@ -51,6 +51,9 @@ def fit(config: ScalingConfig, dry_run: bool) -> None:
 
 def plot(config: ScalingConfig, dry_run: bool) -> None:
     """Draw the figures, and print where they are."""
+    if dry_run:
+        print(f"would draw the results of {config.run}")
+        return
     from calm_core.report.scaling import write_scaling_page
     from calm_core.scaling.figures import draw_study
 
