@@ -57,9 +57,9 @@ def balanced(work: Sequence[int], stages: int, virtual: int = 1, first_least: in
     """The numbers of layers that make the busiest stage least busy, and then the heaviest part of each stage lightest.
 
     `work` is that of the first part's own pieces, of each layer (all alike), and of the last part's own pieces; the
-    first part gets at least `first_least` layers, those between the ends at least one. Layers being alike, it is best to
-    hand them out one by one, each to who would have least with it: first to stages, then those of a stage to its parts.
-    Among equals the later one takes it: it keeps fewer micro-batches' activations.
+    first part gets at least `first_least` layers, those between the ends at least one. Layers being alike, it is best
+    to hand them out one by one, each to who would have least with it: first to stages, then those of a stage to its
+    parts. Among equals the later one takes it: it keeps fewer micro-batches' activations.
     """
     first, *layers, last = work
     parts = stages * virtual

@@ -13,7 +13,7 @@ from tests.launching import ROOT, finish
 
 STUDY = """
 run: {folder}/study
-ladder: {{depths: [1, 2], aspect: 16, head_width: 16, reference_depth: 2, learning_rate: 1.0e-2, batch_tokens: 256}}
+ladder: {{depths: [1], aspect: 16, head_width: 16, reference_depth: 2, learning_rate: 1.0e-2, batch_tokens: 256}}
 grid: {{k: [4], context: 32, latent_per_token: 2, budget: tokens, budgets: [1024, 2048]}}
 fit: {{measures: [brier_1, cross_entropy], draws: 20}}
 base:
@@ -44,7 +44,7 @@ def test_a_study_from_text_to_figures(tiny: Path) -> None:
     assert "make it by `scaling_laws.py prepare`" in study("run", "task=0", code=ExitCode.USAGE)
     study("prepare")
     listed = [Path(line) for line in (tiny / "study" / "models.txt").read_text().splitlines()]
-    assert len(listed) == 4
+    assert len(listed) == 2
     assert all(configuration.load(Experiment, line, []).training.milestones for line in listed)
 
     blocked = tiny / "study" / "points" / "k4-d1-s0" / "calm"  # a folder that holds something else than a run
@@ -53,11 +53,11 @@ def test_a_study_from_text_to_figures(tiny: Path) -> None:
     assert "failed, run again to retry: k4-d1-s0" in study("run", code=ExitCode.FAILED)
     (blocked / "notes.txt").unlink()
     again = study("run")
-    assert again.count("finished before") >= 3
+    assert "finished before" in again
 
-    assert "8 of 8 points measured" in study("fit")
+    assert "4 of 4 points measured" in study("fit")
     rows = read_results(tiny / "study" / "results.parquet")
-    assert {(row["model"], row["tokens"]) for row in rows} >= {("ar-d2-s0", 1024), ("k4-d1-s0", 2048)}
+    assert {(row["model"], row["tokens"]) for row in rows} >= {("ar-d1-s0", 1024), ("k4-d1-s0", 2048)}
     assert all(row["cross_entropy"] is not None for row in rows if row["family"] == "ar")
     study("plot")
     assert (tiny / "study" / "figures" / "compute_brier_1.svg").exists()
