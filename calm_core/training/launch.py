@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from calm_core.autoencoder import Autoencoder
 from calm_core.autoencoder_artefact import load_autoencoder, save_autoencoder
 from calm_core.data.blend import Blend
@@ -18,6 +20,7 @@ from calm_core.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from calm_core.parallel.engine import Engine
+    from calm_core.training.calm import CalmTask
 
 
 def run_autoencoder(experiment: Experiment) -> ExitCode:
@@ -44,31 +47,39 @@ def run_autoencoder(experiment: Experiment) -> ExitCode:
 def run_calm(experiment: Experiment) -> ExitCode:
     """Train the CALM network of an experiment."""
     paths, config = experiment.paths, experiment.training
-    train, held_out, autoencoder = _rows(experiment)
-    rows = train.first
-    shape = ModelShape(experiment.model, experiment.head, rows.vocab_size, rows.k, rows.latent)
+    rows = calm_rows(experiment)
     with distributed(experiment.parallel) as topology:
-        from calm_core.training.calm import CalmTask
         from calm_core.training.loop import train as run
         from calm_core.training.run_folder import RunFolder
 
-        task = CalmTask(
-            shape,
-            experiment.parallel,
-            config.positions,
-            experiment.seed,
-            train,
-            held_out,
-            autoencoder and autoencoder.to(topology.device),
-            experiment.evaluation,
-            experiment.samples,
-            load_tokenizer(paths.tokenizer) if experiment.samples.while_training else None,
-        )
+        task = calm_task(experiment, rows, topology.device)
         task.samples.require(config.steps * config.global_batch)
         return run(task, config, topology, RunFolder(paths.calm_run), experiment)
 
 
-def _rows(experiment: Experiment) -> tuple[Blend, Store, Autoencoder | None]:
+def calm_task(
+    experiment: Experiment, rows: tuple[Blend, Store, Autoencoder | None], device: torch.device
+) -> "CalmTask":
+    """What there is to train, on the rows that `calm_rows` opened."""
+    from calm_core.training.calm import CalmTask
+
+    train, held_out, autoencoder = rows
+    first, samples = train.first, experiment.samples
+    return CalmTask(
+        ModelShape(experiment.model, experiment.head, first.vocab_size, first.k, first.latent),
+        experiment.parallel,
+        experiment.training.positions,
+        experiment.seed,
+        train,
+        held_out,
+        autoencoder and autoencoder.to(device),
+        experiment.evaluation,
+        samples,
+        load_tokenizer(experiment.paths.tokenizer) if samples.while_training else None,
+    )
+
+
+def calm_rows(experiment: Experiment) -> tuple[Blend, Store, Autoencoder | None]:
     """What the network reads, to train on and held out, and the autoencoder behind its latents.
 
     A head that reads tokens takes them from the token store: it needs no autoencoder, and data.k does not concern it.

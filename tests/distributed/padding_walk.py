@@ -7,19 +7,17 @@ step in the layout NAME.
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from calm_core import config
-from calm_core.autoencoder_artefact import load_autoencoder
-from calm_core.data.blend import Blend
-from calm_core.data.store import ChunkStore
 from calm_core.experiment import Experiment
-from calm_core.model.config import ModelShape
 from calm_core.parallel.config import ParallelConfig
 from calm_core.parallel.topology import Topology, distributed
+from calm_core.training.launch import calm_rows, calm_task
 
 # Layout and samples per micro-batch, of 8 samples a step.
 LAYOUTS = {
@@ -48,17 +46,14 @@ def train(folder: Path, micro_batch: int, topology: Topology) -> list[tuple[floa
     from calm_core.model.parameters import initialize
     from calm_core.parallel.engine import Engine, Pass
     from calm_core.parallel.reduce import average_metrics
-    from calm_core.training.calm import CalmTask
     from calm_core.training.chunk_batch import ChunkBatch
     from calm_core.training.loader import step_samples
 
     experiment = config.load(Experiment, folder / "config.yaml", [f"run={folder}"])
-    training, paths = experiment.training, experiment.paths
-    store, held_out = (ChunkStore(paths.chunks, split) for split in ("train", "held_out"))
+    training, rows = experiment.training, calm_rows(experiment)
+    store = rows[0].first
     store.manifest["packing"] = "align"
-    shape = ModelShape(experiment.model, experiment.head, store.vocab_size, store.k, store.latent)
-    data = Blend.of(store), held_out, load_autoencoder(paths.autoencoder), experiment.evaluation
-    task = CalmTask(shape, topology.layout, training.positions, 0, *data)
+    task = calm_task(replace(experiment, parallel=topology.layout), rows, topology.device)
 
     def padded(batch: ChunkBatch) -> ChunkBatch:
         """Later samples have more padding, and one has nothing else."""

@@ -1,28 +1,35 @@
 """Trains the tiny model in several layouts, one after the other in one process tree, and writes what each did.
 
-`parity_walk.py FOLDER OUT NAME...`: FOLDER is a tiny experiment, OUT/NAME.pt takes the record of the layout NAME and
-OUT/NAME the checkpoint of its step 5. A NAME of the form `B<A` runs layout B from the checkpoint of layout A.
+`parity_walk.py FOLDER OUT NAME...`: FOLDER is a tiny experiment, OUT/NAME.pt takes the record of NAME, which reads
+
+    HEAD/LAYOUT           ten steps with this head in this layout; OUT/NAME is the checkpoint of step 5
+    HEAD/LAYOUT<LAYOUT    the last five, from the checkpoint of another layout
+    HEAD/LAYOUT!RULE      ten steps without one of the rules by which ranks agree (see `parity_rules`)
 """
 
 import os
+import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from parity_record import assembled
+from parity_rules import dropped
+from torch import Tensor
 
 from calm_core import config
-from calm_core.autoencoder_artefact import load_autoencoder
-from calm_core.data.blend import Blend
-from calm_core.data.store import ChunkStore
 from calm_core.experiment import Experiment
-from calm_core.model.config import ModelShape
+from calm_core.noise import SampleNoise
 from calm_core.parallel.config import ParallelConfig
 from calm_core.parallel.topology import Topology, distributed
+from calm_core.training.launch import calm_rows, calm_task
 
 STEPS, SAVED = 10, 5
 
@@ -43,26 +50,40 @@ LAYOUTS: dict[str, tuple[ParallelConfig, int]] = {
     "tp2-pp2-sp": (ParallelConfig(tensor=2, pipeline=2, sequence=True), 2),
     "tp2-pp2-virtual2-sp-full": (ParallelConfig(2, 2, 2, sequence=True, recompute="full"), 1),
     "pp2-uneven": (ParallelConfig(pipeline=2, split=[3, 1]), 2),
+    "pp2-all-in-first": (ParallelConfig(pipeline=2, split=[4, 0], recompute="selective"), 2),
     "pp2-all-in-last": (ParallelConfig(pipeline=2, split=[0, 4], recompute="full"), 2),
     "pp4": (ParallelConfig(pipeline=4), 1),
 }
 
 
+class Place(NamedTuple):
+    """A rank's place in its layout."""
+
+    data: int
+    tensor: int
+    pipeline: int
+    last: bool
+
+
 def walk(folder: Path, out: Path, names: list[str]) -> None:
-    """Run each layout in turn."""
+    """Train under each name in turn."""
     if "RANK" in os.environ:  # one world for all: its store remembers the addresses of the first
         dist.init_process_group("gloo")
     for name in names:
-        layout, micro_batch = LAYOUTS[name.split("<")[0]]
-        with distributed(layout) as topology:
-            record = train(folder, out, name, micro_batch, topology)
+        head, layout, source, rule = re.fullmatch(r"(\w+)/([^<!]+)<?([^!]*)!?(.*)", name).groups()
+        with distributed(LAYOUTS[layout][0]) as topology, dropped(rule):
+            started = out / head / source if source else None
+            record = train(folder, head, LAYOUTS[layout][1], topology, out / name, started)
             gathered = [None] * topology.world if topology.rank == 0 else None
             dist.gather_object(record, gathered)
             if topology.rank == 0:
+                (out / name).parent.mkdir(exist_ok=True)
                 torch.save(assembled(gathered), out / f"{name}.pt")
 
 
-def train(folder: Path, out: Path, name: str, micro_batch: int, topology: Topology) -> dict[str, Any]:
+def train(
+    folder: Path, head: str, micro_batch: int, topology: Topology, saved: Path, source: Path | None
+) -> dict[str, Any]:
     """Ten steps of this rank: global metrics, its own gradients before the data-parallel mean, its final weights."""
     from megatron.core import parallel_state
 
@@ -71,31 +92,30 @@ def train(folder: Path, out: Path, name: str, micro_batch: int, topology: Topolo
     from calm_core.parallel.checkpoint_folder import open_checkpoint
     from calm_core.parallel.engine import Engine, Pass
     from calm_core.parallel.reduce import average_metrics
-    from calm_core.training.calm import CalmTask
     from calm_core.training.loader import step_samples
 
-    experiment = config.load(Experiment, folder / "config.yaml", [f"run={folder}"])
-    training, paths = experiment.training, experiment.paths
-    store, held_out = (ChunkStore(paths.chunks, split) for split in ("train", "held_out"))
-    shape = ModelShape(experiment.model, experiment.head, store.vocab_size, store.k, store.latent)
-    autoencoder = load_autoencoder(paths.autoencoder)
-    settings = topology.layout, training.positions, 0, Blend.of(store), held_out, autoencoder, experiment.evaluation
-    task = CalmTask(shape, *settings)
+    # The iterative heads take twenty or a hundred evaluations of their network for a sample: they are given fewer.
+    windows = 2 if head in ("diffusion", "flow") else 16
+    changes = [f"run={folder}", f"head.kind={head}", f"evaluation.windows={windows}"]
+    experiment = config.load(Experiment, folder / "config.yaml", changes)
+    training = experiment.training
+    experiment = replace(experiment, parallel=topology.layout)
+    task = calm_task(experiment, calm_rows(experiment), topology.device)
     chunks = task.build(topology, torch.float32)
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.starts_at_zero = False  # else only the last layer has a gradient at first
     initialize(chunks, std=0.15, seed=0)
-    noise_seen = watch_noise(chunks)
-    optimizer = replace(training.optimizer, clip=0.5)
-    engine = Engine(chunks, optimizer, topology)
-    saved, source = STEPS, name.partition("<")[2]
-    record: dict[str, Any] = {"loss": [], "norm": [], "gradients": [], "tensor_rank": 0}
+    engine = Engine(chunks, replace(training.optimizer, clip=0.5), topology)
+    place = Place(
+        topology.data_rank,
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        topology.last,
+    )
+    record: dict[str, Any] = {"loss": [], "norm": [], "gradients": {}, "place": place}
     if source:
-        found = open_checkpoint(out / source / f"step-{SAVED}")
-        checkpoint.load(found, engine)
-    else:
-        saved = SAVED
+        checkpoint.load(open_checkpoint(source / f"step-{SAVED}"), engine)
     shape_of_pass = Pass(training.positions, micro_batch)
     step_of_deepspeed = engine._deepspeed.step
 
@@ -104,27 +124,42 @@ def train(folder: Path, out: Path, name: str, micro_batch: int, topology: Topolo
         step_of_deepspeed()
 
     engine._deepspeed.step = step_and_keep
-    for step in range(SAVED if source else 0, STEPS):
-        count = training.global_batch // (micro_batch * topology.data_size)
-        plan = step_samples(step * 8, count, micro_batch, topology.data_rank, topology.data_size)
-        results = engine.forward_backward(task.forward_step, [task.load(samples) for samples in plan], shape_of_pass)
-        record["loss"].append(average_metrics(results, topology)["loss"])
-        update = engine.step(1e-3, admit=lambda norm: True)
-        assert update.applied
-        record["norm"].append(update.gradient_norm)
-        if step + 1 == saved:
-            checkpoint.save(out / name, SAVED, engine, {"updates": SAVED}, keep=1)
+    with noise_watched() as record["noise"]:
+        for step in range(SAVED if source else 0, STEPS):
+            count = training.global_batch // (micro_batch * topology.data_size)
+            plan = step_samples(step * 8, count, micro_batch, topology.data_rank, topology.data_size)
+            batches = [task.load(samples) for samples in plan]
+            results = engine.forward_backward(task.forward_step, batches, shape_of_pass)
+            record["loss"].append(average_metrics(results, topology)["loss"])
+            update = engine.step(1e-3, admit=lambda norm: True)
+            assert update.applied
+            record["norm"].append(update.gradient_norm)
+            if step + 1 == SAVED:
+                checkpoint.save(saved, SAVED, engine, {"updates": SAVED}, keep=1)
     record["weights"] = local_tensors(engine, lambda parameter: parameter)
     record["evaluation"] = {k: value for k, value in task.evaluate(engine).items() if isinstance(value, float)}
-    batches = [task.load(samples) for samples in plan]
     record["columns"] = [name for name in ("tokens", "mean", "log_std") if getattr(batches[0], name) is not None]
     record["refused"] = [
         refused_step(engine, poisoned(task.forward_step, topology), batches, shape_of_pass, lambda norm: True),
         refused_step(engine, task.forward_step, batches, shape_of_pass, lambda norm: topology.rank != 0),
     ]
-    record["noise"] = noise_seen
-    record["place"] = topology.data_rank, parallel_state.get_tensor_model_parallel_rank(), topology.last
     return record
+
+
+@contextmanager
+def noise_watched() -> Iterator[list[str]]:
+    """Fingerprints of all that is drawn meanwhile, one for each sample."""
+    seen: list[str] = []
+    drawn = SampleNoise._stack
+
+    def stack(noise: SampleNoise, name: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        draws = drawn(noise, name, draw)
+        for column in draws.unbind(1):
+            seen.append(f"{name} {blake2b(column.cpu().numpy().tobytes(), digest_size=8).hexdigest()}")
+        return draws
+
+    with patch.object(SampleNoise, "_stack", stack):
+        yield seen
 
 
 def refused_step(engine: Any, forward_step: Any, batches: list[Any], shape: Any, admit: Any) -> bool:
@@ -158,17 +193,6 @@ def poisoned(forward_step: Any, topology: Topology) -> Any:
     return step
 
 
-def watch_noise(chunks: list[nn.Module]) -> list[str]:
-    """Fingerprints of the noise that the head is given."""
-    seen: list[str] = []
-    for chunk in chunks:
-        if chunk.last:
-            chunk.head.register_forward_pre_hook(
-                lambda module, args: seen.append(blake2b(args[1].numpy().tobytes(), digest_size=8).hexdigest())
-            )
-    return seen
-
-
 def local_tensors(engine: Any, of: Any) -> dict[str, tuple[int | None, Tensor]]:
     """By global name, this rank's shard of each tensor and the dimension it is a shard along."""
     from calm_core.model.parameters import named_parameters, pieces
@@ -178,45 +202,6 @@ def local_tensors(engine: Any, of: Any) -> dict[str, tuple[int | None, Tensor]]:
         for name, parameter in named_parameters(engine.chunks)
         for piece in pieces(name, parameter)
     }
-
-
-def assembled(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """The records of all ranks as those of the one model they are."""
-    first = ranks[0]
-    assert all(rank["loss"] == first["loss"] and rank["norm"] == first["norm"] for rank in ranks)
-    noise = {(*rank["place"][:2],): rank["noise"] for rank in ranks if rank["place"][2]}
-    spread = {kind: replica_spread(ranks, kind) for kind in ("gradients", "weights")}
-    whole = {kind: whole_tensors(ranks, kind) for kind in ("gradients", "weights")}
-    same = {key: first[key] for key in ("loss", "norm", "evaluation")}
-    refused = all(all(rank["refused"]) for rank in ranks)
-    columns = [rank["columns"] for rank in ranks]
-    return {**same, **whole, "replica_spread": spread, "noise": noise, "refused": refused, "columns": columns}
-
-
-def whole_tensors(ranks: list[dict[str, Any]], kind: str) -> dict[str, Tensor]:
-    """Global tensors: shards joined over tensor-parallel ranks, the mean over data-parallel ranks."""
-    shards: dict[str, dict[int, dict[int, tuple[int | None, Tensor]]]] = {}
-    for rank in ranks:
-        data_rank, tensor_rank, _ = rank["place"]
-        for name, shard in rank[kind].items():
-            shards.setdefault(name, {}).setdefault(data_rank, {})[tensor_rank] = shard
-    return {name: torch.stack([joined(copy) for copy in copies.values()]).mean(0) for name, copies in shards.items()}
-
-
-def joined(shards: dict[int, tuple[int | None, Tensor]]) -> Tensor:
-    dim, tensor = shards[0]
-    return tensor if dim is None else torch.cat([shards[rank][1] for rank in sorted(shards)], dim)
-
-
-def replica_spread(ranks: list[dict[str, Any]], kind: str) -> float:
-    """The largest difference between copies that must be equal: of tensor-parallel ranks, and weights of all."""
-    copies: dict[Any, list[Tensor]] = {}
-    for rank in ranks:
-        data_rank, tensor_rank, _ = rank["place"]
-        for name, (dim, tensor) in rank[kind].items():
-            data = data_rank if kind == "gradients" else None
-            copies.setdefault((name, data, None if dim is None else tensor_rank), []).append(tensor)
-    return max((copy - group[0]).abs().max().item() for group in copies.values() for copy in group)
 
 
 if __name__ == "__main__":
