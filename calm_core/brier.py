@@ -63,10 +63,19 @@ def autoregressive_brier_terms(truth_logprob: Tensor, rollout_logprob: Tensor) -
 
     Args:
         truth_logprob: `[..., n]`, log-probability of each true token given all before it (teacher forcing).
-        rollout_logprob: `[..., n]`, log-probability of each token of one roll-out given all before it: since the
+        rollout_logprob: `[..., N, n]`, log-probability of each token of N roll-outs given all before it: since a
             roll-out x is drawn from P, E[P(x)] is the probability of a collision.
     """
-    return BrierTerms(truth_logprob.double().cumsum(-1).exp(), rollout_logprob.double().cumsum(-1).exp())
+    hit, probability = (logprob.double().cumsum(-1).exp() for logprob in (truth_logprob, rollout_logprob))
+    return BrierTerms(hit, probability.mean(-2))
+
+
+def autoregressive_within_variance(rollout_logprob: Tensor) -> Tensor:
+    """Unbiased estimate of the variance of `autoregressive_brier_terms(...).score` over redrawn roll-outs, `[..., n]`.
+
+    The truth term is exact, so it is that of a mean of N independent collision terms; `rollout_logprob` as there.
+    """
+    return rollout_logprob.double().cumsum(-1).exp().var(-2) / rollout_logprob.shape[-2]
 
 
 def within_variance(samples: Tensor, truth: Tensor) -> Tensor:

@@ -55,6 +55,22 @@ def plot_noise_curve(evaluation: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_correlation(points: Records, r: float | None, path: Path) -> None:
+    """BrierLM over cross-entropy, a colour for each model's width, with two standard errors where it is significant."""
+    figure, axes = _figure(
+        "BrierLM and likelihood of autoregressive models" + ("" if r is None else f": r = {r:.3f}"),
+        "held-out cross-entropy (nats a token)",
+        "BrierLM",
+    )
+    for width in dict.fromkeys(point["width"] for point in points):
+        own = [point for point in points if point["width"] == width and point["brier_lm"] is not None]
+        x, y = ([point[name] for point in own] for name in ("cross_entropy", "brier_lm"))
+        errors = [2 * point["brier_lm_error"] for point in own]
+        axes.errorbar(x, y, errors, fmt="o", markersize=4, capsize=2, label=f"width {width}")
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
 def _figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()

@@ -111,7 +111,7 @@ def test_autoregressive_terms_have_the_same_expectation() -> None:
     rollouts = [(x, y) for x in range(3) for y in range(3)]
     rollout = torch.tensor([log_probabilities(*pair) for pair in rollouts], dtype=torch.float64)
     truth = torch.tensor(log_probabilities(1, 2), dtype=torch.float64).expand_as(rollout)
-    score = autoregressive_brier_terms(truth, rollout).score
+    score = autoregressive_brier_terms(truth, rollout.unsqueeze(1)).score
     torch.testing.assert_close(JOINT.flatten() @ score, exact_brier((1, 2)), atol=1e-13, rtol=0)
 
 

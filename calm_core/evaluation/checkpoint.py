@@ -8,17 +8,21 @@ from torch import Tensor
 
 from calm_core.data.store import Store
 from calm_core.data.windows import Windows
+from calm_core.evaluation.draws import branching_cache
+from calm_core.evaluation.places import chunks_to_draw
 from calm_core.evaluation.scores import (
-    STRIDE,
     HeldOut,
     ScoredBatch,
+    at_places,
+    baseline,
     clustered,
-    numbered,
     scored_batch,
     scores,
     summarize,
 )
 from calm_core.inference.load import Loaded
+from calm_core.model.cache import BranchingCache
+from calm_core.model.calm import CalmModel
 from calm_core.ngram import BigramModel, bigram_brier_terms
 from calm_core.noise import stream_seed
 from calm_core.progress import Progress
@@ -46,36 +50,44 @@ def evaluate_checkpoint(
     device, parts = next(loaded.model.parameters()).device, []
     with Progress("evaluating", count, "windows") as progress:
         for some in np.array_split(chosen, range(config.micro_batch, count, config.micro_batch)):
-            read = read_batch(windows, some, some)
-            batch = scored_batch(loaded.model, loaded.model.hidden(read.inputs(device)), read, subject)
-            previous = read.tokens[:, :-1, -1].T[batch.rows]  # [P, B]
-            baseline = bigram_brier_terms(bigram, previous, batch.truth.cpu())
-            parts.append(
-                clustered({**scores(batch), **numbered("bigram_brier", baseline), **conditioning(batch)}, batch)
-            )
+            batch, cache = read_batch(windows, some, some), branching_cache(loaded.shape.k)
+            hidden = loaded.model.hidden(batch.inputs(device), cache)
+            scored = scored_batch(loaded.model, hidden, batch, subject)
+            if cache is not None:
+                roll_out(loaded.model, scored, cache)
+            previous = batch.tokens[:, scored.places, -1].T  # [P, B]
+            terms = bigram_brier_terms(bigram, previous, scored.truth.cpu())
+            found = {**scores(scored), **baseline("bigram", terms), **conditioning(scored)}
+            parts.append(clustered(found, scored))
             progress.advance(len(some))
-    measure = f"brier_lm@ctx{loaded.positions * loaded.shape.k}/stride{STRIDE}"
-    return {"measure": measure, "windows": count, "samples": config.samples, **summarize(parts)}
+    return {"windows": count, **subject.description(), **summarize(parts)}
 
 
-def conditioning(batch: ScoredBatch) -> dict[str, Tensor]:
-    """Two diagnostics of how the head uses its hidden state, at the scored positions, `[P, B]` each.
+def roll_out(model: CalmModel, scored: ScoredBatch, cache: BranchingCache) -> None:
+    """Advance the draws of windows, whose hidden states are in the cache, to four tokens."""
+    cache.branch(scored.held_out.branches(ranks=1).to(scored.hidden.device))
+    for _ in range(1, chunks_to_draw(model.shape.k)):
+        scored.draws.advance(model.hidden(scored.draws.said, cache))
+
+
+def conditioning(scored: ScoredBatch) -> dict[str, Tensor]:
+    """Two diagnostics of how the head uses its hidden state, at the scored places, `[P, B]` each.
 
     `loss_shuffled` is the loss with the hidden states of all windows and positions exchanged among each other: a head
     that listens to them loses much. `spread_samples` is the mean distance of two samples, `spread_posterior` that of
     two draws of the true chunk's posterior: the samples of an undecided model lie farther apart. A head that reads
     tokens has no spread.
     """
-    seed = stream_seed(batch.held_out.seed, "evaluation/shuffle", int(batch.chosen[0]))
-    flat = batch.hidden.flatten(0, 1)
+    seed = stream_seed(scored.held_out.seed, "evaluation/shuffle", int(scored.batch.samples[0]))
+    flat = scored.hidden.flatten(0, 1)
     order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(seed)).to(flat.device)
-    shuffled = batch.model.head.loss(flat[order].view_as(batch.hidden), batch.target, batch.noise).loss
-    result = {"loss_shuffled": shuffled[batch.rows]}
-    if batch.target.mean is not None:
-        mean, log_std = batch.target.mean[batch.rows], batch.target.log_std[batch.rows]
-        draws = batch.noise.normal("evaluation/posterior", len(batch.target.mean), *batch.latents.shape[2:])[batch.rows]
-        result["spread_samples"] = _spread(batch.latents[batch.rows])
-        result["spread_posterior"] = _spread(mean.unsqueeze(2) + log_std.exp().unsqueeze(2) * draws)
+    shuffled = scored.model.head.loss(flat[order].view_as(scored.hidden), scored.target, scored.noise).loss
+    result = {"loss_shuffled": at_places(shuffled, scored)}
+    if scored.target.mean is not None:
+        latents = scored.draws.latents
+        mean, std = (x[scored.places].unsqueeze(2) for x in (scored.target.mean, scored.target.log_std.exp()))
+        draws = scored.noise.normal("evaluation/posterior", len(latents), *latents.shape[2:])
+        result["spread_samples"], result["spread_posterior"] = _spread(latents), _spread(mean + std * draws)
     return result
 
 

@@ -3,15 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from calm_core.brier import MAX_TOKENS
+
 
 def checkpoint_table(result: Mapping[str, Any]) -> str:
     """The evaluation of a checkpoint: Brier-n beside the baselines, then the rest, one a line."""
-    depth = sum(name.startswith("brier_") and name.removeprefix("brier_").isdigit() for name in result)
+    depths = _depths(result)
     rows = [
         [f"Brier-{n}", *(_percent(result, f"{model}brier_{n}") for model in ("", "bigram_", "unigram_"))]
-        for n in range(1, depth + 1)
+        for n in depths
     ]
-    lm = result["brier_lm"]
+    parts = [f"{result[f'variance_{part}_1']:.2e} {of}" for part, of in (("within", "draws"), ("between", "places"))]
     spread = [
         f"spread of the {what}: {_value(result, f'spread_{what}')}"
         for what in ("samples", "posterior")
@@ -19,16 +21,43 @@ def checkpoint_table(result: Mapping[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            f"{result['windows']} windows, {result['scored_positions']:,} scored positions in "
-            f"{result['documents']} documents, {result['samples']} samples each",
+            _extent(result),
             *table(["score", "model", "bigram", "unigram"], rows),
-            f"{result['measure']}: "
-            + (
-                f"{lm:.3f} ± {result['brier_lm_error']:.3f}" if lm is not None else f"none. {result['brier_lm_reason']}"
-            ),
+            f"{result['measure']}: {_brier_lm(result)}",
+            *_reason(result),
+            f"variance of one place's Brier-1: {' + '.join(f'from the {part}' for part in parts)}",
             f"collision rate of the next token: {_percent(result, 'collision_1')}",
             f"loss: {_value(result, 'loss')}; with shuffled hidden states: {_value(result, 'loss_shuffled')}",
             *spread,
+        ]
+    )
+
+
+def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Checkpoints scored under one context, one a line, and the baselines of the first."""
+    first = results[0]
+    depths = _depths(first)
+    rows = [
+        [
+            result["checkpoint"],
+            str(result["k"]),
+            result["head"],
+            *(_percent(result, f"brier_{n}") for n in depths),
+            _brier_lm(result),
+            _value(result, "loss"),
+        ]
+        for result in results
+    ]
+    for name in ("bigram", "unigram"):
+        rows.append([name, "", "", *(_percent(first, f"{name}_brier_{n}") for n in depths), "", ""])
+    reasons = [f"{result['checkpoint']}: {line}" for result in results for line in _reason(result)]
+    strides = {result["measure"] for result in results}
+    return "\n".join(
+        [
+            _extent(first),
+            *table(["checkpoint", "K", "head", *(f"Brier-{n}" for n in depths), "BrierLM", "loss"], rows),
+            f"BrierLM is {', '.join(sorted(strides))}; losses compare between checkpoints of one K and head alone",
+            *reasons,
         ]
     )
 
@@ -61,6 +90,29 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in [head, *rows]
     ]
+
+
+def _extent(result: Mapping[str, Any]) -> str:
+    return (
+        f"{result['windows']} windows with {result['places_per_window']} scored places each, "
+        f"{result['scored_positions']:,} in {result['documents']} documents; {result['samples']} draws a place"
+        + (f", rolled out over {result['rollout_chunks']} chunks" if result["rollout_chunks"] > 1 else "")
+    )
+
+
+def _depths(result: Mapping[str, Any]) -> list[int]:
+    """The n of the Brier-n that were scored."""
+    return [n for n in range(1, MAX_TOKENS + 1) if f"brier_{n}" in result]
+
+
+def _brier_lm(result: Mapping[str, Any]) -> str:
+    lm = result["brier_lm"]
+    return "none" if lm is None else f"{lm:.3f} ± {result['brier_lm_error']:.3f}"
+
+
+def _reason(result: Mapping[str, Any]) -> list[str]:
+    """Why there is no BrierLM, if there is none."""
+    return [f"no BrierLM: {result['brier_lm_reason']}"] if result["brier_lm"] is None else []
 
 
 def _percent(result: Mapping[str, Any], name: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import lcm
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,19 +10,32 @@ import torch
 from torch import Tensor
 
 from calm_core.autoencoder import Autoencoder
-from calm_core.brier import BrierAccumulator, BrierTerms, ClusteredMean, brier_lm, brier_terms
+from calm_core.brier import (
+    MAX_TOKENS,
+    BrierAccumulator,
+    BrierTerms,
+    ClusteredMean,
+    autoregressive_brier_terms,
+    autoregressive_within_variance,
+    brier_lm,
+    brier_terms,
+    within_variance,
+)
 from calm_core.data.windows import Windows
+from calm_core.evaluation.draws import Draws
+from calm_core.evaluation.places import chunks_to_draw, measure, scored_positions
 from calm_core.model.calm import CalmModel
 from calm_core.model.heads.protocol import Target
-from calm_core.model.sequence import own_positions
+from calm_core.model.sequence import gathered_positions, own_positions
 from calm_core.ngram import unigram_brier_terms
 from calm_core.noise import SampleNoise
 from calm_core.padding import text_tokens
 from calm_core.training.chunk_batch import ChunkBatch
 from calm_core.training.evaluation_config import EvaluationConfig
 
-# Scored positions start at token offsets divisible by this, so that models of every K score the same places.
-STRIDE = 8
+# The places are filled up to a multiple of this, so that tensor-parallel ranks can share them out and the noise of a
+# place is the same in any layout.
+SHARED_OUT = 8
 
 ClusteredScores = tuple[tuple[str, ...], tuple[Tensor, Tensor, Tensor]]
 """Names of the scores, and the state of a `BrierAccumulator` over them: what ranks exchange."""
@@ -45,6 +59,30 @@ class HeldOut:
     seed: int
     config: EvaluationConfig
 
+    @property
+    def positions(self) -> Tensor:
+        """The scored positions of each window `[P]`."""
+        return scored_positions(self.windows.positions, self.windows.store.k, self.config.places)
+
+    def places(self, ranks: int) -> Tensor:
+        """The same, the last one repeated so that this number of sequence-parallel ranks can share them out."""
+        positions = self.positions
+        return torch.cat([positions, positions[-1:].expand(-len(positions) % lcm(SHARED_OUT, ranks))])
+
+    def branches(self, ranks: int) -> Tensor:
+        """The position that each branch of a roll-out follows, `[P N]`."""
+        return self.places(ranks).repeat_interleave(self.config.samples)
+
+    def description(self) -> dict[str, Any]:
+        """What was measured: the name of BrierLM, places of a window, draws of a place and the chunks of each."""
+        k = self.windows.store.k
+        return {
+            "measure": measure(self.windows.positions * k, k),
+            "places_per_window": len(self.positions),
+            "samples": self.config.samples,
+            "rollout_chunks": chunks_to_draw(k),
+        }
+
 
 class ScoredBatch(NamedTuple):
     """A micro-batch of held-out windows on its way to scores.
@@ -52,77 +90,101 @@ class ScoredBatch(NamedTuple):
     Attributes:
         model: the network, of which this rank holds the last stage.
         held_out: what it is scored on.
-        chosen: the windows `[B]`.
+        batch: the windows.
         hidden: hidden states of the rank's own positions `[S', B, d]`.
         target: the true next chunks `[S, B, ...]`.
         noise: the streams of these windows.
-        latents: draws from the hidden states `[S', B, N, l]`, or tokens `[S', B, N, 1]`.
-        rows: the scored ones among the rank's own positions `[P]`.
+        places: the scored positions, the last one repeated `[P]`.
+        own: which of them are this rank's and no repetition: `[P']` bool over its share.
+        draws: at this rank's share of the places.
     """
 
     model: CalmModel
     held_out: HeldOut
-    chosen: np.ndarray
+    batch: ChunkBatch
     hidden: Tensor
     target: Target
     noise: SampleNoise
-    latents: Tensor
-    rows: Tensor
+    places: Tensor
+    own: Tensor
+    draws: Draws
 
     @property
     def truth(self) -> Tensor:
-        """The true next chunk at each scored position `[P, B, K]`."""
-        return own_positions(self.target.tokens, self.model.config)[self.rows]
+        """The true next four tokens at every place, `[P, B, 4]`."""
+        return self._next_four(self.batch.tokens).to(self.hidden.device)
 
+    @property
+    def text(self) -> Tensor:
+        """Whether the next n = 1..4 tokens at every place are text and no padding, `[P, B, 4]` bool, on the host."""
+        text = text_tokens(self.batch.tokens, self.held_out.windows.store.padding)
+        return self._next_four(text).cumprod(-1) > 0
 
-def scored_positions(positions: int, k: int) -> Tensor:
-    """Positions p whose target chunk p + 1 has half the context before it and an offset divisible by `STRIDE`."""
-    target = torch.arange(1, positions + 1)
-    return ((target * k % STRIDE == 0) & (2 * target >= positions)).nonzero().flatten()
+    def _next_four(self, of_chunks: Tensor) -> Tensor:
+        offsets = ((self.places + 1) * self.model.shape.k).unsqueeze(1) + torch.arange(MAX_TOKENS)
+        return of_chunks.flatten(1)[:, offsets].transpose(0, 1)
 
 
 def scored_batch(model: CalmModel, hidden: Tensor, batch: ChunkBatch, held_out: HeldOut) -> ScoredBatch:
-    """Draw N latents from the hidden states `[S', B, d]` of a micro-batch, whose samples are the windows themselves."""
-    windows, device = held_out.windows, hidden.device
+    """Draw the next chunks from the hidden states `[S', B, d]` of windows, whose samples are the windows themselves.
+
+    Only the scored places are drawn from. For chunks of fewer than four tokens the draws are to be advanced.
+    """
+    config, device = model.config, hidden.device
     noise = SampleNoise(held_out.seed, batch.samples, device, purpose="evaluation")
-    latents = model.head.sample(hidden, noise, held_out.config.samples)
-    scored = torch.zeros(windows.positions, dtype=torch.bool)
-    scored[scored_positions(windows.positions, windows.store.k)] = True
-    rows = own_positions(scored, model.config).nonzero().flatten()
-    return ScoredBatch(model, held_out, batch.samples, hidden, batch.target(device), noise, latents, rows)
+    places = held_out.places(config.tensor_model_parallel_size)
+    own = own_positions(torch.arange(len(places)) < len(held_out.positions), config)
+    shared_out = own_positions(gathered_positions(hidden, config)[places], config)
+    draws = Draws(model, held_out.autoencoder, noise, shared_out, held_out.config.samples)
+    return ScoredBatch(model, held_out, batch, hidden, batch.target(device), noise, places, own, draws)
 
 
-def scores(batch: ScoredBatch) -> dict[str, Tensor]:
-    """Brier-1..4, collision rate, unigram baseline and loss of the head at the scored positions, `[P, B]` each."""
-    held_out, rows = batch.held_out, batch.rows
-    brier = brier_terms(_decode(held_out.autoencoder, batch.latents[rows]), batch.truth)
-    unigram = unigram_brier_terms(torch.from_numpy(held_out.counts), batch.truth.cpu())
-    loss = batch.model.head.loss(batch.hidden, batch.target, batch.noise).loss[rows]
+def scores(scored: ScoredBatch) -> dict[str, Tensor]:
+    """At this rank's share of the places `[P', B]` each: Brier-1..4 and, of each, its square and the variance that the
+    draws account for; collision rate, unigram baseline, and the loss of the head.
+    """
+    model, draws = scored.model, scored.draws
+    truth = own_positions(scored.truth, model.config)
+    if draws.log_probability is None:
+        brier, within = brier_terms(draws.tokens, truth), within_variance(draws.tokens, truth)
+    else:
+        brier = autoregressive_brier_terms(_log_probability_of_truth(scored), draws.log_probability)
+        within = autoregressive_within_variance(draws.log_probability)
+    unigram = unigram_brier_terms(torch.from_numpy(scored.held_out.counts), truth.cpu())
+    loss = model.head.loss(scored.hidden, scored.target, scored.noise).loss
     return {
-        **numbered("brier", brier),
+        **_numbered("brier", brier.score),
+        **_numbered("square", brier.score.square()),
+        **_numbered("variance_within", within),
         "collision_1": brier.collision[..., 0],
-        **numbered("unigram_brier", unigram),
-        "loss": loss,
+        **_numbered("unigram_brier", unigram.score),
+        "loss": at_places(loss, scored),
     }
 
 
-def numbered(name: str, terms: BrierTerms) -> dict[str, Tensor]:
-    """Brier-1, Brier-2, ... `[P, B]` by name."""
-    return {f"{name}_{n}": score for n, score in enumerate(terms.score.unbind(-1), 1)}
+def at_places(values: Tensor, scored: ScoredBatch) -> Tensor:
+    """Values `[S', B]` of this rank's own positions -> `[P', B]` of its share of the places."""
+    config = scored.model.config
+    return own_positions(gathered_positions(values, config)[scored.places], config)
 
 
-def clustered(scores: dict[str, Tensor], batch: ScoredBatch) -> ClusteredScores:
-    """Scores `[P, B]` summed by the document that each target chunk begins in.
+def baseline(name: str, terms: BrierTerms) -> dict[str, Tensor]:
+    """Brier-1, Brier-2, ... `[P, B]` of a baseline by name."""
+    return _numbered(f"{name}_brier", terms.score)
 
-    A score named `..._n` counts where the n-th token of the target is text, one without a number where the first is.
+
+def clustered(scores: dict[str, Tensor], scored: ScoredBatch) -> ClusteredScores:
+    """Scores `[P', B]` summed by the document that each target chunk begins in.
+
+    A score named `..._n` counts where the next n tokens are text, one without a number where the first is.
     """
-    text = text_tokens(batch.truth.cpu(), batch.held_out.windows.store.padding)
-    counted = torch.stack([text[..., _token_of(name)] for name in scores], -1)
-    documents = torch.from_numpy(batch.held_out.windows.document_ids(batch.chosen))[:, 1:].T
-    documents = own_positions(documents, batch.model.config)[batch.rows]
+    counted = torch.stack([scored.text[..., _token_of(name)] for name in scores], -1)
+    documents = torch.from_numpy(scored.held_out.windows.document_ids(scored.batch.samples)).T[scored.places + 1]
     values = torch.stack([score.cpu().double() for score in scores.values()], -1)
+    documents, counted = (own_positions(x, scored.model.config) for x in (documents, counted))
+    documents, counted, values = (x[scored.own].flatten(0, 1) for x in (documents, counted, values))
     accumulator = BrierAccumulator(len(scores))
-    accumulator.add(values.flatten(0, 1), documents.flatten(), counted.flatten(0, 1))
+    accumulator.add(values, documents, counted)
     return tuple(scores), accumulator.state()
 
 
@@ -136,7 +198,8 @@ def summarize(parts: Iterable[ClusteredScores]) -> dict[str, Any]:
     """Each score's mean under its name and its standard error, clustered by document, under `name_error`; BrierLM.
 
     `brier_lm` is None with a `brier_lm_reason` unless Brier-1..4 are all significant; an error is None where a single
-    document cannot tell.
+    document cannot tell. Of the variance of a place's Brier-n, `variance_within_n` is due to the draws and falls with
+    their number, `variance_between_n` to the place and falls with the number of places alone.
     """
     parts = list(parts)
     names = parts[0][0]
@@ -148,15 +211,30 @@ def summarize(parts: Iterable[ClusteredScores]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for name, mean, error in zip(names, result.mean.tolist(), errors, strict=True):
         named[name], named[f"{name}_error"] = mean, error
+    for n in (n for n in range(1, MAX_TOKENS + 1) if f"square_{n}" in names):
+        del named[f"square_{n}_error"], named[f"variance_within_{n}_error"]
+        variance = named.pop(f"square_{n}") - named[f"brier_{n}"] ** 2
+        variance *= result.positions / max(result.positions - 1, 1)
+        named[f"variance_between_{n}"] = variance - named[f"variance_within_{n}"]
     own = [index for index, name in enumerate(names) if name.startswith("brier_")]
     lm = brier_lm(ClusteredMean(result.mean[own], result.covariance[own][:, own], result.positions, result.clusters))
     named |= {"brier_lm": lm.value, "brier_lm_error": lm.standard_error, "brier_lm_reason": lm.reason}
     return named | {"scored_positions": result.positions, "documents": result.clusters}
 
 
-def _decode(autoencoder: Autoencoder | None, latents: Tensor, at_once: int = 4096) -> Tensor:
-    """Latents `[P, B, N, l]` -> tokens `[P, B, N, K]`; without an autoencoder they are tokens already."""
-    if autoencoder is None:
-        return latents
-    tokens = [autoencoder.decode_tokens(part) for part in latents.flatten(0, 2).split(at_once)]
-    return torch.cat(tokens).view(*latents.shape[:3], -1)
+def _log_probability_of_truth(scored: ScoredBatch) -> Tensor:
+    """log P of each true next token given all before it, by teacher forcing, `[P', B, n]`."""
+    config, truth = scored.model.config, scored.truth
+    hidden = gathered_positions(scored.hidden, config)
+    return torch.stack(
+        [
+            scored.model.head.log_probabilities(own_positions(hidden[scored.places + i], config), token)
+            for i, token in enumerate(truth.unbind(-1))
+        ],
+        -1,
+    )
+
+
+def _numbered(name: str, values: Tensor) -> dict[str, Tensor]:
+    """Columns `[P, B]` of `[P, B, n]` by name."""
+    return {f"{name}_{n}": column for n, column in enumerate(values.unbind(-1), 1)}

@@ -13,7 +13,7 @@ from calm_core.inference.options import GenerationOptions
 from calm_core.inference.prompt import prompt_tokens
 from calm_core.inference.sampler import Allowed, Chunk, ChunkSampler, Context
 from calm_core.inference.text import TextStream
-from calm_core.model.backbone import KeyValueCache
+from calm_core.model.cache import KeyValueCache
 
 FinishReason = Literal["eos", "stop", "length"]
 

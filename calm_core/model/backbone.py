@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from calm_core.model.cache import KeyValueCache
 from calm_core.model.sequence import all_positions, replicated
 
 
@@ -39,43 +40,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class KeyValueCache:
-    """Keys and values of the positions seen so far, one pair per layer, each `[B, groups, capacity, d/heads]`."""
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new positions of one layer, `[B, groups, S_new, head]`, and return all positions so far."""
-        end = self.length + key.shape[2]
-        keys, values = self._layers.get(layer, (None, None))
-        if keys is None or keys.shape[2] < end:
-            keys, values = (_grown(old, new, end) for old, new in ((keys, key), (values, value)))
-            self._layers[layer] = (keys, values)
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
-
-    def advance(self, positions: int) -> None:
-        """Count `positions` more as seen, once every layer has been extended by them."""
-        self.length += positions
-
-
-def _grown(old: Tensor | None, new: Tensor, length: int) -> Tensor:
-    """A buffer of at least `length` positions, doubled each time so that the copies cost a constant per position."""
-    batch, groups, _, width = new.shape
-    buffer = new.new_empty(batch, groups, max(64, 2 * length), width)
-    if old is not None:
-        buffer[:, :, : old.shape[2]] = old
-    return buffer
-
-
 class SDPAttention(MegatronModule):
     """Core attention by `scaled_dot_product_attention`: FlashAttention on a GPU, a fused kernel on a CPU.
 
     Takes Megatron-core's `[S, B, heads, head]` and returns `[S, B, heads * head]`. With `cache` set, the queries
-    are the newest positions and attend to every position in the cache.
+    are the newest positions and attend to those in the cache that it lets them see.
     """
 
     def __init__(
@@ -98,9 +67,8 @@ class SDPAttention(MegatronModule):
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask = None
         if self.cache is not None:
-            seen = self.cache.length
             key, value = self.cache.extend(self.layer_number, key, value)
-            mask = _causal_mask(query.shape[2], seen, query.device)
+            mask = self.cache.visible(query.shape[2], query.device)
         out = F.scaled_dot_product_attention(
             query,
             key,
@@ -111,11 +79,6 @@ class SDPAttention(MegatronModule):
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return out.permute(2, 0, 1, 3).flatten(2)
-
-
-def _causal_mask(new: int, seen: int, device: torch.device) -> Tensor:
-    """`[new, seen + new]`: new position i attends to the seen positions and to new positions up to itself."""
-    return torch.ones(new, seen + new, dtype=torch.bool, device=device).tril(diagonal=seen)
 
 
 class Backbone(TransformerBlock):
@@ -143,7 +106,7 @@ class Backbone(TransformerBlock):
         positions = all_positions(hidden if self.pre_process else self.input_tensor, self.config)
         for layer in self.layers:
             layer.self_attention.core_attention.cache = cache
-        rotary = self.rope(positions, offset=cache.length if cache else 0)
+        rotary = cache.rotary(self.rope, positions) if cache else self.rope(positions)
         out = super().forward(hidden, attention_mask=None, rotary_pos_emb=rotary)
         if cache is not None:
             cache.advance(positions)

@@ -10,6 +10,7 @@ rule for a parameter that every tensor-parallel rank holds whole:
 """
 
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -38,3 +39,8 @@ def own_positions(x: Tensor, config: TransformerConfig) -> Tensor:
         return x
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     return x.chunk(ranks, dim=0)[parallel_state.get_tensor_model_parallel_rank()]
+
+
+def gathered_positions(x: Tensor, config: TransformerConfig) -> Tensor:
+    """All rows `[S, ...]` of which `x` `[S', ...]` holds this tensor-parallel rank's own; not for gradients."""
+    return gather_from_sequence_parallel_region(x.contiguous()) if config.sequence_parallel else x

@@ -1,4 +1,4 @@
-"""Small numbers agreed between ranks: losses and metrics."""
+"""Small tensors agreed between ranks: losses, metrics, tokens."""
 
 from collections.abc import Mapping, Sequence
 
@@ -30,3 +30,11 @@ def average_metrics(micro_batches: Sequence[Mapping[str, Tensor]], topology: Top
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
     return message[0]
+
+
+def from_last_stage(tokens: Tensor | None, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Token ids of this shape that the last pipeline stage holds (`tokens`, None elsewhere), on every stage."""
+    held = torch.empty(tuple(shape), dtype=torch.int64, device=device) if tokens is None else tokens.contiguous()
+    source = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(held, src=source, group=parallel_state.get_pipeline_model_parallel_group())
+    return held

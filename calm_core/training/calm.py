@@ -18,6 +18,7 @@ from calm_core.data.samples import Samples
 from calm_core.data.store import Store
 from calm_core.data.windows import Windows
 from calm_core.errors import UserError
+from calm_core.evaluation.places import scored_positions
 from calm_core.evaluation.scores import HeldOut
 from calm_core.inference.config import SamplesConfig
 from calm_core.inference.load import Loaded
@@ -74,6 +75,7 @@ class CalmTask:
     ) -> None:
         check_layout(shape, positions, layout)
         samples.require_whole_model(layout.tensor, layout.pipeline)
+        scored_positions(positions, shape.k)  # a window too short to be scored: known now
         self.shape, self.layout, self.seed = shape, layout, seed
         self.split = pipeline_split(shape, positions, layout)
         self.samples = Samples(train, positions, seed)

@@ -163,7 +163,7 @@ def _json_number(value: float) -> float | None:
 
 
 def _is_shown(name: str, value: Any) -> bool:
-    return isinstance(value, int | float) and not name.endswith("_error")
+    return isinstance(value, int | float) and not name.endswith("_error") and not name.startswith("variance_")
 
 
 def _shown(name: str, value: float, metrics: dict[str, Any]) -> str:

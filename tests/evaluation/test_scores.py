@@ -2,11 +2,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from calm_core.brier import BrierAccumulator
-from calm_core.evaluation.scores import STRIDE, ClusteredScores, scored_positions, summarize
+from calm_core.evaluation.scores import ClusteredScores, summarize
 
 BRIER = tuple(f"brier_{n}" for n in range(1, 5))
 
@@ -15,18 +13,6 @@ def part(values: torch.Tensor, documents: list[int], names: tuple[str, ...] = BR
     accumulator = BrierAccumulator(values.shape[1])
     accumulator.add(values, torch.tensor(documents))
     return names, accumulator.state()
-
-
-@given(positions=st.integers(1, 300), k=st.sampled_from([1, 2, 3, 4, 8]))
-def test_scored_chunks_are_aligned_and_have_half_the_context_before_them(positions, k):
-    targets = scored_positions(positions, k) + 1
-    expected = [t for t in range(1, positions + 1) if t * k % STRIDE == 0 and t >= positions / 2]
-    assert targets.tolist() == expected
-
-
-def test_models_of_every_k_score_the_same_token_offsets():
-    offsets = [((scored_positions(256 // k, k) + 1) * k).tolist() for k in (1, 2, 4, 8)]
-    assert all(own == offsets[0] for own in offsets)
 
 
 def test_parts_merge_to_the_whole():

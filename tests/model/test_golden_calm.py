@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calm_core.autoencoder import Autoencoder, AutoencoderConfig
 from calm_core.brier import brier_terms
-from calm_core.model.backbone import KeyValueCache
+from calm_core.model.cache import KeyValueCache
 from calm_core.model.calm import CalmModel
 from calm_core.model.config import BackboneConfig, ModelShape
 from calm_core.model.heads.protocol import Target

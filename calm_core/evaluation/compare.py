@@ -1,0 +1,102 @@
+"""Checkpoints scored at the same places of the same text, so that their scores can be compared."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calm_core.data.opening import chunk_rows, token_rows
+from calm_core.data.store import Store, TokenStore
+from calm_core.errors import UserError
+from calm_core.evaluation.checkpoint import evaluate_checkpoint
+from calm_core.evaluation.text import chunks_of_text, tokens_of_text
+from calm_core.inference.load import Loaded, experiment_of, find_checkpoint, load_for_inference
+from calm_core.parallel.checkpoint_folder import Checkpoint, open_checkpoint
+from calm_core.training.evaluation_config import EvaluationConfig
+
+
+def compare(
+    paths: Sequence[Path],
+    text: Path | None,
+    context: int,
+    seed: int,
+    config: EvaluationConfig,
+    device: torch.device,
+    scratch: Path,
+) -> list[dict[str, Any]]:
+    """The evaluation of each checkpoint under one context.
+
+    Args:
+        paths: checkpoints `step-N` or run folders; CALM of any K and head, AR.
+        text: file to score on; None means the held-out documents of each run, which must then be the same ones.
+        context: tokens before and at the scored places; 0 means the most that all of them were trained on.
+        seed: of the draws.
+        config: how much is scored.
+        device: where to compute.
+        scratch: folder for the stores that the text becomes.
+
+    Raises:
+        UserError: naming the checkpoint that cannot be compared, and why.
+    """
+    checkpoints = [open_checkpoint(find_checkpoint(path)) for path in paths]
+    context = common_context(checkpoints, context)
+    results: list[dict[str, Any]] = []
+    scored_on: dict[str, str] = {}  # what must agree: name -> hash of the first checkpoint
+    for number, checkpoint in enumerate(checkpoints):
+        loaded = load_for_inference(checkpoint.path, device)
+        loaded = replace(loaded, positions=context // loaded.shape.k)
+        train, held_out = _stores(checkpoint, loaded, text, scratch / str(number))
+        for name, found in (("tokenizer", loaded.tokenizer.content_hash), ("held-out text", _tokens_hash(held_out))):
+            if scored_on.setdefault(name, found) != found:
+                raise UserError(
+                    f"{checkpoint.path} has another {name} than {checkpoints[0].path}: its scores would not compare; "
+                    + ("evaluate it by itself." if name == "tokenizer" else "give one text to both by --text.")
+                )
+        about = {"checkpoint": str(checkpoint.path), "k": loaded.shape.k, "head": loaded.shape.head.kind}
+        found = evaluate_checkpoint(loaded, train, held_out, seed, config)
+        results.append({**about, "step": checkpoint.step, "context": context, **found})
+    return results
+
+
+def common_context(checkpoints: Sequence[Checkpoint], context: int) -> int:
+    """The tokens of context to score all checkpoints under: `context`, or with 0 the most that suits all of them.
+
+    Raises:
+        UserError: `context` is more than one was trained on, or not whole chunks of each.
+    """
+    ks = [checkpoint.state["identity"]["model"]["k"] for checkpoint in checkpoints]
+    trained = [checkpoint.state["identity"]["positions"] * k for checkpoint, k in zip(checkpoints, ks, strict=True)]
+    if not context:
+        return min(trained) // lcm(*ks) * lcm(*ks) if len(ks) > 1 else trained[0]
+    for checkpoint, k, most in zip(checkpoints, ks, trained, strict=True):
+        if context > most:
+            raise UserError(
+                f"--context {context} is more than the {most} tokens that {checkpoint.path} was trained on."
+            )
+        if context % k:
+            raise UserError(
+                f"--context {context} is not a multiple of {k}, the tokens of a chunk of {checkpoint.path}."
+            )
+    return context
+
+
+def _stores(checkpoint: Checkpoint, loaded: Loaded, text: Path | None, scratch: Path) -> tuple[Store, Store]:
+    """What the checkpoint was trained on, for the baselines, and what it is scored on."""
+    experiment, autoencoder = experiment_of(checkpoint), loaded.autoencoder
+    if autoencoder is None:
+        rows = token_rows(experiment.data, experiment.paths)
+    else:
+        rows = chunk_rows(experiment.data, experiment.paths, autoencoder)
+    if text is None:
+        return rows.train.first, rows.held_out
+    if autoencoder is None:
+        return rows.train.first, tokens_of_text(text, loaded.tokenizer, scratch)
+    return rows.train.first, chunks_of_text(text, loaded.tokenizer, autoencoder, scratch, rows.held_out.packing)
+
+
+def _tokens_hash(store: Store) -> str:
+    """Of the token store that a store is or was made from."""
+    return store.content_hash if isinstance(store, TokenStore) else store.manifest["made_from"]["tokens"]

@@ -1,0 +1,32 @@
+"""BrierLM against cross-entropy on autoregressive models of several sizes: Pearson's r, RUN/correlation.json and .png.
+
+Trains the models one after another and scores each several times on the way; run again it goes on where it stopped.
+"""
+
+from calm_core import command
+from calm_core.errors import ExitCode
+from calm_core.evaluation import correlation
+from calm_core.evaluation.correlation import DEFAULT_CONFIG, CorrelationConfig
+from calm_core.pipeline.process import StoppedError, stoppable
+
+SECTIONS = ("base",)
+
+
+def run(config: CorrelationConfig, dry_run: bool) -> int:
+    """Train, score and report, or print what would be trained."""
+    if dry_run:
+        print(f"would train widths {config.widths}, each scored after steps {config.steps}, into {config.run}")
+        return ExitCode.OK
+    try:
+        with stoppable():
+            if code := correlation.train(config):
+                return code
+    except StoppedError as stopped:
+        print(f"stopped by {stopped}; run again, it goes on from here")
+        return ExitCode.STOPPED
+    print(correlation.report(config))
+    return ExitCode.OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(command.run(__doc__, CorrelationConfig, SECTIONS, run, default=DEFAULT_CONFIG))

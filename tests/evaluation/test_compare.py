@@ -1,0 +1,96 @@
+"""Checkpoints of every kind, trained for two steps, through the command that compares them."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import ROOT
+
+from calm_core import config
+from calm_core.autoencoder import Autoencoder, AutoencoderConfig
+from calm_core.autoencoder_artefact import load_autoencoder, save_autoencoder
+from calm_core.data.chunks import build_chunks
+from calm_core.errors import ExitCode, UserError
+from calm_core.experiment import Experiment
+from calm_core.tokenizer import load_tokenizer
+from calm_core.training.launch import run_calm
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """AR, K=2 and K=4 on the same tokens; the last one knows twice the context."""
+    folder = tmp_path_factory.mktemp("runs")
+    shared = config.load(Experiment, tiny_experiment / "config.yaml", [f"run={tiny_experiment}"]).paths
+    tokenizer = load_tokenizer(shared.tokenizer)
+    torch.manual_seed(0)
+    pairs = Autoencoder(AutoencoderConfig(hidden=16, latent=8, init_std=0.2), tokenizer.vocab_size, k=2)
+    save_autoencoder(pairs, folder / "k2" / "autoencoder" / "frozen", tokenizer.content_hash, {})
+    build_chunks(shared.tokens, load_autoencoder(folder / "k2" / "autoencoder" / "frozen"), folder / "k2" / "chunks")
+    kinds = {
+        "ar": ["head.kind=softmax", "training.positions=64"],
+        "k2": ["data.k=2", "training.positions=32"],
+        "k4": [f"data.chunks={shared.chunks}", f"data.autoencoder={shared.autoencoder}", "training.positions=32"],
+    }
+    for name, changes in kinds.items():
+        changes += [f"run={folder / name}", f"data.tokenizer={shared.tokenizer}", f"data.tokens={shared.tokens}"]
+        changes += ["training.steps=2", "evaluation.windows=2"]
+        assert run_calm(config.load(Experiment, tiny_experiment / "config.yaml", changes)) == ExitCode.OK
+    return {name: folder / name for name in kinds}
+
+
+def evaluate(*arguments: object) -> None:
+    runpy.run_path(str(ROOT / "pretrain" / "evaluate.py"))["main"]([*map(str, arguments), "--samples", "4"])
+
+
+@pytest.mark.parametrize("source", ["text", "held_out"])
+def test_every_kind_is_scored_at_the_same_places(
+    runs: dict[str, Path], tiny_experiment: Path, tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.jsonl"
+    documents = [path.read_text() for path in sorted(tiny_experiment.glob("corpus/1*.txt"))]
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    arguments: list[Any] = ["--text", text] if source == "text" else ["--windows", 9]
+    evaluate(*runs.values(), *arguments, "--output", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [(result["k"], result["head"], result["rollout_chunks"]) for result in found] == [
+        (1, "softmax", 4),
+        (2, "energy", 2),
+        (4, "energy", 1),
+    ]
+    ar, *calm = found
+    assert ar["measure"] == "brier_lm@ctx64/stride8"
+    same = ["context", "measure", "windows", "places_per_window", "scored_positions", "documents", "samples"]
+    # The unigram baseline of four tokens tells which tokens they were.
+    same += [f"{model}_brier_{n}" for model in ("unigram", "bigram") for n in range(1, 5)]
+    for result in calm:
+        assert {name: result[name] for name in same} == pytest.approx({name: ar[name] for name in same})
+        assert result.keys() - ar.keys() == {
+            f"spread_{of}{e}" for of in ("samples", "posterior") for e in ("", "_error")
+        }
+    for result in found:
+        assert all(-1 <= result[f"brier_{n}"] <= 1 and result[f"brier_{n}_error"] > 0 for n in range(1, 5))
+        assert all(result[f"variance_within_{n}"] >= 0 for n in range(1, 5)) or result["head"] != "softmax"
+        assert result["brier_lm"] is not None or result["brier_lm_reason"]
+    shown = capsys.readouterr().out
+    assert all(str(run) in shown for run in runs.values())
+    assert shown.count("\nbigram") == shown.count("\nunigram") == 1
+
+
+def test_what_does_not_compare_is_refused(runs: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"--context 128 is more than the 64 tokens that .*ar.* was trained on"):
+        evaluate(*runs.values(), "--context", 128)
+    with pytest.raises(UserError, match=r"--context 30 is not a multiple of 4.*k4"):
+        evaluate(*runs.values(), "--context", 30)
+    with pytest.raises(UserError, match="is an autoencoder, which compares with nothing"):
+        evaluate(runs["ar"], runs["k2"] / "autoencoder" / "frozen")
+
+
+def test_one_checkpoint_under_a_shorter_context(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(runs["k4"], "--context", 48, "--windows", 4, "--places", 2)
+    shown = capsys.readouterr().out
+    assert "4 windows with 2 scored places each, 8 in " in shown
+    assert "brier_lm@ctx48/stride8" in shown
+    assert "from the draws" in shown
