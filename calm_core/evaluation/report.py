@@ -13,7 +13,7 @@ def checkpoint_table(result: Mapping[str, Any]) -> str:
         [f"Brier-{n}", *(_percent(result, f"{model}brier_{n}") for model in ("", "bigram_", "unigram_"))]
         for n in depths
     ]
-    parts = [f"{result[f'variance_{part}_1']:.2e} {of}" for part, of in (("within", "draws"), ("between", "places"))]
+    within, between = (f"{result[f'variance_{part}_1']:.2e}" for part in ("within", "between"))
     spread = [
         f"spread of the {what}: {_value(result, f'spread_{what}')}"
         for what in ("samples", "posterior")
@@ -25,7 +25,7 @@ def checkpoint_table(result: Mapping[str, Any]) -> str:
             *table(["score", "model", "bigram", "unigram"], rows),
             f"{result['measure']}: {_brier_lm(result)}",
             *_reason(result),
-            f"variance of one place's Brier-1: {' + '.join(f'from the {part}' for part in parts)}",
+            f"variance of one place's Brier-1: {within} from the draws, {between} from the places",
             f"collision rate of the next token: {_percent(result, 'collision_1')}",
             f"loss: {_value(result, 'loss')}; with shuffled hidden states: {_value(result, 'loss_shuffled')}",
             *spread,

@@ -63,16 +63,16 @@ def test_every_kind_is_scored_at_the_same_places(
     ar, *calm = found
     assert ar["measure"] == "brier_lm@ctx64/stride8"
     same = ["context", "measure", "windows", "places_per_window", "scored_positions", "documents", "samples"]
-    # The unigram baseline of four tokens tells which tokens they were.
-    same += [f"{model}_brier_{n}" for model in ("unigram", "bigram") for n in range(1, 5)]
+    # The unigram baseline of four tokens tells which tokens they were; its counts see the padding of a last chunk.
+    unigram = [f"unigram_brier_{n}" for n in range(1, 5)]
+    spreads = {f"spread_{of}{e}" for of in ("samples", "posterior") for e in ("", "_error")}
     for result in calm:
-        assert {name: result[name] for name in same} == pytest.approx({name: ar[name] for name in same})
-        assert result.keys() - ar.keys() == {
-            f"spread_{of}{e}" for of in ("samples", "posterior") for e in ("", "_error")
-        }
+        assert [result[name] for name in same] == [ar[name] for name in same]
+        assert [result[name] for name in unigram] == pytest.approx([ar[name] for name in unigram], rel=1e-3)
+        assert result.keys() - ar.keys() == spreads
+    assert all(ar[f"variance_within_{n}"] > 0 for n in range(1, 5))
     for result in found:
         assert all(-1 <= result[f"brier_{n}"] <= 1 and result[f"brier_{n}_error"] > 0 for n in range(1, 5))
-        assert all(result[f"variance_within_{n}"] >= 0 for n in range(1, 5)) or result["head"] != "softmax"
         assert result["brier_lm"] is not None or result["brier_lm_reason"]
     shown = capsys.readouterr().out
     assert all(str(run) in shown for run in runs.values())
