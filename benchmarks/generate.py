@@ -18,7 +18,7 @@ from calm_core.inference.decoding import DrawnTokens
 from calm_core.inference.load import Loaded
 from calm_core.inference.options import GenerationOptions
 from calm_core.inference.sampler import ChunkSampler, Context
-from calm_core.model.backbone import KeyValueCache
+from calm_core.model.cache import KeyValueCache
 from calm_core.model.calm import CalmModel
 from calm_core.model.config import BackboneConfig, HeadConfig, ModelShape
 from calm_core.model.megatron import transformer_config
