@@ -2,7 +2,6 @@
 
 import json
 
-import psutil
 import pytest
 from trained import Training, same_curve
 
@@ -130,16 +129,13 @@ def test_cancelled_then_resumed_on_fewer_nodes_then_stopped_by_a_file(
 def test_restarts_without_progress_come_to_an_end(training: Training) -> None:
     training.submit(arguments=("training.save_every=0",))
     (training.folder / "site.env").open("a").write("export CALM_RESTARTS=1\n")
-    killed: set[int] = set()
+    killed = set()
 
     def kill_every_start() -> bool:
-        for process in training.cluster.processes():
-            try:
-                if process.environ().get("RANK") == "1" and process.pid not in killed:
-                    process.kill()
-                    killed.add(process.pid)
-            except psutil.Error:
-                continue
+        process = training.rank(1)
+        if process and process.pid not in killed:
+            process.kill()
+            killed.add(process.pid)
         return training.cluster.ended(training.job)
 
     training.cluster.wait(kill_every_start, say=training.log)

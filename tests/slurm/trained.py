@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,13 @@ class Training:
         """Let rank 1 go on."""
         self.rank(1).resume()
 
-    def rank(self, number: int) -> psutil.Process:
-        """The process of a rank that trains."""
-        return next(
-            process
-            for process in self.cluster.processes()
-            if process.environ().get("RANK") == str(number) and "train_calm.py" in " ".join(process.cmdline())
-        )
+    def rank(self, number: int) -> psutil.Process | None:
+        """The process of a rank that trains, if it is there."""
+        for process in self.cluster.processes():
+            with suppress(psutil.Error):
+                if process.environ().get("RANK") == str(number) and "train_calm.py" in " ".join(process.cmdline()):
+                    return process
+        return None
 
     def wait_for_end(self) -> dict[str, str]:
         """Wait until the job has left the queue; what Slurm says of it then."""
