@@ -54,9 +54,9 @@ def test_configuration_errors_are_not_retried(training: Training) -> None:
 
 @pytest.mark.slow
 def test_time_limit_then_preemption(training: Training, uninterrupted: Training) -> None:
-    training.submit("--time=30", "--signal=B:USR1@60", "--exclusive")
+    training.submit("--time=30", "--signal=B:USR1@120")
     step = training.freeze(beyond=5)
-    minutes = int(training.cluster.job(training.job)["RunTime"].split(":")[1]) + 1
+    minutes = int(training.cluster.job(training.job)["RunTime"].split(":")[1]) + 2
     training.cluster.run("scontrol", "update", f"JobId={training.job}", f"TimeLimit={minutes}")
     training.wait_for("passed on")
     training.thaw()
