@@ -11,7 +11,7 @@ from pathlib import Path
 from calm_core import command
 from calm_core import config as configuration
 from calm_core.cluster import slurm
-from calm_core.cluster.jobfile import JobFile, sbatch, site_options
+from calm_core.cluster.jobfile import JobFile, enter_work_folder, sbatch, site_options
 from calm_core.cluster.submit import check
 from calm_core.data.manifest import read_json, write_json
 from calm_core.errors import ExitCode
@@ -132,4 +132,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main(enter_work_folder(sys.argv[1:])))

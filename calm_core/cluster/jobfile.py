@@ -10,6 +10,7 @@ from pathlib import Path
 
 from calm_core.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 SIZES = ("nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "time", "array")
 
 
@@ -65,6 +66,13 @@ class JobFile:
 def parse_options(arguments: Sequence[str]) -> dict[str, str]:
     """`--name=value` and `--name` as a mapping; '' for an option without a value."""
     return {name.removeprefix("--"): value for name, _, value in (word.partition("=") for word in arguments)}
+
+
+def enter_work_folder(arguments: Sequence[str]) -> list[str]:
+    """Go where the jobs run, so that relative paths mean the same; the arguments, those that are files made absolute."""
+    found = [str(Path(word).resolve()) if Path(word).exists() else word for word in arguments]
+    os.chdir(os.environ.get("CALM_WORK") or ROOT)
+    return found
 
 
 def site_options() -> list[str]:

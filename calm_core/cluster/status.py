@@ -9,6 +9,7 @@ from typing import Any
 
 from calm_core import command
 from calm_core.cluster import slurm
+from calm_core.cluster.jobfile import enter_work_folder
 from calm_core.cluster.policy import fruitless_attempts
 from calm_core.cluster.records import StageRecords, progress_of
 from calm_core.data.manifest import read_json
@@ -90,4 +91,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(command.guard(lambda: main(sys.argv[1:])))
+    raise SystemExit(command.guard(lambda: main(enter_work_folder(sys.argv[1:]))))

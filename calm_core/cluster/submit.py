@@ -9,7 +9,7 @@ from pathlib import Path
 
 from calm_core import command
 from calm_core import config as configuration
-from calm_core.cluster.jobfile import JobFile, sbatch, site_options
+from calm_core.cluster.jobfile import JobFile, enter_work_folder, sbatch, site_options
 from calm_core.cluster.layout import describe_layout
 from calm_core.errors import ExitCode
 from calm_core.experiment import Experiment
@@ -51,4 +51,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(command.guard(lambda: main(sys.argv[1:])))
+    raise SystemExit(command.guard(lambda: main(enter_work_folder(sys.argv[1:]))))

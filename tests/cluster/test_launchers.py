@@ -7,7 +7,7 @@ import pytest
 from launching import ROOT
 
 from calm_core import config
-from calm_core.cluster.jobfile import JobFile
+from calm_core.cluster.jobfile import JobFile, enter_work_folder
 from calm_core.cluster.layout import describe_layout, nearest_nodes
 from calm_core.cluster.submit import TRAININGS
 from calm_core.errors import UserError
@@ -71,3 +71,13 @@ def test_options_of_sbatch_take_the_place_of_the_file_s() -> None:
 def test_an_unknown_launcher_is_refused() -> None:
     with pytest.raises(UserError, match=r"choose one of ar_l, .*calm_xl"):
         JobFile.read(ROOT / "launchers" / "calm_xxl.slurm")
+
+
+def test_tools_read_relative_paths_as_jobs_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "mine.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CALM_WORK", str(tmp_path / "work"))
+    words = ["mine.yaml", "run=x", "runs/x"]
+    assert enter_work_folder(words) == [str(tmp_path / "mine.yaml"), "run=x", "runs/x"]
+    assert Path.cwd() == tmp_path / "work"
