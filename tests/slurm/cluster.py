@@ -193,8 +193,12 @@ class Cluster:
             self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
         self.wait(self._all_idle, 90)
 
-    def break_node(self, node: str) -> None:
-        """Take a node away from the job that runs on it, as when it has died."""
+    def cut_power(self, node: str) -> None:
+        """Kill everything that jobs have on a node, and let Slurm know at once that it is down."""
+        for process in self.processes():
+            with suppress(psutil.Error):
+                if process.environ()["SLURMD_NODENAME"] == node:
+                    process.kill()
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     def _start(self) -> None:

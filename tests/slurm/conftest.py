@@ -7,14 +7,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside the tests
 from cluster import Cluster, missing
-from trained import Training
+from trained import STEPS, Training
 
 SITE = """
 export CALM_HOST_PYTHON={python} CALM_PYTHON={python}
 export CALM_SCRATCH='{scratch}/$SLURMD_NODENAME'
 export OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo WANDB_MODE=disabled
 """
-STEPS = 150  # of the run that nothing interrupts: more than any interrupted one does
 
 
 @pytest.fixture(scope="session")

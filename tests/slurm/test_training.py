@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from trained import Training, same_curve
+from trained import STEPS, Training, same_curve
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -18,8 +18,8 @@ def test_a_run_to_its_end(uninterrupted: Training) -> None:
     assert len(record["nodes"]) == 2
     assert record["software"]["torch"]
     assert record["environment"]["SLURM_JOB_ID"] == uninterrupted.job
-    assert "steps: 150" in (attempt / "config.yaml").read_text()
-    assert "step 150/150" in uninterrupted.rank_log(0)
+    assert f"steps: {STEPS}" in (attempt / "config.yaml").read_text()
+    assert f"step {STEPS}/{STEPS}" in uninterrupted.rank_log(0)
 
     uninterrupted.submit()
     assert uninterrupted.wait_for_end()["JobState"] == "COMPLETED"
@@ -32,11 +32,10 @@ def test_a_node_is_lost(training: Training, uninterrupted: Training) -> None:
     step = training.freeze(beyond=5)
     training.set_steps(step + 20)
     lost = training.events("start")[0]["nodes"][1]
-    training.cluster.break_node(lost)
+    training.cluster.cut_power(lost)
     job = training.wait_for_end()
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), training.log()
     assert lost not in training.events("start")[1]["nodes"]
-    assert f"lost {lost}" in training.log()
     assert training.went_on_from(step)
     assert same_curve(training, uninterrupted, step + 20)
 

@@ -15,6 +15,7 @@ from calm_core.parallel.checkpoint_folder import list_checkpoints
 from calm_core.training.run_log import read_metrics
 
 FOREVER = 100_000
+STEPS = 60  # of the run that nothing interrupts: more than any interrupted one does
 SMALL = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
 
 
