@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calm_core.inference.decoding import DrawnTokens
+from calm_core.inference.decoding import Decoder, DrawnTokens
 from calm_core.inference.load import Loaded
 from calm_core.inference.options import GenerationOptions
 from calm_core.noise import SampleNoise, stream_seed
@@ -61,6 +61,7 @@ class ChunkSampler:
 
     def __init__(self, loaded: Loaded, options: GenerationOptions, allowed: Allowed | None = None) -> None:
         self._loaded, self._options, self._allowed = loaded, options, allowed
+        self._decoder = Decoder(loaded.autoencoder) if loaded.autoencoder else None
 
     def next_chunks(self, hidden: Tensor, contexts: Sequence[Context], position: int) -> list[Chunk]:
         """The chunk at `position` for each of R contexts, from the hidden states `[1, R, d]` before it."""
@@ -175,7 +176,7 @@ class ChunkSampler:
         noise = SampleNoise(block, seeds, hidden.device, purpose=f"generation/{position}")
         out = self._loaded.model.head.sample(hidden, noise, draws)[0]
         tokenizer = self._loaded.tokenizer
-        return DrawnTokens(self._loaded.autoencoder, out, tokenizer.eos, tokenizer.pad)
+        return DrawnTokens(self._decoder, out, tokenizer.eos, tokenizer.pad)
 
     def _generator(self, context: Context, position: int) -> torch.Generator:
         """The stream of the choice among the draws."""

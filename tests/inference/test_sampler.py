@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from calm_core.autoencoder import Autoencoder, AutoencoderConfig
-from calm_core.inference.decoding import UNDECODED, DrawnTokens, argmax
+from calm_core.inference.decoding import UNDECODED, Decoder, DrawnTokens
 from calm_core.inference.load import Loaded
 from calm_core.inference.options import GenerationOptions
 from calm_core.inference.prompt import prompt_tokens
@@ -99,7 +99,7 @@ def test_effective_samples(few: Loaded) -> None:
 @pytest.mark.parametrize("level", [1, 2, 3, 5])
 def test_draws_that_agree_are_found_without_decoding_the_others(autoencoder: Autoencoder, level: int) -> None:
     latents = torch.randn(4, 12, 4, generator=torch.Generator().manual_seed(0)) * 2
-    lazy, eager = (DrawnTokens(autoencoder, latents, EOS, PAD) for _ in range(2))
+    lazy, eager = (DrawnTokens(Decoder(autoencoder), latents, EOS, PAD) for _ in range(2))
     rows = torch.tensor([True, True, False, True])
     eager.decode_whole(torch.ones(4, 12, dtype=torch.bool))
     wanted = (occurrences(eager.tokens) >= level) & rows.unsqueeze(-1)
@@ -110,14 +110,8 @@ def test_draws_that_agree_are_found_without_decoding_the_others(autoencoder: Aut
     assert (lazy.tokens[rows] == UNDECODED).any() == (level > 1)
 
 
-@pytest.mark.parametrize("width", [1, 127, 128, 129, 1000])
-def test_argmax_is_the_first_of_the_largest(width: int) -> None:
-    logits = torch.randint(40, (500, width), generator=torch.Generator().manual_seed(0)).float()
-    assert torch.equal(argmax(logits), logits.argmax(-1))
-
-
 def test_pad_follows_eos_in_a_chunk(autoencoder: Autoencoder) -> None:
-    drawn = DrawnTokens(autoencoder, torch.randn(1, 200, 4) * 3, EOS, PAD)
+    drawn = DrawnTokens(Decoder(autoencoder), torch.randn(1, 200, 4) * 3, EOS, PAD)
     drawn.decode_whole(torch.ones(1, 200, dtype=torch.bool))
     ended = (drawn.tokens == EOS).cumsum(-1).roll(1, -1)
     ended[..., 0] = 0
