@@ -26,6 +26,7 @@ from calm_core.inference.sampler import ChunkSampler, Context
 from calm_core.model.cache import KeyValueCache
 from calm_core.model.calm import CalmModel
 from calm_core.model.config import BackboneConfig, HeadConfig, ModelShape
+from calm_core.model.layers import multiply_directly
 from calm_core.model.megatron import transformer_config
 from calm_core.model.parameters import initialize
 from calm_core.noise import SampleNoise
@@ -49,6 +50,7 @@ def random_model(vocabulary: int, spread: float, dtype: torch.dtype) -> Loaded:
     model = CalmModel(transformer_config(backbone, ParallelConfig(), dtype), shape).eval()
     initialize([model], std=0.02, seed=0)
     torch.nn.init.normal_(model.head.out_reduce.weight, std=spread)
+    multiply_directly(model)
     autoencoder = Autoencoder(AutoencoderConfig(hidden=WIDTH, latent=LATENT, init_std=0.05), vocabulary, K)
     return Loaded(model, autoencoder.to(dtype).eval(), Specials(), positions=1 << 20)
 
@@ -59,6 +61,7 @@ def baseline(vocabulary: int, dtype: torch.dtype) -> Loaded:
     shape = ModelShape(backbone, HeadConfig(kind="softmax"), vocabulary, k=1, latent=0)
     model = CalmModel(transformer_config(backbone, ParallelConfig(), dtype), shape).eval()
     initialize([model], std=0.02, seed=0)
+    multiply_directly(model)
     return Loaded(model, None, Specials(), positions=1 << 20)
 
 

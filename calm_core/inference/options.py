@@ -10,7 +10,14 @@ from calm_core.temperature import inverse_parts, whole_inverse
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How text is generated; the same for every prompt of a call."""
+    """How text is generated; the same for every prompt of a call.
+
+    There are two ways for a prompt that ends inside a chunk, since neither serves always. `weigh`, the default, keeps
+    the prompt where it is and follows the model's own distribution given the known tokens, as N grows; where few draws
+    agree with them, little is left of N (the effective sample size says how much), and the exact method, which then
+    refuses most draws, becomes dear. `shift` wastes no draw, but moves the document on the grid of chunks and begins it
+    by up to K - 1 eos more than the one that precedes a document in training.
+    """
 
     max_tokens: int = option(256, "most tokens generated per prompt, exactly: the last chunk is cut")
     temperature: float = option(1.0, "T: chunks follow P^(1/T)/Z; 0 < T <= 1, and 1/n for the batch method")

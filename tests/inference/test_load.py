@@ -20,6 +20,7 @@ from calm_core.model.calm import CalmModel
 from calm_core.model.config import HeadConfig, ModelShape
 from calm_core.model.megatron import transformer_config
 from calm_core.model.parameters import initialize, named_parameters, pieces
+from calm_core.noise import SampleNoise
 from calm_core.parallel import checkpoint
 from calm_core.parallel.config import ParallelConfig
 from calm_core.parallel.engine import Engine
@@ -66,6 +67,16 @@ def test_a_loaded_checkpoint_speaks_as_the_model_it_holds(run: Path, loaded: Loa
         found = load_for_inference(path, CPU)
         assert (found.shape, found.positions) == (loaded.shape, 40)
         assert generate(found, ["the fox"], options) == wanted
+
+
+def test_direct_products_change_nothing(run: Path, loaded: Loaded) -> None:
+    tokens = torch.arange(2 * 7 * 3).view(2, 7, 3)
+    noise = SampleNoise(0, [0, 1], CPU)
+    with torch.no_grad():
+        spoken = load_for_inference(run, CPU).model
+        hidden = loaded.model.hidden(tokens)
+        torch.testing.assert_close(spoken.hidden(tokens), hidden)
+        torch.testing.assert_close(spoken.head.sample(hidden, noise, 5), loaded.model.head.sample(hidden, noise, 5))
 
 
 def test_bf16_on_request(run: Path) -> None:
