@@ -50,6 +50,7 @@ def random_model(vocabulary: int, spread: float, dtype: torch.dtype) -> Loaded:
     model = CalmModel(transformer_config(backbone, ParallelConfig(), dtype), shape).eval()
     initialize([model], std=0.02, seed=0)
     torch.nn.init.normal_(model.head.out_reduce.weight, std=spread)
+    torch.nn.init.normal_(model.head.out_reduce.bias)  # what they have in common
     multiply_directly(model)
     autoencoder = Autoencoder(AutoencoderConfig(hidden=WIDTH, latent=LATENT, init_std=0.05), vocabulary, K)
     return Loaded(model, autoencoder.to(dtype).eval(), Specials(), positions=1 << 20)

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 ROWS_AT_ONCE = 256  # rows of logits held: 32 MB at V = 32,000 in float32
-FEW = 16  # inputs that are not worth a search for what they have in common
-SHARE = 16  # of a vocabulary, 1 / SHARE is compared where inputs lie close together
+FEW = 16  # inputs whose logits cost no more than to search for what inputs have in common
 
 
 class OutputLayer:
@@ -23,38 +22,44 @@ class OutputLayer:
     def most_probable(self, features: Tensor) -> Tensor:
         """The most probable token `[n]` for each input `[n, hidden]`: the same as by all logits, but for rounding."""
         found = torch.empty(len(features), dtype=torch.int64, device=features.device)
-        left = torch.arange(len(features), device=features.device)
-        while len(left) >= FEW and len(self.weight) >= FEW * SHARE:
-            close, tokens = self._of_a_crowd(features[left])
-            if len(tokens) < FEW:
+        left = torch.ones_like(found, dtype=torch.bool)
+        while left.sum() >= FEW:
+            rows = left.nonzero().squeeze(1)
+            close, tokens = self._of_a_crowd(features[rows])
+            if not len(close):
                 break
-            found[left[close]] = tokens
-            left = left[~close]
-        for part in left.split(ROWS_AT_ONCE):
+            found[rows[close]] = tokens
+            left[rows[close]] = False
+        for part in left.nonzero().squeeze(1).split(ROWS_AT_ONCE):
             found[part] = argmax(features[part] @ self.weight.T)
         return found
 
     def _of_a_crowd(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Which inputs lie close to the one with the nearest neighbours, `[n]` bool, and the tokens of those.
+        """Which inputs lie close to the one with the nearest neighbours, and the tokens of those; none if it won't pay.
 
         The logits at that one, p, say its token t, and how far from p any other token v can first win:
-        (w_t - w_v) . p / |w_t - w_v|. An input nearer to p than that has another token than v. So an input nearer
-        than all tokens but a few has its token among t and those few.
+        (w_t - w_v) . p / |w_t - w_v|. An input nearer to p than that has another token than v. So the inputs up to some
+        distance have their tokens among those that can win by then; the distance that saves most is taken.
         """
-        features32 = features.float()
+        none = torch.empty(0, dtype=torch.int64, device=features.device)
+        features32, size = features.float(), len(self.weight)
         distances = torch.cdist(features32, features32)
-        quarter = distances.kthvalue(max(1, len(features) // 4)).values
+        quarter = distances.kthvalue(len(features) // 4).values
         center = quarter.argmin()
-        if quarter[center] > features32[center].norm() / 2:  # no crowd: too far apart for any bound
-            return torch.zeros_like(quarter, dtype=torch.bool), center.new_empty(0)
+        if quarter[center] > features32[center].norm() / 2:
+            return none, none
         logits = (self.weight @ features[center]).float()
         token = logits.argmax()
         inner = (self.weight @ self.weight[token]).float()
         apart = (self._squares + self._squares[token] - 2 * inner).clamp(min=0).sqrt()
-        reach = ((logits[token] - logits) / apart).nan_to_num(0)  # 0 / 0: the token itself, or its like
-        nearest = reach.topk(len(reach) // SHARE + 1, largest=False, sorted=True)
-        close = distances[center] < 0.999 * nearest.values[-1]
-        candidates = nearest.indices[:-1].sort().values
+        reach, tokens = ((logits[token] - logits) / apart).nan_to_num(0).sort()  # 0 / 0: the token itself, or its like
+        near, rows = distances[center].sort()
+        possible = torch.searchsorted(reach, 1.001 * near, right=True)  # 1.001: products are rounded
+        saved = torch.arange(1, len(rows) + 1, device=rows.device) * (size - possible)
+        last = saved.argmax()
+        if saved[last] < FEW * size:
+            return none, none
+        close, candidates = rows[: last + 1], tokens[: possible[last]].sort().values
         return close, candidates[argmax(features[close] @ self.weight[candidates].T)]
 
 
