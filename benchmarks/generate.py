@@ -143,7 +143,7 @@ def main() -> None:
     with distributed(ParallelConfig()):
         print("     V  draws    decoded  plain tok/s  ours tok/s  ratio")
         for vocabulary in arguments.vocabularies:
-            for kind, spread in (("differ", 1.0), ("alike", 0.02), ("same", 0.0)):
+            for kind, spread in (("differ", 1.0), ("alike", 0.005), ("same", 0.0)):
                 full, fast = (random_model(vocabulary, spread, kind) for kind in (torch.float32, dtype))
                 share = decoded_share(fast)
                 ways = {"plain": partial(plain, full, count), "ours": partial(ours, fast, count)}
@@ -154,7 +154,7 @@ def main() -> None:
                 )
         print("     V      T   CALM tok/s  AR tok/s  CALM: weights, cache of 1,000 tokens   AR: likewise")
         for vocabulary in arguments.vocabularies:
-            calm, ar = random_model(vocabulary, 0.02, dtype), baseline(vocabulary, dtype)
+            calm, ar = random_model(vocabulary, 0.005, dtype), baseline(vocabulary, dtype)
             for name, temperature in (("1", 1.0), ("1/2", 1 / 2)):
                 ways = {
                     "calm": partial(ours, calm, count, temperature),
