@@ -1,11 +1,13 @@
 """A throw-away Slurm cluster on this machine: real daemons, several nodes, everything below one folder.
 
 It needs root and the packages of `PACKAGES`, and neither systemd nor cgroups nor GPUs. All nodes are this host, each
-with a port of its own (Slurm's "multiple slurmd"), and promise more cores than there are. Nothing is enforced.
+with a port of its own (Slurm's "multiple slurmd"), and promise more cores than there are. Nothing is enforced. Several
+clusters can run at once: their ports differ, and so do the numbers of their jobs, on which the jobs' own ports depend.
 """
 
 import ctypes
 import os
+import random
 import shutil
 import signal
 import socket
@@ -51,11 +53,12 @@ PropagateResourceLimits=NONE
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=1
+FirstJobId={port}
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0,sched_min_interval=0
 SlurmdParameters=config_overrides
 SlurmctldTimeout=60
-SlurmdTimeout=60
+SlurmdTimeout=300
 MessageTimeout=30
 KillWait={kill_wait}
 CompleteWait=0
@@ -148,7 +151,7 @@ class Cluster:
         words = self.run("scontrol", "show", "job", "--oneliner", job).splitlines()[0].split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, condition: Callable[[], object], seconds: float = 240, say: Callable[[], str] = str) -> None:
+    def wait(self, condition: Callable[[], object], seconds: float = 600, say: Callable[[], str] = str) -> None:
         """Wait for a condition, while requeued jobs are started as soon as they can be."""
         end = time.monotonic() + seconds
         while not condition():
@@ -255,7 +258,7 @@ _PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 
 def _free_ports(count: int) -> list[int]:
     """Ports in a row that nobody listens on, below those that the system hands out."""
-    for first in range(17000, 30000, 100):
+    for first in random.sample(range(17000, 20000, 100), 30):  # at random: another cluster may be starting, too
         with suppress(OSError):
             for port in range(first, first + count):
                 with socket.socket() as probe:

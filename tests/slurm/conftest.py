@@ -11,7 +11,7 @@ from trained import STEPS, Training
 
 SITE = """
 export CALM_HOST_PYTHON={python} CALM_PYTHON={python}
-export CALM_SCRATCH='{scratch}/$SLURMD_NODENAME'
+export CALM_SCRATCH='{scratch}/$SLURMD_NODENAME' CALM_CHECK_SECONDS=300
 export OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo WANDB_MODE=disabled
 """
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from trained import STEPS, Training, same_curve
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1500)
 
 
 def test_a_run_to_its_end(uninterrupted: Training) -> None:
