@@ -13,6 +13,8 @@ def summary(completion: Completion, options: GenerationOptions) -> str:
     ]
     if completion.effective_samples is not None:
         parts.append(f"effective sample size {completion.effective_samples:.1f} of {options.samples} at the prompt")
+    if options.method == "batch" and options.temperature < 1:
+        parts.append(f"temperature approximate, from {options.samples} draws")
     if completion.agreed < 1:
         parts.append(f"{completion.agreed:.0%} of the chunks as sharp as temperature {options.temperature:.3g} asks")
     return "; ".join(parts)
