@@ -180,6 +180,8 @@ class Attempt:
         try:
             self._job.requeue(exclude)
         except subprocess.CalledProcessError as refusal:
+            if self._steps.decided:  # in this very moment
+                return ExitCode.STOPPED
             return self._end(code, f"Slurm does not requeue it: {refusal.stderr.strip()}")
         return ExitCode.STOPPED
 

@@ -38,7 +38,7 @@ class Steps:
     @property
     def decided(self) -> bool:
         """Whether Slurm is ending the job by itself: cancelled, or already back in the queue."""
-        return signal.SIGTERM in self._signals and self._job.fields().get("JobState") != "RUNNING"
+        return self._job.fields().get("JobState") != "RUNNING"
 
     def command(self, tasks_per_node: int, options: Sequence[str], module: str, *arguments: str) -> list[str]:
         """srun of a Python module, `tasks_per_node` tasks on every node; 0: one task on the first node."""
