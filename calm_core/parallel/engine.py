@@ -71,6 +71,14 @@ class Engine:
         self.optimizer = self._deepspeed.optimizer
         self._materialize_moments()
 
+    def close(self) -> None:
+        """Let go of the model, so that its memory and, with the process groups, their threads can be freed.
+
+        DeepSpeed's hooks on the gradients hold the optimizer from within autograd, where Python's collector cannot see
+        the cycle; a process that trains one run after another would keep them all.
+        """
+        self._deepspeed.destroy()
+
     def forward_backward(self, forward_step: ForwardStep, micro_batches: Sequence[Any], shape: Pass) -> list[Any]:
         """Accumulate the gradients of all micro-batches; the loss functions' results, on the last stage."""
         return self._schedule(forward_step, micro_batches, shape, forward_only=False)

@@ -1,5 +1,6 @@
 """Start-up of the process groups, and this rank's place in them."""
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -98,6 +99,8 @@ def distributed(layout: ParallelConfig) -> Iterator[Topology]:
             )
         finally:
             parallel_state.destroy_model_parallel()
+            # Models refer to their groups in cycles; a gloo group that is left keeps three threads busy polling.
+            gc.collect()
 
 
 def _device() -> torch.device:

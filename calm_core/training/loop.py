@@ -68,6 +68,7 @@ def train(
         held.enter_context(watchdog)
         on_first_rank(lambda: held.enter_context(folder.locked()))
         engine, progress = start(task, config, topology, folder, resolved)
+        held.callback(engine.close)
         on_first_rank(lambda: configuration.save(experiment, folder.config))
         reporter = held.enter_context(Reporter(task, config, topology, folder, progress, engine.dtype, resolved))
         requests = held.enter_context(Requests(folder.path))
