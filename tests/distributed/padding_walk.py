@@ -75,6 +75,7 @@ def train(folder: Path, micro_batch: int, topology: Topology) -> list[tuple[floa
         results = engine.forward_backward(task.forward_step, batches, Pass(training.positions, micro_batch))
         loss = average_metrics(results, topology)["loss"]
         record.append((loss, engine.step(1e-3, admit=lambda norm: True).gradient_norm))
+    engine.close()
     return record
 
 

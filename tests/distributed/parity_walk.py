@@ -143,6 +143,7 @@ def train(
         refused_step(engine, poisoned(task.forward_step, topology), batches, shape_of_pass, lambda norm: True),
         refused_step(engine, task.forward_step, batches, shape_of_pass, lambda norm: topology.rank != 0),
     ]
+    engine.close()
     return record
 
 

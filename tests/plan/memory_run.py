@@ -88,6 +88,7 @@ def run(shape: ModelShape, topology: Topology) -> dict[str, int]:
     step()
     with LiveBytes(older) as live:
         step()
+    engine.close()
     stage = planned.stages[parallel_state.get_pipeline_model_parallel_rank()]
     count = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     return {"predicted": stage.total, "measured": live.peak, "planned": stage.parameters, "parameters": count}
