@@ -204,7 +204,7 @@ class Attempt:
     def _asked(self) -> None:
         """Slurm asks for the end, unless it is a lost node that ends the job."""
         lost = self._job.lost_nodes()
-        say(f"lost {', '.join(lost)}" if lost else "Slurm asks for the end: passed on to the ranks")
+        say(f"lost {', '.join(lost)}" if lost else "Slurm asks for the end: the ranks are told")
         self._note("lost" if lost else "asked", nodes=lost)
 
     def _note(self, event: str, **values: Any) -> None:

@@ -66,15 +66,15 @@ class Steps:
     def run(self, command: Sequence[str], on_asked: Callable[[], None]) -> int:
         """Run a step to its end; srun's exit code.
 
-        What Slurm asks for is passed on as SIGUSR1, once, after a call of `on_asked`.
+        What Slurm asks for is passed on as SIGUSR1, once, after a call of `on_asked`; what it does itself is not.
         """
         process, deadline, passed_on = self._start(command), float("inf"), False
         while process.poll() is None and time.time() < deadline:
             if self.asked and not passed_on:
                 passed_on = True
                 on_asked()
-                process.send_signal(signal.SIGUSR1)
-                if signal.SIGTERM not in self._signals:  # after SIGTERM Slurm itself puts an end to it
+                if not self.decided:  # else Slurm has told the ranks, and puts an end to them itself
+                    process.send_signal(signal.SIGUSR1)
                     deadline = _end_of(self._job) - MARGIN
             time.sleep(BEAT)
         return process.returncode if process.returncode is not None else -signal.SIGKILL

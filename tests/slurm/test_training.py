@@ -57,7 +57,7 @@ def test_time_limit_then_preemption(training: Training, uninterrupted: Training)
     step = training.freeze(beyond=5)
     minutes = int(training.cluster.job(training.job)["RunTime"].split(":")[1]) + 2
     training.cluster.run("scontrol", "update", f"JobId={training.job}", f"TimeLimit={minutes}")
-    training.wait_for("passed on")
+    training.wait_for("the ranks are told")
     training.thaw()
     training.wait_for("requeued: Slurm needed the nodes")
     first = training.saved
