@@ -56,18 +56,21 @@ def plot_noise_curve(evaluation: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_correlation(points: Records, r: float | None, path: Path) -> None:
-    """BrierLM over cross-entropy, a colour for each model's width, with two standard errors where it is significant."""
-    figure, axes = _figure(
-        "BrierLM and likelihood of autoregressive models" + ("" if r is None else f": r = {r:.3f}"),
-        "held-out cross-entropy (nats a token)",
-        "BrierLM",
-    )
-    for width in dict.fromkeys(point["width"] for point in points):
-        own = [point for point in points if point["width"] == width and point["brier_lm"] is not None]
-        x, y = ([point[name] for point in own] for name in ("cross_entropy", "brier_lm"))
-        errors = [2 * point["brier_lm_error"] for point in own]
-        axes.errorbar(x, y, errors, fmt="o", markersize=4, capsize=2, label=f"width {width}")
-    axes.legend(frameon=False)
+    """BrierLM over cross-entropy, plain and on a logarithmic scale, where it is significant; a colour for each width.
+
+    The bars are two standard errors long to each side.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, scale in zip(figure.subplots(1, 2), ("linear", "log"), strict=True):
+        title = "logarithmic scale" if scale == "log" else "BrierLM" if r is None else f"BrierLM: r = {r:.3f}"
+        style(axes, title, "held-out cross-entropy (nats a token)", "")
+        axes.set_yscale(scale)
+        for width in dict.fromkeys(point["width"] for point in points):
+            own = [point for point in points if point["width"] == width and point["brier_lm"] is not None]
+            x, y = ([point[name] for point in own] for name in ("cross_entropy", "brier_lm"))
+            errors = [2 * point["brier_lm_error"] for point in own]
+            axes.errorbar(x, y, errors, fmt="o", markersize=4, capsize=2, label=f"width {width}")
+        axes.legend(frameon=False)
     _save(figure, path)
 
 

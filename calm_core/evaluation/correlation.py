@@ -87,30 +87,41 @@ def points(config: CorrelationConfig) -> list[Point]:
     ]
 
 
-def correlation(points: Sequence[Point], name: str) -> tuple[float | None, int]:
-    """Pearson's r of a measure and the cross-entropy over the points that have it, and how many these are.
+def correlations(points: Sequence[Point], name: str) -> dict[str, Any]:
+    """How a measure goes with the cross-entropy over the points that have it, and how many these are.
 
-    None with fewer than three points, or where one of the two does not vary.
+    `pearson` is the paper's figure. Since BrierLM falls nearly exponentially in the cross-entropy, a straight line fits
+    it over a narrow range of models alone: `pearson_of_log` and `spearman`, r of the ranks, hold over a wide one. None
+    with fewer than three points, where one of the two does not vary, or of a logarithm that is not defined.
     """
-    pairs = np.array([(point[name], point["cross_entropy"]) for point in points if point[name] is not None])
-    if len(pairs) < 3 or not pairs.std(axis=0).all():
-        return None, len(pairs)
-    return float(np.corrcoef(pairs.T)[0, 1]), len(pairs)
+    pairs = [(point[name], point["cross_entropy"]) for point in points if point[name] is not None]
+    measure, entropy = np.array(pairs).reshape(-1, 2).T
+    ranks = [values.argsort().argsort() for values in (measure, entropy)]
+    plain = _pearson(measure, entropy)
+    return {
+        "pearson": plain,
+        "pearson_of_log": _pearson(np.log(measure), entropy) if (measure > 0).all() else None,
+        "spearman": None if plain is None else _pearson(*ranks),
+        "points": len(pairs),
+    }
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> float | None:
+    return float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and np.ptp(x) and np.ptp(y) else None
 
 
 def report(config: CorrelationConfig) -> str:
     """Write RUN/correlation.json and RUN/correlation.png, and put the result in words."""
     found, run = points(config), Path(config.run)
-    correlations = {name: correlation(found, name) for name in MEASURES}
-    named = {name: {"pearson_r": r, "points": count} for name, (r, count) in correlations.items()}
+    named = {name: correlations(found, name) for name in MEASURES}
     write_json(run / "correlation.json", {"correlations": named, "evaluations": len(found), "points": found})
-    r, count = correlations["brier_lm"]
-    plot_correlation(found, r, run / "correlation.png")
+    plot_correlation(found, named["brier_lm"]["pearson"], run / "correlation.png")
+    kinds = ("pearson", "pearson_of_log", "spearman")
     rows = [
-        [name, "none" if r is None else f"{r:.3f}", f"{count} of {len(found)}"]
-        for name, (r, count) in correlations.items()
+        [name, *("none" if of[kind] is None else f"{of[kind]:.3f}" for kind in kinds), f"{of['points']}"]
+        for name, of in named.items()
     ]
-    lines = table(["measure", "Pearson r with cross-entropy", "points"], rows)
-    if count < len(found):
-        lines.append(f"{len(found) - count} evaluations have no BrierLM: one of Brier-1..4 was not significant there")
+    lines = table(["against cross-entropy", "Pearson r", "r of its log", "r of ranks", "points"], rows)
+    if missing := len(found) - named["brier_lm"]["points"]:
+        lines.append(f"{missing} evaluations have no BrierLM: one of Brier-1..4 was not significant there")
     return "\n".join([*lines, f"finished: {run / 'correlation.json'}, {run / 'correlation.png'}"])

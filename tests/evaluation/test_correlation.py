@@ -1,4 +1,5 @@
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from calm_core.errors import UserError
 from calm_core.evaluation.correlation import (
     DEFAULT_CONFIG,
     CorrelationConfig,
-    correlation,
+    correlations,
     experiment,
     points,
     report,
@@ -54,17 +55,31 @@ def test_the_report_leaves_out_what_is_not_significant(shipped: CorrelationConfi
     shown = report(shipped)
     found = json.loads((Path(shipped.run) / "correlation.json").read_text())
     # Of (5, 1.0), (4, 2.5), (3, 3.0) by hand: -2 / sqrt(2 * 13 / 6).
-    assert found["correlations"]["brier_lm"] == {"pearson_r": pytest.approx(-2 / (2 * 13 / 6) ** 0.5), "points": 3}
-    assert found["correlations"]["brier_1"] == {"pearson_r": pytest.approx(-1), "points": 4}
+    assert found["correlations"]["brier_lm"]["pearson"] == pytest.approx(-2 / (2 * 13 / 6) ** 0.5)
+    assert found["correlations"]["brier_lm"]["spearman"] == pytest.approx(-1)
+    assert [found["correlations"][name]["points"] for name in ("brier_lm", "brier_1")] == [3, 4]
+    assert found["correlations"]["brier_1"]["pearson"] == pytest.approx(-1)
     assert found["evaluations"] == len(points(shipped)) == 4
     assert "1 evaluations have no BrierLM" in shown
     assert "-0.961" in shown
     assert (Path(shipped.run) / "correlation.png").stat().st_size > 1000
 
 
-def test_too_few_or_equal_points_have_no_correlation() -> None:
-    assert correlation([{"x": 1.0, "cross_entropy": 2.0}] * 2, "x") == (None, 2)
-    assert correlation([{"x": 1.0, "cross_entropy": float(i)} for i in range(3)], "x") == (None, 3)
+def test_what_falls_exponentially_is_a_line_in_the_logarithm() -> None:
+    found = correlations([{"x": math.exp(-2 * h), "cross_entropy": h} for h in (2.0, 5.0, 3.0, 4.0)], "x")
+    assert found["pearson_of_log"] == pytest.approx(-1)
+    assert found["spearman"] == pytest.approx(-1)
+    assert -0.9 < found["pearson"] < -0.7
+
+
+def test_too_few_equal_or_negative_points_have_no_correlation() -> None:
+    none = {"pearson": None, "pearson_of_log": None, "spearman": None}
+    assert correlations([{"x": 1.0, "cross_entropy": 2.0}] * 2, "x") == none | {"points": 2}
+    assert correlations([{"x": None, "cross_entropy": 2.0}] * 2, "x") == none | {"points": 0}
+    assert correlations([{"x": 1.0, "cross_entropy": float(i)} for i in range(3)], "x") == none | {"points": 3}
+    found = correlations([{"x": -float(i), "cross_entropy": float(i)} for i in range(3)], "x")
+    assert found["pearson_of_log"] is None
+    assert found["pearson"] == pytest.approx(-1)
 
 
 @pytest.mark.slow  # two trainings
@@ -89,7 +104,7 @@ def test_the_command_trains_reports_and_knows_when_it_is_done(tmp_path: Path) ->
     for _ in range(2):
         code, output = finish(command, seconds=200)
         assert code == 0, output
-        assert "Pearson r with cross-entropy" in output
+        assert "Pearson r" in output
     assert "finished before" in output
     found = json.loads((tmp_path / "run" / "correlation.json").read_text())
     assert [(point["width"], point["step"]) for point in found["points"]] == [
