@@ -174,15 +174,20 @@ class Attempt:
             return ExitCode.STOPPED
         say(f"requeued: {verdict.reason}")
         self._note("requeue", reason=verdict.reason, without=list(exclude))
-        return self._requeue(code, exclude)
+        return self._requeue(code, list(exclude))
 
-    def _requeue(self, code: int, exclude: Iterable[str]) -> int:
+    def _requeue(self, code: int, exclude: list[str]) -> int:
         try:
-            self._job.requeue(exclude)
+            self._job.requeue()
         except subprocess.CalledProcessError as refusal:
             if self._steps.decided:  # in this very moment
                 return ExitCode.STOPPED
             return self._end(code, f"Slurm does not requeue it: {refusal.stderr.strip()}")
+        try:
+            if exclude:
+                self._job.exclude(exclude)
+        except subprocess.CalledProcessError as refusal:
+            say(f"Slurm does not exclude {', '.join(exclude)}: {refusal.stderr.strip()}")
         return ExitCode.STOPPED
 
     def _give_way(self, code: int) -> int:

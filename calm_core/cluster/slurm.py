@@ -68,16 +68,23 @@ class Job:
         names = _ask("sinfo", "-h", "-N", "-n", ",".join(self.nodes), "-t", "down,fail", "-o", "%N").split()
         return sorted(set(names))
 
-    def requeue(self, exclude: Iterable[str] = ()) -> None:
-        """Put the job back into the queue, to run on other nodes than `exclude`. Slurm then ends this process.
+    def requeue(self) -> None:
+        """Put the job back into the queue. Slurm then ends this process.
 
         Raises:
             subprocess.CalledProcessError: if Slurm does not allow it.
         """
-        before = self.fields().get("ExcNodeList", "(null)")
         _ask("scontrol", "requeue", self.id)
-        if excluded := [*exclude, *([before] if before != "(null)" else [])]:
-            _ask("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(excluded)}")
+
+    def exclude(self, nodes: Iterable[str]) -> None:
+        """Keep the next start from these nodes, besides those excluded already; possible just after `requeue`.
+
+        Raises:
+            subprocess.CalledProcessError: if Slurm has too few others.
+        """
+        before = self.fields().get("ExcNodeList", "(null)")
+        names = ",".join([*nodes, *([before] if before != "(null)" else [])])
+        _ask("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={names}")
 
 
 def fields(kind: str, name: str) -> dict[str, str]:

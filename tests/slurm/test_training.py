@@ -87,11 +87,12 @@ def test_a_rank_is_killed_then_a_node_is_unfit(training: Training, uninterrupted
     unfit.rmdir()
     unfit.touch()  # a file where a folder should be: nothing can be written below it
     training.rank(1).kill()
-    training.wait_for("bad node node2: ")
+    training.wait_for("restart 1, ")
     training.cluster.run("scontrol", "update", "nodename=node[3-4]", "state=resume")
     job = training.wait_for_end()
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), training.log()
     assert "rank 1 on node2 failed first, code -9" in training.log()
+    assert "bad node node2: " in training.log()
     assert "scratch/node2 is not writable" in training.log()
     assert job["ExcNodeList"] == "node2"
     assert [event["step"] for event in training.events("start")] == [0, step, step]
