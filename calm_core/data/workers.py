@@ -31,7 +31,7 @@ def spread(function: Callable[[Task], Result], tasks: Iterable[Task], workers: i
     try:
         for _ in range(workers):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(function, there), daemon=True)
+            process = context.Process(target=_work, args=(function, there, [*idle, here]), daemon=True)
             process.start()
             there.close()  # or the end of the process would not end the pipe
             processes.append(process)
@@ -57,8 +57,10 @@ def spread(function: Callable[[Task], Result], tasks: Iterable[Task], workers: i
             process.join()
 
 
-def _work(function: Callable[[Task], Result], connection: Connection) -> None:
+def _work(function: Callable[[Task], Result], connection: Connection, inherited: Iterable[Connection]) -> None:
     """Do tasks until the other end is gone."""
+    for end in inherited:
+        end.close()  # a copy of the other end: kept here, it would outlive the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent to answer
     while True:
         try:

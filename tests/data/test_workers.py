@@ -1,6 +1,9 @@
 import os
 import signal
+import subprocess
+import sys
 
+import psutil
 import pytest
 
 from calm_core.data.workers import spread
@@ -42,3 +45,21 @@ def test_what_a_task_raises_is_raised():
 def test_a_killed_worker_is_noticed():
     with pytest.raises(RuntimeError, match="was killed"):
         list(spread(lambda task: os.kill(os.getpid(), signal.SIGKILL), [1], workers=2))
+
+
+def test_workers_end_with_a_parent_that_is_killed():
+    program = """
+from calm_core.data.workers import spread
+for result in spread(str, iter(int, 1), workers=3):
+    print(result, flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as parent:
+        parent.stdout.readline()
+        workers = psutil.Process(parent.pid).children()
+        parent.kill()
+        parent.stdout.close()
+    assert len(workers) == 3
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    for worker in alive:
+        worker.kill()
+    assert not alive
