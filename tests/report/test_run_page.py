@@ -3,13 +3,13 @@ import re
 from pathlib import Path
 
 import pytest
+from browser import opened
 
 from calm_core import config as configuration
 from calm_core.errors import UserError
 from calm_core.experiment import Experiment
 from calm_core.report.page import Figure, Section, Table, Text, Trace, render
 from calm_core.report.run import write_comparison, write_run_page
-from tests.report.browser import opened
 
 STEPS = range(10, 60, 10)
 

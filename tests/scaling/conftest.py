@@ -4,16 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from known_law import LAW
 
 from calm_core.model.config import HeadConfig
 from calm_core.scaling.config import FitConfig, GridConfig, LadderConfig, ScalingConfig
-from calm_core.scaling.laws import JointLaw
 from calm_core.scaling.points import points
 from calm_core.scaling.results import Row, _row
-
-LAW = JointLaw(
-    floor=0.9, a=0.02, alpha=0.3, b=0.03, beta=0.2, k_exponent=0.4, n_reference=1e6, d_reference=1e8
-)  # what is lost of Brier-1
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
+from known_law import LAW
 
 from calm_core.data.manifest import write_json
 from calm_core.report.scaling import write_scaling_page
@@ -12,7 +13,6 @@ from calm_core.scaling.config import ScalingConfig
 from calm_core.scaling.figures import draw_study
 from calm_core.scaling.report import LAWS, fit_study
 from calm_core.scaling.results import Row, results_path, write_results
-from tests.scaling.conftest import LAW
 
 
 def test_the_law_behind_the_results_is_found(study: ScalingConfig, rows: list[Row]) -> None:

@@ -4,12 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from launching import ROOT, finish
 
 from calm_core import config as configuration
 from calm_core.errors import ExitCode
 from calm_core.experiment import Experiment
 from calm_core.scaling.results import read_results
-from tests.launching import ROOT, finish
 
 STUDY = """
 run: {folder}/study
