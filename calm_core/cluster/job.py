@@ -166,12 +166,12 @@ class Attempt:
     def _judge(self, code: int, exclude: Iterable[str] = ()) -> int:
         """Requeue the job or end it."""
         self._note("end", code=code, step=progress_of(self._plan))
+        if code != ExitCode.OK and self._steps.decided:
+            say("Slurm has ended this job by itself")
+            return ExitCode.STOPPED
         verdict = decide(code, self._steps.asked, self._fruitless(), self._limit)
         if not verdict.again:
             return self._end(code, verdict.reason)
-        if self._steps.decided:
-            say("Slurm has ended this job by itself")
-            return ExitCode.STOPPED
         say(f"requeued: {verdict.reason}")
         self._note("requeue", reason=verdict.reason, without=list(exclude))
         return self._requeue(code, list(exclude))
