@@ -15,9 +15,17 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
+import torch
 
+from calm_core.autoencoder import Autoencoder, AutoencoderConfig
+from calm_core.data.blend import Blend
+from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.manifest import FORMAT_VERSION, write_json
+from calm_core.data.order import SampleOrder
+from calm_core.data.samples import Samples
 from calm_core.data.shards import list_column, write_shard
+from calm_core.data.store import ChunkStore
+from calm_core.training.chunk_batch import read_batch
 
 K, LATENT, VOCABULARY, HIDDEN = 4, 128, 32_000, 512
 POSITIONS, MICRO_BATCH = 2048, 4
@@ -86,11 +94,6 @@ def measure(opener: Callable, folder: Path, seconds: float, seed: int) -> dict[s
 
 def stored(folder: Path, seed: int) -> tuple[Callable, int, float]:
     """Stored latents, as a training run reads them."""
-    from calm_core.data.blend import Blend
-    from calm_core.data.samples import Samples
-    from calm_core.data.store import ChunkStore
-    from calm_core.training.chunk_batch import read_batch
-
     store = ChunkStore(folder, "train", "size")
     samples = Samples(Blend.of(store), POSITIONS, seed)
     return lambda chosen: read_batch(samples, chosen, chosen), len(store), BYTES_PER_CHUNK / K
@@ -98,9 +101,6 @@ def stored(folder: Path, seed: int) -> tuple[Callable, int, float]:
 
 def by_index(folder: Path, seed: int) -> tuple[Callable, int, float]:
     """The plain way: rows gathered by an index array, then stacked."""
-    from calm_core.data.order import SampleOrder
-    from calm_core.data.store import ChunkStore
-
     store = ChunkStore(folder, "train", "size")
     columns, order = store.shard(0).columns, SampleOrder(len(store) // POSITIONS - 1, seed)
 
@@ -113,14 +113,6 @@ def by_index(folder: Path, seed: int) -> tuple[Callable, int, float]:
 
 def encoded(folder: Path, seed: int) -> tuple[Callable, int, float]:
     """Latents from an encoder of the paper's size, as a training run with data.latents=encode reads them."""
-    import torch
-
-    from calm_core.autoencoder import Autoencoder, AutoencoderConfig
-    from calm_core.data.blend import Blend
-    from calm_core.data.encoded_store import EncodedStore
-    from calm_core.data.samples import Samples
-    from calm_core.training.chunk_batch import read_batch
-
     torch.set_num_threads(1)
     autoencoder = Autoencoder(AutoencoderConfig(hidden=HIDDEN, latent=LATENT), VOCABULARY, K).requires_grad_(False)
     autoencoder.tokenizer_hash = "none"
@@ -179,7 +171,7 @@ def into_page_cache(path: Path) -> None:
 def copy_speed() -> float:
     """GB/s of copying a micro-batch's bytes from one place of memory to another, over a range beyond any cache."""
     size = MICRO_BATCH * POSITIONS * BYTES_PER_CHUNK
-    source, target = np.ones((256, size // 8)), np.empty(size // 8)
+    source, target = np.ones((64, size // 8)), np.empty(size // 8)
     start = time.perf_counter()
     for row in source:
         target[:] = row
