@@ -58,15 +58,15 @@ def train(
     """
     accumulated = config.micro_batches(topology.data_size, topology.layout.micro_batch_multiple)
     resolved = configuration.to_dict(experiment)
-    if is_finished(task, config, folder, resolved) and (product is None or product.exists()):
-        topology.say(f"finished: {folder.path} holds all {config.steps} steps")
-        return ExitCode.OK
     _check_hang_time(config, topology)
     with ExitStack() as held:
         held.enter_context(deterministic(config.deterministic))
         watchdog = Watchdog(config.hang_start_minutes, config.hang_minutes, topology.rank, folder.logs)
         held.enter_context(watchdog)
         on_first_rank(lambda: held.enter_context(folder.locked()))
+        if is_finished(task, config, folder, resolved) and (product is None or product.exists()):
+            topology.say(f"finished: {folder.path} holds all {config.steps} steps")
+            return ExitCode.OK
         engine, progress = start(task, config, topology, folder, resolved)
         held.callback(engine.close)
         on_first_rank(lambda: configuration.save(experiment, folder.config))
