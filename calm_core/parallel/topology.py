@@ -98,9 +98,21 @@ def distributed(layout: ParallelConfig) -> Iterator[Topology]:
                 last=parallel_state.is_pipeline_last_stage(),
             )
         finally:
-            parallel_state.destroy_model_parallel()
-            # Models refer to their groups in cycles; a gloo group that is left keeps three threads busy polling.
-            gc.collect()
+            _leave_groups()
+
+
+def _leave_groups() -> None:
+    """Destroy the groups of the layout, which Megatron-core only forgets, and the models that refer to them in cycles.
+
+    Each gloo group has threads that poll: those of a process that walks from layout to layout would slow the machine.
+    """
+    from megatron.core import parallel_state
+
+    groups = {id(group): group for group in parallel_state._global_process_group_list or () if group is not None}
+    parallel_state.destroy_model_parallel()
+    for group in groups.values():
+        dist.destroy_process_group(group)
+    gc.collect()
 
 
 def _device() -> torch.device:
