@@ -108,10 +108,11 @@ def _leave_groups() -> None:
     """
     from megatron.core import parallel_state
 
-    groups = {id(group): group for group in parallel_state._global_process_group_list or () if group is not None}
+    groups = parallel_state._global_process_group_list or []
     parallel_state.destroy_model_parallel()
-    for group in groups.values():
-        dist.destroy_process_group(group)
+    for group in groups:
+        if group in dist.distributed_c10d._world.pg_map:  # not the world, which the list has as None
+            dist.destroy_process_group(group)
     gc.collect()
 
 
