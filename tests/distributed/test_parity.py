@@ -128,7 +128,8 @@ def test_a_layout_is_the_single_process(
     assert found["agreed"]
     assert found["refused"]
     wanted = walked("alone")[f"{name.partition('/')[0]}/single"]
-    assert found["evaluation"] == pytest.approx(wanted["evaluation"], rel=1e-5)
+    # A standard error of few windows is a small difference of large sums: it has an absolute share of their rounding.
+    assert found["evaluation"] == pytest.approx(wanted["evaluation"], rel=1e-5, abs=1e-6)
     # A weight on two stages would need a rule of its own, that sums its gradients over them.
     assert found["shared between stages"] == []
 
