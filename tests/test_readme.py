@@ -11,7 +11,7 @@ from launching import ROOT, finish
 from calm_core.data import share
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [
     shlex.split(line, comments=True)
     for block in BLOCKS
