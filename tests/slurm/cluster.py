@@ -23,6 +23,7 @@ import psutil
 PACKAGES = "munge slurmctld slurmd slurm-client"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 PR_SET_PDEATHSIG = 1
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 # A requeued job becomes eligible two minutes later; told to start before its remains are gone, it fails.
 SETTLED = 2.5
 
@@ -125,12 +126,16 @@ class Cluster:
         shutil.rmtree(self._root)
 
     def run(self, *command: object, check: bool = True) -> str:
-        """The output of a client's command."""
-        result = subprocess.run(
-            list(map(str, command)), env=self.environment, capture_output=True, text=True, timeout=60, check=False
-        )
-        assert result.returncode == 0 or not check, f"{command}: {result.stdout}{result.stderr}"
-        return result.stdout
+        """The output of a client's command; on a busy machine it may fail for a while."""
+        words = list(map(str, command))
+        for _ in range(5):
+            result = subprocess.run(
+                words, env=self.environment, capture_output=True, text=True, timeout=100, check=False
+            )
+            if result.returncode == 0 or not check:
+                return result.stdout
+            time.sleep(2)
+        raise AssertionError(f"{command}: {result.stdout}{result.stderr}")
 
     def submit(self, *arguments: object, folder: Path, **environment: str) -> str:
         """Submit a batch job from `folder`; its id."""
@@ -161,7 +166,8 @@ class Cluster:
 
     def ended(self, job: str) -> bool:
         """Whether a job, with all tasks of its array, has left the queue."""
-        return not self.run("squeue", "--noheader", "--jobs", job, check=False)
+        states = self.run("squeue", "--noheader", "--array", "--states=all", "--jobs", job, "--format=%T", check=False)
+        return bool(states) and set(states.split()) <= ENDED
 
     def busy(self) -> bool:
         """Whether a job runs, or is about to."""
