@@ -116,8 +116,17 @@ def describe(cls: type, sections: Sequence[str] | None = None) -> str:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """All (dotted key, old value, new value) that differ between two nested dicts; None where a key is absent."""
-    before, after = dict(_flatten(old)), dict(_flatten(new))
+    before, after = dict(flatten(old)), dict(flatten(new))
     return [(key, before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)]
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The (dotted key, value) pairs of a nested mapping."""
+    for name, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def flatten_schema(cls: type, base: Any = None, prefix: str = "") -> dict[str, Leaf]:
@@ -283,14 +292,6 @@ def _is_read(key: str, sections: Sequence[str] | None) -> bool:
 
 def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in mapping.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _inline(value: Any) -> str:

@@ -191,7 +191,7 @@ def _profiles(runs: Sequence[Training]) -> list[Text]:
 
 def _configuration(runs: Sequence[Training]) -> list[Table | Text]:
     """All settings of each run; marked are those that its base file does not say, or between runs the unequal ones."""
-    flat = [dict(_flatten(configuration.read_yaml(run.folder / "config.yaml"))) for run in runs]
+    flat = [dict(configuration.flatten(configuration.read_yaml(run.folder / "config.yaml"))) for run in runs]
     keys = list(dict.fromkeys(key for settings in flat for key in settings))
     if len(runs) > 1:
         rows = [[key, *(settings.get(key, "") for settings in flat)] for key in keys]
@@ -209,18 +209,12 @@ def _base(file: str) -> tuple[dict[str, Any], str]:
     """The settings that a run's configuration file gives, and its name; the defaults where it is not known any more."""
     if file and Path(file).exists():
         try:
-            return dict(_flatten(configuration.to_dict(configuration.load(Experiment, Path(file), [])))), file
+            return dict(
+                configuration.flatten(configuration.to_dict(configuration.load(Experiment, Path(file), [])))
+            ), file
         except UserError:  # the file has changed since, and is no configuration now
             pass
-    return dict(_flatten(configuration.to_dict(Experiment()))), "the defaults"
-
-
-def _flatten(mapping: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return dict(configuration.flatten(configuration.to_dict(Experiment()))), "the defaults"
 
 
 def _figure(name: str, title: str, traces: Iterable[Trace | None]) -> list[Figure]:

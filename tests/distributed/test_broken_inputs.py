@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import cut, flip
 from launching import ROOT, finish, torchrun
 
 from calm_core import config
@@ -29,16 +30,6 @@ def refused(command: list[str]) -> str:
     assert code == ExitCode.USAGE, output
     assert "Traceback" not in output
     return output
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
 
 
 @pytest.mark.parametrize("damage", [flip, cut])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import cut, flip
 
 from calm_core import config
 from calm_core.errors import ExitCode, UserError
@@ -117,16 +118,6 @@ def test_a_watchdog_that_would_come_too_late_is_refused(tiny: Path) -> None:
 def test_the_last_n_are_kept(tiny: Path) -> None:
     train(tiny, "training.save_every=1", "training.keep=3")
     assert steps_saved(tiny) == [4, 5, 6]
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
 
 
 @pytest.mark.parametrize(
