@@ -19,14 +19,14 @@ from functools import partial
 import torch
 
 from calm_core.autoencoder import Autoencoder, AutoencoderConfig
-from calm_core.inference.decoding import Decoder, DrawnTokens
+from calm_core.inference.decoding import DrawnTokens
 from calm_core.inference.load import Loaded
 from calm_core.inference.options import GenerationOptions
 from calm_core.inference.sampler import ChunkSampler, Context
 from calm_core.model.cache import KeyValueCache
 from calm_core.model.calm import CalmModel
 from calm_core.model.config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.model.layers import multiply_directly
+from calm_core.model.direct import run_directly
 from calm_core.model.megatron import transformer_config
 from calm_core.model.parameters import initialize
 from calm_core.noise import SampleNoise
@@ -51,7 +51,7 @@ def random_model(vocabulary: int, spread: float, dtype: torch.dtype) -> Loaded:
     initialize([model], std=0.02, seed=0)
     torch.nn.init.normal_(model.head.out_reduce.weight, std=spread)
     torch.nn.init.normal_(model.head.out_reduce.bias)  # what they have in common
-    multiply_directly(model)
+    run_directly(model)
     autoencoder = Autoencoder(AutoencoderConfig(hidden=WIDTH, latent=LATENT, init_std=0.05), vocabulary, K)
     return Loaded(model, autoencoder.to(dtype).eval(), Specials(), positions=1 << 20)
 
@@ -62,7 +62,7 @@ def baseline(vocabulary: int, dtype: torch.dtype) -> Loaded:
     shape = ModelShape(backbone, HeadConfig(kind="softmax"), vocabulary, k=1, latent=0)
     model = CalmModel(transformer_config(backbone, ParallelConfig(), dtype), shape).eval()
     initialize([model], std=0.02, seed=0)
-    multiply_directly(model)
+    run_directly(model)
     return Loaded(model, None, Specials(), positions=1 << 20)
 
 
@@ -121,7 +121,7 @@ def decoded_share(loaded: Loaded) -> float:
     """Of the tokens of all draws of a chunk, those that are decoded at T = 1/2."""
     hidden = loaded.model.hidden(torch.ones(1, PREFIX, K, dtype=torch.int64))[-1:]
     latents = loaded.model.head.sample(hidden, SampleNoise(0, [0], hidden.device), DRAWS)[0]
-    drawn = DrawnTokens(Decoder(loaded.autoencoder), latents, Specials.eos, Specials.pad)
+    drawn = DrawnTokens(loaded.autoencoder, latents, Specials.eos, Specials.pad)
     drawn.agreeing(2, torch.ones(1, dtype=torch.bool))
     return (drawn.tokens >= 0).float().mean().item()
 

@@ -97,17 +97,20 @@ class Autoencoder(nn.Module):
 
     def decode_hidden(self, latents: Tensor) -> Tensor:
         """Latents `[..., l]` -> what the output layer reads, `[..., K, hidden]`."""
-        hidden = self.decoder_split(self.decode_chunk(latents)).unflatten(-1, (self.k, -1))
-        return self.decoder_norm(self.decoder_token_block(hidden))
+        return self.decode_positions(self.decode_chunk(latents), slice(None))
 
     def decode_chunk(self, latents: Tensor) -> Tensor:
         """The decoder's first half, over the chunk as a whole: latents `[..., l]` -> `[..., hidden]`."""
         return self.decoder_chunk_block(self.decoder_input(latents.to(self.dtype)))
 
-    def decode_position(self, hidden: Tensor, position: int) -> Tensor:
-        """The decoder's second half for one of the K tokens: `[..., hidden]` -> what the output layer reads."""
-        weight, bias = (part.chunk(self.k)[position] for part in (self.decoder_split.weight, self.decoder_split.bias))
-        return self.decoder_norm(self.decoder_token_block(F.linear(hidden, weight, bias)))
+    def decode_positions(self, hidden: Tensor, positions: slice) -> Tensor:
+        """The decoder's second half for some of the K tokens: `[..., hidden]` -> `[..., positions, hidden]`."""
+        weight, bias = (
+            part.unflatten(0, (self.k, -1))[positions].flatten(0, 1)
+            for part in (self.decoder_split.weight, self.decoder_split.bias)
+        )
+        split = F.linear(hidden, weight, bias).unflatten(-1, (-1, hidden.shape[-1]))
+        return self.decoder_norm(self.decoder_token_block(split))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `[..., l]` -> logits `[..., K, V]` in the parameters' dtype."""

@@ -15,7 +15,7 @@ from calm_core.errors import UserError
 from calm_core.experiment import Experiment, Paths
 from calm_core.model.calm import CalmModel
 from calm_core.model.config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.model.layers import multiply_directly
+from calm_core.model.direct import run_directly
 from calm_core.model.megatron import transformer_config
 from calm_core.parallel.checkpoint import load_weights
 from calm_core.parallel.checkpoint_folder import Checkpoint, list_checkpoints, open_checkpoint
@@ -69,7 +69,7 @@ def load_for_inference(path: Path, device: torch.device, dtype: torch.dtype = to
     _check_fit(checkpoint, shape, paths, tokenizer, autoencoder)
     model = CalmModel(transformer_config(shape.backbone, ParallelConfig(), dtype), shape)
     load_weights(checkpoint, [model])
-    multiply_directly(model)
+    run_directly(model)
     return Loaded(model.to(device).eval().requires_grad_(False), autoencoder, tokenizer, identity["positions"])
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calm_core.inference.decoding import Decoder, DrawnTokens
+from calm_core.inference.decoding import DrawnTokens
 from calm_core.inference.load import Loaded
 from calm_core.inference.options import GenerationOptions
 from calm_core.noise import SampleNoise, stream_seed
@@ -20,6 +20,8 @@ from calm_core.temperature import (
     sample_exact,
     whole_inverse,
 )
+
+TRIALS = 8  # sets of n draws that are tried before all N draws are made
 
 Allowed = Callable[[Tensor, Sequence[int]], Tensor]
 """`allowed(chunks, history)`: which of the chunks `[N, K]` may follow the tokens before them, `[N]` bool."""
@@ -61,7 +63,6 @@ class ChunkSampler:
 
     def __init__(self, loaded: Loaded, options: GenerationOptions, allowed: Allowed | None = None) -> None:
         self._loaded, self._options, self._allowed = loaded, options, allowed
-        self._decoder = Decoder(loaded.autoencoder) if loaded.autoencoder else None
 
     def next_chunks(self, hidden: Tensor, contexts: Sequence[Context], position: int) -> list[Chunk]:
         """The chunk at `position` for each of R contexts, from the hidden states `[1, R, d]` before it."""
@@ -86,31 +87,32 @@ class ChunkSampler:
     def _free(self, hidden: Tensor, contexts: Sequence[Context], position: int) -> list[Chunk]:
         """Batch approximation with every draw as good as the next, for R contexts at once: hidden `[1, R, d]`.
 
-        Equal in distribution to decoding all draws and `sample_batch` of them. Only draws that agree n times have a
-        weight, so only they are decoded to the end; where there are none, n falls.
+        Equal in distribution to decoding all N draws and `sample_batch` of them, which takes one of the sets of n draws
+        that agree, each as likely as the next. So does drawing sets until one agrees. A few sets are tried in that
+        way; where chunks are peaked one of them agrees, and the draws that no set names are never made. Draws are
+        alike before they are made: those that the sets name are the first.
         """
         if not contexts:
             return []
         whole = whole_inverse(self._options.temperature)
         draws = self._options.samples if whole > 1 else 1  # at T = 1 any draw will do
-        drawn = self._draw(hidden, contexts, position, draws)
+        level, first = min(whole, draws), min(TRIALS * whole, draws)
         generators = [self._generator(context, position) for context in contexts]
-        one = torch.stack([torch.randint(draws, (1,), generator=g) for g in generators]).to(hidden.device)
-        agreement = torch.zeros(len(contexts), dtype=torch.int64, device=hidden.device)
-        kept = torch.zeros(drawn.tokens.shape[:2], dtype=torch.bool, device=hidden.device)
-        for level in range(min(whole, draws), 0, -1):
-            rows = agreement == 0
-            if level > 1:
-                found = drawn.agreeing(level, rows)
-            else:  # all differ: any one of them, and only that one is decoded
-                found = (torch.arange(draws, device=hidden.device) == one) & rows.unsqueeze(-1)
-                drawn.decode_whole(found)
-            agreement[found.any(-1)] = level
-            kept |= found
-        return [
-            Chunk(sample_batch(tokens[k], 1 / level, g).tokens.tolist(), draws, level)
-            for tokens, k, level, g in zip(drawn.tokens.cpu(), kept.cpu(), agreement.tolist(), generators, strict=True)
-        ]
+        drawn = self._draw(hidden, contexts, position, first)
+        sets = torch.stack([_random_sets(draws, level, generator) for generator in generators]).to(hidden.device)
+        agree = drawn.agree(sets)
+        winner = sets[..., 0].gather(1, agree.int().argmax(1, keepdim=True))  # of the first set that agrees
+        tokens = drawn.tokens.gather(1, winner.unsqueeze(-1).expand(-1, -1, drawn.tokens.shape[-1])).squeeze(1)
+        found = agree.any(1)
+        chunks = [Chunk(row, first, level) for row in tokens.tolist()]
+        if not found.all():
+            left = (~found).nonzero().squeeze(1)
+            drawn.keep(left)
+            if draws > first:
+                drawn.append(self._draw(hidden[:, left], [contexts[i] for i in left], position, draws - first, block=1))
+            for i, chunk in zip(left.tolist(), _choose(drawn, level, [generators[i] for i in left]), strict=True):
+                chunks[i] = chunk
+        return chunks
 
     def _bound(self, hidden: Tensor, context: Context, position: int) -> Chunk:
         """Batch approximation under known tokens or a predicate, which weigh the draws. Hidden `[1, 1, d]`."""
@@ -163,7 +165,7 @@ class ChunkSampler:
         """
         drawn = self._draw(hidden, [context], position, self._options.samples, block)
         log_weights = drawn.fix(context.known)[0].cpu()
-        drawn.decode_whole(torch.ones_like(drawn.tokens[..., 0], dtype=torch.bool))
+        drawn.decode(torch.ones_like(drawn.tokens[..., 0], dtype=torch.bool), start=len(context.known))
         tokens = drawn.tokens[0].cpu()
         if self._allowed is not None:
             log_weights = log_weights.masked_fill(~self._allowed(tokens, context.tokens), -math.inf)
@@ -176,11 +178,42 @@ class ChunkSampler:
         noise = SampleNoise(block, seeds, hidden.device, purpose=f"generation/{position}")
         out = self._loaded.model.head.sample(hidden, noise, draws)[0]
         tokenizer = self._loaded.tokenizer
-        return DrawnTokens(self._decoder, out, tokenizer.eos, tokenizer.pad)
+        return DrawnTokens(self._loaded.autoencoder, out, tokenizer.eos, tokenizer.pad)
 
     def _generator(self, context: Context, position: int) -> torch.Generator:
         """The stream of the choice among the draws."""
         return torch.Generator().manual_seed(stream_seed(context.seed, "generation/choice", position))
+
+
+def _random_sets(draws: int, size: int, generator: torch.Generator) -> Tensor:
+    """`TRIALS` random sets of `size` out of N draws, `[TRIALS, size]`, the draws they name numbered from 0."""
+    sets = torch.rand(TRIALS, draws, generator=generator).argsort(-1)[:, :size]
+    return sets.unique(return_inverse=True)[1]
+
+
+def _choose(drawn: DrawnTokens, level: int, generators: Sequence[torch.Generator]) -> list[Chunk]:
+    """One of the sets of `level` draws that agree, for each of R rows; where there is none, of fewer.
+
+    Only draws that agree so often have a weight, so only they are decoded to the end.
+    """
+    rows, draws, _ = drawn.tokens.shape
+    device = drawn.tokens.device
+    one = torch.stack([torch.randint(draws, (1,), generator=g) for g in generators]).to(device)
+    agreement = torch.zeros(rows, dtype=torch.int64, device=device)
+    kept = torch.zeros(rows, draws, dtype=torch.bool, device=device)
+    for agreeing in range(level, 0, -1):
+        left = agreement == 0
+        if agreeing > 1:
+            found = drawn.agreeing(agreeing, left)
+        else:  # all differ: any one of them, and only that one is decoded
+            found = (torch.arange(draws, device=device) == one) & left.unsqueeze(-1)
+            drawn.decode(found)
+        agreement[found.any(-1)] = agreeing
+        kept |= found
+    return [
+        Chunk(sample_batch(tokens[k], 1 / n, g).tokens.tolist(), draws, n)
+        for tokens, k, n, g in zip(drawn.tokens.cpu(), kept.cpu(), agreement.tolist(), generators, strict=True)
+    ]
 
 
 def _resampled(tokens: Tensor, log_weights: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,11 +1,8 @@
 """The layers that compression and heads are built of, with the settings all of them share."""
 
-from functools import partial
-
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import nn
 
 from calm_core.model.sequence import replicate_all
 
@@ -26,25 +23,6 @@ def row(config: TransformerConfig, inputs: int, outputs: int) -> RowParallelLine
         input_is_parallel=True,
         skip_bias_add=False,
     )
-
-
-def multiply_directly(model: nn.Module) -> None:
-    """Make the parallel matrices of a frozen model in a world of one rank plain products, for speaking.
-
-    For one position at a time, what Megatron-core does around a product for gradients and for other ranks costs more
-    than the product.
-    """
-    for module in model.modules():
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-            module.forward = partial(_product, module)
-
-
-def _product(
-    matrix: ColumnParallelLinear | RowParallelLinear, x: Tensor, *_: object, **__: object
-) -> tuple[Tensor, Tensor | None]:
-    """What the matrix gives without other ranks: the output, and the bias that is left to its caller."""
-    left = matrix.bias if matrix.skip_bias_add else None
-    return F.linear(x, matrix.weight, None if matrix.skip_bias_add else matrix.bias), left
 
 
 def linear(config: TransformerConfig, inputs: int, outputs: int) -> nn.Linear:

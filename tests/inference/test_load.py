@@ -16,6 +16,7 @@ from calm_core.experiment import Experiment
 from calm_core.inference.generate import generate
 from calm_core.inference.load import Loaded, load_for_inference
 from calm_core.inference.options import GenerationOptions
+from calm_core.model.cache import KeyValueCache
 from calm_core.model.calm import CalmModel
 from calm_core.model.config import HeadConfig, ModelShape
 from calm_core.model.megatron import transformer_config
@@ -69,13 +70,16 @@ def test_a_loaded_checkpoint_speaks_as_the_model_it_holds(run: Path, loaded: Loa
         assert generate(found, ["the fox"], options) == wanted
 
 
-def test_direct_products_change_nothing(run: Path, loaded: Loaded) -> None:
+def test_the_direct_way_changes_nothing(run: Path, loaded: Loaded) -> None:
     tokens = torch.arange(2 * 7 * 3).view(2, 7, 3)
     noise = SampleNoise(0, [0, 1], CPU)
     with torch.no_grad():
         spoken = load_for_inference(run, CPU).model
         hidden = loaded.model.hidden(tokens)
         torch.testing.assert_close(spoken.hidden(tokens), hidden)
+        cache = KeyValueCache()
+        parts = [spoken.hidden(part, cache) for part in (tokens[:, :4], tokens[:, 4:5], tokens[:, 5:])]
+        torch.testing.assert_close(torch.cat(parts), hidden)
         torch.testing.assert_close(spoken.head.sample(hidden, noise, 5), loaded.model.head.sample(hidden, noise, 5))
 
 

@@ -8,16 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from scipy.stats import chi2
 from torch import Tensor
 
 from calm_core.autoencoder import Autoencoder, AutoencoderConfig
-from calm_core.inference.decoding import UNDECODED, Decoder, DrawnTokens
+from calm_core.inference.decoding import UNDECODED, DrawnTokens
 from calm_core.inference.load import Loaded
 from calm_core.inference.options import GenerationOptions
 from calm_core.inference.prompt import prompt_tokens
-from calm_core.inference.sampler import ChunkSampler, Context
+from calm_core.inference.sampler import TRIALS, ChunkSampler, Context
 from calm_core.noise import Noise
-from calm_core.temperature import occurrences
+from calm_core.temperature import occurrences, sample_batch
 
 HIDDEN = torch.zeros(1, 1, 4)
 VOCABULARY, K, EOS, PAD = 4, 3, 3, 0
@@ -99,9 +100,9 @@ def test_effective_samples(few: Loaded) -> None:
 @pytest.mark.parametrize("level", [1, 2, 3, 5])
 def test_draws_that_agree_are_found_without_decoding_the_others(autoencoder: Autoencoder, level: int) -> None:
     latents = torch.randn(4, 12, 4, generator=torch.Generator().manual_seed(0)) * 2
-    lazy, eager = (DrawnTokens(Decoder(autoencoder), latents, EOS, PAD) for _ in range(2))
+    lazy, eager = (DrawnTokens(autoencoder, latents, EOS, PAD) for _ in range(2))
     rows = torch.tensor([True, True, False, True])
-    eager.decode_whole(torch.ones(4, 12, dtype=torch.bool))
+    eager.decode(torch.ones(4, 12, dtype=torch.bool))
     wanted = (occurrences(eager.tokens) >= level) & rows.unsqueeze(-1)
     found = lazy.agreeing(level, rows)
     assert torch.equal(found, wanted)
@@ -110,9 +111,43 @@ def test_draws_that_agree_are_found_without_decoding_the_others(autoencoder: Aut
     assert (lazy.tokens[rows] == UNDECODED).any() == (level > 1)
 
 
+def test_sets_of_draws_agree_where_their_chunks_are_equal(autoencoder: Autoencoder) -> None:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 12, 4, generator=generator) * 2
+    sets = torch.rand(3, 40, 12, generator=generator).argsort(-1)[..., :2]
+    lazy, eager = (DrawnTokens(autoencoder, latents, EOS, PAD) for _ in range(2))
+    eager.decode(torch.ones(3, 12, dtype=torch.bool))
+    chunks = eager.tokens.unsqueeze(1).expand(-1, 40, -1, -1).take_along_dim(sets.unsqueeze(-1), 2)
+    agree = lazy.agree(sets)
+    assert torch.equal(agree, (chunks[:, :, 0] == chunks[:, :, 1]).all(-1))
+    assert 0 < agree.sum() < agree.numel()
+    assert (lazy.tokens == UNDECODED).any()
+
+
+@pytest.mark.parametrize(("n", "samples"), [(2, 24), (3, 40)])
+def test_few_draws_first_choose_as_all_draws_would(few: Loaded, n: int, samples: int) -> None:
+    """Against `sample_batch` of N draws by itself, whose bias at a small N must be kept too."""
+    runs = 4000
+    sampler = ChunkSampler(few, GenerationOptions(temperature=1 / n, samples=samples))
+    chunks = sampler.next_chunks(HIDDEN.expand(1, runs, 4), [Context(seed, []) for seed in range(runs)], 1)
+    assert {chunk.draws for chunk in chunks} == {TRIALS * n, samples}  # both ways were gone
+    latents = few.model.head.latents
+    probabilities = few.model.head.edges.diff(prepend=torch.zeros(1))
+    generator = torch.Generator().manual_seed(0)
+    whole = DrawnTokens(few.autoencoder, latents.unsqueeze(0), EOS, PAD)
+    whole.decode(torch.ones(1, len(latents), dtype=torch.bool))
+    drawn = probabilities.expand(10 * runs, -1).multinomial(samples, replacement=True, generator=generator)
+    wanted = Counter(map(tuple, sample_batch(whole.tokens[0][drawn], 1 / n, generator).tokens.tolist()))
+    found = Counter(tuple(chunk.tokens) for chunk in chunks)
+    assert len(wanted) > 3
+    statistic = sum((found[chunk] - count / 10) ** 2 / (1.1 * count / 10) for chunk, count in wanted.items())
+    assert set(found) <= set(wanted)
+    assert statistic < chi2.ppf(0.999, len(wanted) - 1)
+
+
 def test_pad_follows_eos_in_a_chunk(autoencoder: Autoencoder) -> None:
-    drawn = DrawnTokens(Decoder(autoencoder), torch.randn(1, 200, 4) * 3, EOS, PAD)
-    drawn.decode_whole(torch.ones(1, 200, dtype=torch.bool))
+    drawn = DrawnTokens(autoencoder, torch.randn(1, 200, 4) * 3, EOS, PAD)
+    drawn.decode(torch.ones(1, 200, dtype=torch.bool))
     ended = (drawn.tokens == EOS).cumsum(-1).roll(1, -1)
     ended[..., 0] = 0
     assert ended.any()
