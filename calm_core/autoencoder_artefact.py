@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calm_core.autoencoder import Autoencoder, AutoencoderConfig
-from calm_core.data.manifest import FORMAT_VERSION, MANIFEST, hash_file, read_manifest, replacing, write_json
+from calm_core.data.manifest import MANIFEST, format_version, hash_file, read_manifest, replacing, write_json
 from calm_core.errors import UserError
 
 KIND = "autoencoder"
@@ -28,7 +28,7 @@ def save_autoencoder(model: Autoencoder, folder: Path, tokenizer_hash: str, prov
         save_file(weights, temporary)
     content_hash = hash_file(folder / WEIGHTS)
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version(KIND),
         "kind": KIND,
         "k": model.k,
         "vocab_size": model.vocab_size,

@@ -7,7 +7,7 @@ import pytest
 from launching import ROOT
 
 from calm_core import config
-from calm_core.data.manifest import FORMAT_VERSION, MANIFEST, write_json
+from calm_core.data.manifest import MANIFEST, format_version, write_json
 from calm_core.errors import UserError
 from calm_core.experiment import Experiment
 from calm_core.plan.dry_run import plan_autoencoder, plan_calm, vocabulary
@@ -49,7 +49,7 @@ def test_a_plan_needs_to_know_the_vocabulary(tmp_path: Path) -> None:
         plan_calm(experiment, ("plan",))
     assert vocabulary(config.load(Experiment, None, [f"run={tmp_path}", "tokenizer.vocab_size=999"])) == 999
     (tmp_path / "tokens").mkdir()
-    manifest = {"kind": "tokens", "format_version": FORMAT_VERSION, "vocab_size": 77}
+    manifest = {"kind": "tokens", "format_version": format_version("tokens"), "vocab_size": 77}
     write_json(tmp_path / "tokens" / MANIFEST, manifest)
     assert vocabulary(experiment) == 77
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from calm_core.data.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
+    format_version,
     read_json,
     read_manifest,
     remove_partial,
@@ -44,7 +44,7 @@ class StoreBuilder:
         """
         self.folder = folder
         self.parts = parts
-        self.header = {"format_version": FORMAT_VERSION, "kind": kind, "made_from": dict(made_from), **properties}
+        self.header = {"format_version": format_version(kind), "kind": kind, "made_from": dict(made_from), **properties}
         self._journal = folder / JOURNAL
         self._header = self._journal / "header.json"
         if (folder / MANIFEST).exists():

@@ -26,8 +26,8 @@ SHARD_ROWS = 1 << 20  # chunks in a shard at most: it is held in memory while it
 class ChunkStoreBuild:
     """A chunk store in the making: a token store encoded by a frozen autoencoder, on the autoencoder's device.
 
-    A token shard is a part of the work: its documents become chunks as `packing` says, and as many chunk shards as they
-    need. The parts may be shared among machines.
+    A token shard is a part of the work: the chunks that begin in it, as `packing` says, and as many chunk shards as
+    they need. The parts may be shared among machines.
     """
 
     autoencoder: Autoencoder
@@ -85,14 +85,35 @@ class ChunkStoreBuild:
 
     def _rows(self, part: int) -> int:
         store, index = self.parts[part]
-        return int(chunk_offsets(store.shard(index).offsets, self.autoencoder.k, self.packing)[-1])
+        if self.packing == "align":
+            return int(chunk_offsets(store.shard(index).offsets, self.autoencoder.k, self.packing)[-1])
+        before, after = (-(-row // self.autoencoder.k) for row in store.rows_of(index))
+        return after - before
+
+    def _text(self, part: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of the chunks of a part, and where the part's documents begin in them, the end included.
+
+        Packed documents run on: the first tokens of a shard may be the end of a chunk that has begun before, and its
+        last chunk may end in the shards that follow.
+        """
+        store, index = self.parts[part]
+        shard = store.shard(index)
+        if self.packing == "align":
+            return shard.columns["tokens"], shard.offsets
+        k, (begin, end) = self.autoencoder.k, store.rows_of(index)
+        first, last = (min(-(-row // k) * k, len(store)) for row in (begin, end))
+        tokens = store.read(first, last - first, ("tokens",))["tokens"]
+        offsets = np.maximum(shard.offsets - (first - begin), 0)
+        offsets[-1] = len(tokens)
+        return tokens, offsets
 
     def _encode_part(self, part: int, encoder: FoldedEncoder, progress: Progress) -> None:
         store, index = self.parts[part]
-        shard, k = store.shard(index), self.autoencoder.k
-        chunks = chunked(shard.columns["tokens"], shard.offsets, k, self.builder.header["pad"], self.packing)
-        starts = chunk_offsets(shard.offsets, k, self.packing)
-        begins = range(0, len(chunks), SHARD_ROWS)
+        names, k = store.shard(index).names, self.autoencoder.k
+        tokens, offsets = self._text(part)
+        chunks = chunked(tokens, offsets, k, self.builder.header["pad"], self.packing)
+        starts = chunk_offsets(offsets, k, self.packing)
+        begins = range(0, max(len(chunks), 1), SHARD_ROWS)  # no chunk begins in a shard of a few tokens
         for piece, begin in enumerate(begins):
             if not self.builder.has(part, piece):
                 rows = range(begin, min(begin + SHARD_ROWS, len(chunks)))
@@ -104,8 +125,8 @@ class ChunkStoreBuild:
                 }
                 path = self.builder.folder / shard_name(store.split, index, piece)
                 metadata = {name: str(value) for name, value in self.builder.header["made_from"].items()}
-                entry = _write(path, columns, shard.names, starts, rows, metadata)
-                first, end = (tokens_before(row, shard.offsets, k, self.packing) for row in (rows.start, rows.stop))
+                entry = _write(path, columns, names, starts, rows, metadata)
+                first, end = (tokens_before(row, offsets, k, self.packing) for row in (rows.start, rows.stop))
                 entry["tokens"] = end - first
                 self.builder.add(part, piece, piece == len(begins) - 1, {store.split: entry})
 
@@ -154,7 +175,7 @@ def source_of_chunks(tokenizer: str, tokens: str, autoencoder: Autoencoder, pack
 def _write(
     path: Path, columns: dict[str, pa.Array], names: pa.Array, starts: np.ndarray, rows: range, metadata: dict[str, str]
 ) -> dict[str, Any]:
-    """Write the chunks `rows` of a token shard, and the sidecar with their documents; the entry in the manifest."""
+    """Write the chunks `rows` of a part, and the sidecar with their documents; the entry in the manifest."""
     document, inside, continues = documents_of(starts, rows)
     columns["document"] = pa.array(document.astype(np.int32))
     sidecar = {
@@ -171,13 +192,16 @@ def _write(
 
 
 def documents_of(starts: np.ndarray, rows: range) -> tuple[np.ndarray, range, bool]:
-    """The documents of the chunks `rows` of a token shard, whose documents begin with the chunks `starts`.
+    """The documents of the chunks `rows` of a part, whose documents begin with the chunks `starts`.
 
     A chunk belongs to the document of its first token. Returns the document of each chunk, counted within the second
     result; the documents of these chunks, one that has begun in the chunks before among them; and whether one has.
     """
-    # With the chunks before and after: a document too short for a chunk of its own goes with the chunk before it.
+    if not rows:
+        return np.empty(0, np.int64), range(len(starts) - 1), False
+    # With the chunks before and after: a document too short for a chunk of its own goes with the chunk before it, or
+    # with the first one of the part.
     around = np.arange(rows.start - 1, rows.stop + 1)
     before, *document, after = np.searchsorted(starts, around, side="right") - 1
-    first, last = document[0], document[-1]
+    first, last = document[0] if rows.start else 0, document[-1]
     return np.array(document) - first, range(int(first), int(max(after, last + 1))), bool(before == first)

@@ -1,7 +1,6 @@
 """A token store read as the chunk store that an autoencoder would make of it: latents are computed as they are read."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from calm_core.autoencoder import Autoencoder
 from calm_core.data.chunks import require_tokenizer, source_of_chunks
 from calm_core.data.encoding import encoded
 from calm_core.data.manifest import source_hash
-from calm_core.data.packing import chunk_offsets
 from calm_core.data.shards import Verify
-from calm_core.data.store import ShardView, TokenStore
+from calm_core.data.store import TokenStore
 from calm_core.folded_encoder import FoldedEncoder
 
 
@@ -60,6 +58,9 @@ class EncodedStore(TokenStore):
         """What stores must have in common to be blended."""
         return {**super().kinship, "autoencoder": self._autoencoder.content_hash}
 
+    def __len__(self) -> int:
+        return -(-super().__len__() // self.k)
+
     def fill(self, start: int, out: Mapping[str, np.ndarray]) -> None:
         """Copy rows from `start` on into the arrays `[count, ...]`, one for each column wanted."""
         tokens = self._chunks(start, len(next(iter(out.values()))))
@@ -67,17 +68,22 @@ class EncodedStore(TokenStore):
         for name, target in out.items():
             target[:] = tokens if name == "tokens" else latents[name]
 
+    def document_ids(self, start: int, count: int) -> np.ndarray:
+        """The documents that rows [start, start + count) begin in: int64 `[count]`, unique within the split."""
+        first, last = self._tokens_of(start, count)
+        return super().document_ids(first, last - first)[:: self.k]
+
+    def token_counts(self, limit: int = 1 << 26) -> np.ndarray:
+        """How often each token id occurs in the first `limit` rows: int64 `[V]`."""
+        return super().token_counts(limit * self.k)
+
     def _chunks(self, start: int, count: int) -> np.ndarray:
-        """The rows [start, start + count), `[count, K]`; pad fills the last one of a shard."""
+        """The rows [start, start + count), `[count, K]`; pad fills the last one of the split."""
         chunks = np.full((count, self.k), self.manifest["pad"], self.shard(0).columns["tokens"].dtype)
-        for done, index, row, taken in self._spans(start, count):
-            tokens = self.shard(index).columns["tokens"][row * self.k : (row + taken) * self.k]
-            chunks[done : done + taken].reshape(-1)[: len(tokens)] = tokens
+        first, last = self._tokens_of(start, count)
+        super().fill(first, {"tokens": chunks.reshape(-1)[: last - first]})
         return chunks
 
-    def _rows_of(self, shard: Mapping[str, Any]) -> int:
-        return -(-shard["tokens"] // self.k)
-
-    def _open(self, index: int) -> ShardView:
-        view = super()._open(index)
-        return replace(view, offsets=chunk_offsets(view.offsets, self.k, self.packing))
+    def _tokens_of(self, start: int, count: int) -> tuple[int, int]:
+        """The first token of rows [start, start + count), and the first one after them."""
+        return start * self.k, min((start + count) * self.k, super().__len__())

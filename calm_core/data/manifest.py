@@ -11,7 +11,7 @@ from typing import Any
 
 from calm_core.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = {"chunks": 2}  # since packed documents run on from shard to shard
 MANIFEST = "manifest.json"
 HASH_BYTES = 16
 PARTIAL = ".partial"
@@ -75,6 +75,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged, it is not valid JSON ({error}): make it again.") from error
 
 
+def format_version(kind: str) -> int:
+    """The version of the format of the artefacts of this kind that is written and read."""
+    return FORMAT_VERSIONS.get(kind, 1)
+
+
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     """The manifest of the finished store of `kind` in `folder`.
 
@@ -86,10 +91,9 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     if manifest.get("kind") != kind:
         raise UserError(f"{folder} is a store of {manifest.get('kind')}, not of {kind}: give the other folder.")
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if (found := manifest.get("format_version")) != format_version(kind):
         raise UserError(
-            f"{folder} has format_version {manifest.get('format_version')}, but this program reads {FORMAT_VERSION}: "
-            "make the store again."
+            f"{folder} has format_version {found}, but this program reads {format_version(kind)}: make the store again."
         )
     return manifest
 

@@ -1,6 +1,7 @@
-"""How the documents of a token shard become chunks of K tokens.
+"""How documents become chunks of K tokens.
 
-`pack`: they run on, and pad fills the last chunk of the shard. `align`: each begins a chunk, and pad fills its last.
+`pack`: they run on, from shard to shard too, so that chunk c of a split holds its tokens from c·K on, whatever the
+shards, and pad fills the last one. `align`: each begins a chunk, and pad fills its last.
 """
 
 from typing import Literal

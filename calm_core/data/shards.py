@@ -81,7 +81,7 @@ def list_column(rows: np.ndarray) -> pa.FixedSizeListArray:
 
 def rows_of(column: pa.FixedSizeListArray) -> np.ndarray:
     """A fixed-size list column as an array `[rows, width]`, a view of the shard."""
-    return column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), -1)
+    return column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), column.type.list_size)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -64,7 +64,7 @@ class Store:
             )
         self.shards: list[dict[str, Any]] = self.manifest["splits"][split]["shards"]
         verify_shards(self.folder, files_of(self.shards), verify)
-        self._starts = [0, *accumulate(map(self._rows_of, self.shards))]
+        self._starts = [0, *accumulate(shard[self.unit] for shard in self.shards)]
         # A shard counts the documents that begin in it; its first one may have begun in the shard before.
         begun = [0, *accumulate(shard["documents"] for shard in self.shards)]
         continued = [*(int(shard.get("continues", False)) for shard in self.shards), 0]
@@ -73,6 +73,10 @@ class Store:
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    def rows_of(self, index: int) -> tuple[int, int]:
+        """The first row of a shard, and the first one after it."""
+        return self._starts[index], self._starts[index + 1]
 
     @property
     def content_hash(self) -> str:
@@ -149,17 +153,17 @@ class Store:
     def token_counts(self, limit: int = 1 << 26) -> np.ndarray:
         """How often each token id occurs in the first `limit` rows, padding aside: int64 `[V]`."""
         counts = np.zeros(self.vocab_size, np.int64)
-        for _, index, _, taken in self._spans(0, min(limit, len(self))):
-            rows = self.shard(index).columns["tokens"].reshape(-1)[: taken * self.k]
-            counts += np.bincount(rows, minlength=self.vocab_size)
+        for _, index, _, taken in self._spans(0, min(limit, self._starts[-1])):
+            tokens = self.shard(index).columns["tokens"][:taken]
+            counts += np.bincount(tokens.reshape(-1), minlength=self.vocab_size)
         if self.padding is not None:
             counts[self.padding] = 0
         return counts
 
     def _spans(self, start: int, count: int) -> Iterable[tuple[int, int, int, int]]:
         """The runs of rows within one shard: (rows before it, shard, first row in the shard, rows)."""
-        if start < 0 or count < 0 or start + count > len(self):
-            raise IndexError(f"rows {start} to {start + count} of {self.folder}, which has {len(self)}")
+        if start < 0 or count < 0 or start + count > self._starts[-1]:
+            raise IndexError(f"rows {start} to {start + count} of {self.folder}, which has {self._starts[-1]}")
         done = 0
         while done < count:
             index = bisect_right(self._starts, start + done) - 1
@@ -167,10 +171,6 @@ class Store:
             taken = min(count - done, self._starts[index + 1] - start - done)
             yield done, index, row, taken
             done += taken
-
-    def _rows_of(self, shard: Mapping[str, Any]) -> int:
-        """The rows of a shard, by its entry in the manifest."""
-        return shard[self.unit]
 
     def _open(self, index: int) -> ShardView:
         raise NotImplementedError

@@ -12,11 +12,8 @@ from calm_core.tokenizer import Tokenizer
 
 
 def tokens_of_text(file: Path, tokenizer: Tokenizer, folder: Path) -> TokenStore:
-    """The documents of a txt, jsonl or parquet file, tokenized into a store below `folder`.
-
-    It has one shard, so that the windows of chunks of every K begin at the same tokens.
-    """
-    build_tokens(DataConfig(corpus=[str(file)], held_out=0.0, shard_bytes=1 << 40), tokenizer, folder / "tokens")
+    """The documents of a txt, jsonl or parquet file, tokenized into a store below `folder`."""
+    build_tokens(DataConfig(corpus=[str(file)], held_out=0.0), tokenizer, folder / "tokens")
     return TokenStore(folder / "tokens", "train")
 
 

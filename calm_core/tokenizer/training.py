@@ -11,8 +11,8 @@ import sentencepiece
 
 from calm_core.config import option
 from calm_core.data.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
+    format_version,
     read_manifest,
     replacing,
     require_same,
@@ -93,7 +93,9 @@ def train_tokenizer(
     except RuntimeError as error:
         raise _sentence(error, config) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path.parent / MANIFEST, {"format_version": FORMAT_VERSION, "kind": KIND, "made_from": dict(made_from)})
+    write_json(
+        path.parent / MANIFEST, {"format_version": format_version(KIND), "kind": KIND, "made_from": dict(made_from)}
+    )
     with replacing(path) as temporary:
         temporary.write_bytes(model.getvalue())
     return SentencePieceTokenizer(model.getvalue())

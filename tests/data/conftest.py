@@ -1,6 +1,7 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,9 +53,14 @@ def tokens(config: DataConfig, tokenizer: Tokenizer, tmp_path_factory: pytest.Te
     return folder
 
 
-def make_autoencoder(tokenizer: Tokenizer) -> Autoencoder:
+@pytest.fixture(scope="session")
+def autoencoder_of() -> Callable[..., Autoencoder]:
+    return make_autoencoder
+
+
+def make_autoencoder(tokenizer: Tokenizer, k: int = 4) -> Autoencoder:
     torch.manual_seed(0)
-    model = Autoencoder(AutoencoderConfig(hidden=16, latent=8), tokenizer.vocab_size, k=4)
+    model = Autoencoder(AutoencoderConfig(hidden=16, latent=8), tokenizer.vocab_size, k)
     model.content_hash, model.tokenizer_hash = "an autoencoder", tokenizer.content_hash
     return model
 

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,10 +13,12 @@ from calm_core.data import chunks as chunk_stores
 from calm_core.data.chunks import build_chunks, documents_of
 from calm_core.data.corpus import sources
 from calm_core.data.documents import Tally, documents
+from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.packing import chunked
 from calm_core.data.records import records
 from calm_core.data.store import ChunkStore, TokenStore
 from calm_core.data.tokens import build_tokens, side
+from calm_core.data.verification import faults
 from calm_core.data.windows import Windows
 from calm_core.errors import UserError
 
@@ -91,12 +94,12 @@ def test_chunk_shards_are_bounded_and_documents_go_on_across_them(tokens, autoen
         assert cut.document_name(number) == whole.document_name(number)
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 5), st.integers(1, 9))
-def test_pieces_of_a_shard_hold_its_documents(lengths, k, rows):
-    offsets = np.cumsum([0, *lengths])
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 5), st.integers(1, 9), st.integers(0, 4))
+def test_pieces_of_a_shard_hold_its_documents(lengths, k, rows, skipped):
+    offsets = np.maximum(np.cumsum([0, *lengths]) - skipped, 0)
     count = -(-offsets[-1] // k)
     found, begun = [], 0
-    for begin in range(0, count, rows):
+    for begin in range(0, max(count, 1), rows):
         document, inside, continues = documents_of(-(-offsets // k), range(begin, min(begin + rows, count)))
         assert inside.start == begun - continues  # none is missed and only one that goes on comes twice
         found += [inside[number] for number in document]
@@ -126,10 +129,10 @@ def test_counts_are_those_of_the_tokens(tokens, tokenizer):
 def test_chunks_are_the_tokens_and_their_latents(tokens, chunks, autoencoder):
     for split in ("train", "held_out"):
         token_store, store = TokenStore(tokens, split), ChunkStore(chunks, split)
-        views = [token_store.shard(index) for index in range(len(token_store.shards))]
-        shards = [chunked(view.columns["tokens"], view.offsets, 4, 0, "pack") for view in views]
+        text, pad = all_tokens(token_store), store.manifest["pad"]
         found = store.read(0, len(store), ("tokens", "mean", "log_std"))
-        assert np.array_equal(found["tokens"], np.concatenate(shards))
+        assert np.array_equal(found["tokens"].ravel(), np.append(text, [pad] * (-len(text) % 4)))
+        assert store.manifest["splits"][split]["tokens"] == len(text)
         with torch.no_grad():
             mean, log_std = autoencoder.encode(torch.from_numpy(found["tokens"].astype(np.int64)))
         np.testing.assert_allclose(found["mean"], mean.numpy(), rtol=2e-3, atol=1e-5)
@@ -139,13 +142,40 @@ def test_chunks_are_the_tokens_and_their_latents(tokens, chunks, autoencoder):
 
 def test_a_chunk_belongs_to_the_document_of_its_first_token(tokens, chunks):
     token_store, store = TokenStore(tokens, "train"), ChunkStore(chunks, "train")
-    first = 0
-    for index, shard in enumerate(token_store.shards):
-        ids = token_store.document_ids(first, shard["tokens"])[::4]
-        begin = sum(shard["rows"] for shard in store.shards[:index])
-        assert np.array_equal(store.document_ids(begin, len(ids)), ids)
-        first += shard["tokens"]
+    assert any(shard["tokens"] % 4 for shard in token_store.shards)  # chunks lie across shards
+    ids = token_store.document_ids(0, len(token_store))[::4]
+    assert np.array_equal(store.document_ids(0, len(store)), ids)
     assert store.document(0) == token_store.document(0)
+    assert store.document_count == token_store.document_count
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8, 64])
+def test_shards_change_no_chunk(config, tokenizer, autoencoder_of, tmp_path, k):
+    """Even where a shard has fewer tokens than a chunk."""
+    texts = ["a", "", "b c", *("word " * n for n in range(1, 30)), "z"]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    stores = []
+    for name, shard_bytes in (("one", 1 << 20), ("many", 1)):
+        data = replace(config, corpus=[str(tmp_path / "corpus.jsonl")], held_out=0.0, shard_bytes=shard_bytes)
+        build_tokens(data, tokenizer, tmp_path / name / "tokens")
+        autoencoder = autoencoder_of(tokenizer, k)
+        build_chunks(tmp_path / name / "tokens", autoencoder, tmp_path / name / "chunks")
+        assert not list(faults(tmp_path / name / "chunks"))
+        stores += [
+            ChunkStore(tmp_path / name / "chunks", "train"),
+            EncodedStore(tmp_path / name / "tokens", "train", autoencoder),
+        ]
+    one, _, many, _ = stores
+    assert len(one.shards) == 1
+    assert len(many.shards) > 20
+    for store in stores:
+        assert len(store) == len(one)
+        assert store.document_count == one.document_count
+        assert np.array_equal(all_tokens(store), all_tokens(one))
+        assert np.array_equal(store.document_ids(0, len(one)), one.document_ids(0, len(one)))
+        assert [store.document_name(number) for number in range(store.document_count)] == [
+            one.document_name(number) for number in range(one.document_count)
+        ]
 
 
 def test_padding_fills_the_last_chunk():

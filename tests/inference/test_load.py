@@ -10,7 +10,7 @@ import torch
 from calm_core import config as configuration
 from calm_core.autoencoder import Autoencoder
 from calm_core.autoencoder_artefact import save_autoencoder
-from calm_core.data.manifest import source_hash, store_hash, write_json
+from calm_core.data.manifest import format_version, source_hash, store_hash, write_json
 from calm_core.errors import UserError
 from calm_core.experiment import Experiment
 from calm_core.inference.generate import generate
@@ -45,7 +45,10 @@ def run(topology: Topology, loaded: Loaded, spoken_path: Path, tmp_path_factory:
     frozen_hash = save_autoencoder(loaded.autoencoder, run / "autoencoder" / "frozen", tokenizer_hash, {})
     made_from = {"tokenizer": tokenizer_hash, "autoencoder": frozen_hash}
     (run / "chunks").mkdir()
-    write_json(run / "chunks" / "manifest.json", {"kind": "chunks", "format_version": 1, "made_from": made_from})
+    write_json(
+        run / "chunks" / "manifest.json",
+        {"kind": "chunks", "format_version": format_version("chunks"), "made_from": made_from},
+    )
     identity = {"model": asdict(loaded.shape), "data": source_hash(made_from), "positions": 40}
     state = {"config": configuration.to_dict(experiment), "identity": identity, "updates": 0}
     (run / "calm" / "checkpoints").mkdir(parents=True)
