@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
+from browser import check_that_it_draws, figures
 from known_law import LAW
 
 from calm_core.data.manifest import write_json
@@ -56,12 +57,31 @@ def test_isoflop_minima_grow_with_compute(study: ScalingConfig, rows: list[Row])
     assert sizes == sorted(sizes)
 
 
-def test_the_figures_and_the_text(study: ScalingConfig, rows: list[Row]) -> None:
+@pytest.fixture
+def fitted(study: ScalingConfig, rows: list[Row]) -> ScalingConfig:
+    """The study with its results and laws on disk."""
     study = replace(study, fit=replace(study.fit, measures=["brier_1"]))
     Path(study.run).mkdir()
     write_results(rows, results_path(study))
     write_json(Path(study.run) / LAWS, analyse(study, rows))
-    assert "joint law of CALM" in write_scaling_page(study).read_text()
+    return study
+
+
+def test_the_page_shows_every_point_and_opens_in_a_browser(
+    fitted: ScalingConfig, rows: list[Row], tmp_path: Path
+) -> None:
+    page = write_scaling_page(fitted)
+    assert "joint law of CALM" in page.read_text()
+    shown = figures(page)
+    for family, name in (("ar", "AR"), ("k2", "CALM K=2"), ("k4", "CALM K=4")):
+        own = sorted((row for row in rows if row["family"] == family), key=lambda row: row["flops"])
+        [trace] = [trace for trace in shown["compute-brier_1"]["data"] if trace.get("name") == name]
+        assert (trace["x"], trace["y"]) == ([row["flops"] for row in own], [row["brier_1"] for row in own])
+    check_that_it_draws(page, tmp_path / "profile")
+
+
+def test_the_figures_and_the_text(fitted: ScalingConfig, rows: list[Row]) -> None:
+    study = fitted
     paths = draw_study(study)
     assert {path.name for path in paths} >= {"compute_brier_1.png", "isoflop_brier_1.svg", "k_brier_1.png"}
     assert all(path.stat().st_size > 5_000 for path in paths)

@@ -1,10 +1,12 @@
 """A page as headless Chromium shows it."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,3 +34,25 @@ def opened(page: Path, profile: Path) -> tuple[str, list[str]]:
     command = [chromium, *FLAGS, f"--user-data-dir={profile}", "--dump-dom", page.absolute().as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout, re.findall(r"CONSOLE.*", done.stderr)
+
+
+def figures(page: Path) -> dict[str, Any]:
+    """What the page draws, by the names of its figures."""
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def check_that_it_draws(page: Path, profile: Path) -> None:
+    """Open the page: every figure is drawn, nothing is fetched, and nothing is complained of."""
+    dom, console = opened(page, profile)
+    assert console == []
+    named = figures(page)
+    assert named
+    for name, figure in named.items():
+        assert figure["data"], name
+        assert re.search(
+            rf'id="{name}"[^>]*class="[^"]*js-plotly-plot|class="[^"]*js-plotly-plot[^"]*" id="{name}"', dom
+        ), name
+    assert dom.count('class="main-svg"') >= len(named)
+    assert 'src="http' not in dom
