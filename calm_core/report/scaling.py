@@ -7,6 +7,7 @@ import numpy as np
 
 from calm_core.data.manifest import read_json
 from calm_core.report.page import Figure, Section, Table, Text, Trace, write_page
+from calm_core.scaling.analysis import law_curve
 from calm_core.scaling.config import ScalingConfig
 from calm_core.scaling.figures import PUBLISHED, best_of_families, family_name, measure_title, of_family
 from calm_core.scaling.plan import plan_table
@@ -24,7 +25,10 @@ def write_scaling_page(config: ScalingConfig) -> Path:
     rows = read_results(results_path(config))
     laws = read_json(Path(config.run) / LAWS)
     sections = [
-        Section(measure_title(measure), _figures(config, known, measure) if known else [Text("No point has it.", True)])
+        Section(
+            measure_title(measure),
+            _figures(config, known, laws[measure], measure) if known else [Text("No point has it.", True)],
+        )
         for measure in config.fit.measures
         for known in [[row for row in rows if row[measure] is not None]]
     ]
@@ -38,9 +42,12 @@ def write_scaling_page(config: ScalingConfig) -> Path:
     return page
 
 
-def _figures(config: ScalingConfig, rows: list[Row], measure: str) -> list[Figure]:
+def _figures(config: ScalingConfig, rows: list[Row], laws: dict[str, Any], measure: str) -> list[Figure]:
     title = measure_title(measure)
     compute = [_trace(of_family(rows, f), "flops", measure, family_name(f)) for f in families(config)]
+    for family in families(config):
+        curve = law_curve(laws["compute"][family], measure, [row["flops"] for row in of_family(rows, family)])
+        compute += [Trace(f"law of {family_name(family)}", *(x.tolist() for x in curve))] if curve else []
     if measure == "brier_lm":
         compute += [Trace(name, *points, points=True) for name, points in PUBLISHED.items()]
     figures = [Figure(f"compute-{measure}", f"{title} against training FLOPs", "FLOPs", compute, log_x=True)]
@@ -59,10 +66,11 @@ def _figures(config: ScalingConfig, rows: list[Row], measure: str) -> list[Figur
     equal = []
     for budget in budgets:
         best = best_of_families(config, rows, budget, measure)
-        calm = sorted((row for family, row in best.items() if family != BASELINE), key=lambda row: row["k"])
+        calm = [row for family, row in best.items() if family != BASELINE]
         label = f"{np.mean([row['flops'] for row in best.values()]):.2g} FLOPs"
-        equal += [_trace(calm, "k", measure, label)] if calm else []
-    return [*figures, Figure(f"k-{measure}", f"CALM: {title} over K at equal FLOPs", "K", equal, log_x=True)]
+        equal += [_trace(calm, "k", measure, f"CALM, {label}")] if calm else []
+        equal += [_trace([best[BASELINE]], "k", measure, f"AR, {label}")] if BASELINE in best else []
+    return [*figures, Figure(f"k-{measure}", f"{title} over K at equal FLOPs", "K", equal, log_x=True)]
 
 
 def _trace(rows: list[Row], x: str, measure: str, name: str) -> Trace:

@@ -1,7 +1,8 @@
 """The laws of a study: over compute, jointly over size, data and K, isoFLOP minima, the best model for a budget."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from calm_core.scaling.points import BASELINE, families, model_size, shape_of
 from calm_core.scaling.results import Row
 
 DEEPEST = 256  # the ladder's rungs that a prediction looks at
-FEWEST_DRAWS = 15  # resamplings below which there is no interval
+BEST = {"cross_entropy": 0.0, "brier_lm": 100.0}  # of what a measure says; of Brier-n it is 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def losses(rows: Iterable[Row], measure: str) -> Losses:
 
     BrierLM is there only where it is significant; Brier-n is taken as measured, never clamped.
     """
-    best = {"cross_entropy": 0.0, "brier_lm": 100.0}.get(measure, 1.0)
+    best = BEST.get(measure, 1.0)
     sign = 1.0 if measure == "cross_entropy" else -1.0
     known = [row for row in rows if row[measure] is not None and row[f"{measure}_error"]]
 
@@ -71,15 +72,24 @@ def losses(rows: Iterable[Row], measure: str) -> Losses:
     )
 
 
-def frontier(data: Losses) -> Array:
-    """Indices of the rows that no row of at most their compute beats."""
-    order = np.lexsort((data.loss, data.flops))
-    kept, best = [], np.inf
-    for row in order:
-        if data.loss[row] < best:
-            best = data.loss[row]
-            kept.append(row)
-    return np.array(kept, int)
+def of_measure(loss: Array, measure: str) -> Array:
+    """The measure where this much is lost of it: the way back from `losses`."""
+    return loss if measure == "cross_entropy" else BEST.get(measure, 1.0) - loss
+
+
+def best_of_budgets(data: Losses) -> Losses:
+    """The best model of each budget, the smallest first; the seeds of a model are averaged before."""
+    groups: dict[tuple[int, float, float], list[int]] = defaultdict(list)
+    for row, key in enumerate(zip(data.budget.tolist(), data.k.tolist(), data.size.tolist(), strict=True)):
+        groups[key].append(row)
+    best: dict[int, tuple[float, float, int]] = {}
+    for (budget, *_), rows in groups.items():
+        mean = float(data.loss[rows].mean())
+        if budget not in best or mean < best[budget][0]:
+            best[budget] = mean, float(np.sqrt(np.square(data.error[rows]).sum()) / len(rows)), rows[0]
+    chosen = [best[budget] for budget in sorted(best)]
+    loss, error = (np.array([one[i] for one in chosen], float) for i in (0, 1))
+    return replace(data.at(np.array([row for *_, row in chosen], int)), loss=loss, error=error)
 
 
 def analyse(config: ScalingConfig, rows: list[Row]) -> dict[str, Any]:
@@ -96,7 +106,7 @@ def _of_measure(config: ScalingConfig, rows: list[Row], measure: str) -> dict[st
         groups["AR"] = (by_family[BASELINE], [BASELINE])
     return {
         "compute": {family: _attempt(partial(_compute_law, config, data)) for family, data in by_family.items()},
-        "isoflop": {family: _attempt(partial(_isoflop, data)) for family, data in by_family.items()},
+        "isoflop": {family: _attempt(partial(_isoflop, config, data)) for family, data in by_family.items()},
         "joint": {name: _attempt(partial(_joint_law, config, *group)) for name, group in groups.items()},
     }
 
@@ -108,60 +118,82 @@ def _attempt(fit: Callable[[], Any]) -> dict[str, Any]:
         return {"missing": str(missing)}
 
 
-def _compute_law(config: ScalingConfig, data: Losses) -> dict[str, Any]:
-    """Loss of the best models against compute."""
+def law_curve(law: dict[str, Any], measure: str, flops_of_points: Sequence[float]) -> tuple[Array, Array] | None:
+    """A law over compute, as `analyse` gives it, over the range of the points: FLOPs and measure, `[50]` each."""
+    if "missing" in law or not flops_of_points:
+        return None
+    parameters = {name: found["value"] for name, found in law["parameters"].items()}
+    compute = np.geomspace(min(flops_of_points), max(flops_of_points), 50)
+    return compute, of_measure(PowerLaw(**parameters, **law["references"])(compute), measure)
 
-    def fit(chosen: Losses, near: PowerLaw | None = None) -> PowerLaw:
-        best = chosen.at(frontier(chosen))
-        return fit_power_law(best.flops, best.loss, best.error, near)
+
+def _compute_law(config: ScalingConfig, data: Losses) -> dict[str, Any]:
+    """Loss of the best model of each budget against compute."""
+
+    def fit(of: Losses, near: PowerLaw | None = None) -> PowerLaw:
+        return fit_power_law(of.flops, of.loss, of.error, near)
 
     def predict(law: PowerLaw, of: Losses) -> Array:
         return law(of.flops)
 
-    law = fit(data)
-    draws = bootstrap(lambda rows: fit(data.at(rows), law), data.model, config.fit.draws)
-    return _named(law, draws, config.fit.confidence) | {
-        "points": len(frontier(data)),
-        "held_out": _held_out(data, fit, predict, best_only=True),
+    best = best_of_budgets(data)
+    law = fit(best)
+    return _named(config, law, _resampled(config, law, best, fit, predict)) | {
+        "points": len(best.model),
+        "held_out": _held_out(best, fit, predict),
     }
 
 
 def _joint_law(config: ScalingConfig, data: Losses, of: list[str]) -> dict[str, Any]:
     """Loss against N, D and K, and the best model that it foretells for budgets."""
 
-    def fit(chosen: Losses, near: JointLaw | None = None) -> JointLaw:
-        return fit_joint(chosen.size, chosen.tokens, chosen.k, chosen.loss, chosen.error, near)
+    def fit(of: Losses, near: JointLaw | None = None) -> JointLaw:
+        return fit_joint(of.size, of.tokens, of.k, of.loss, of.error, near)
 
     def predict(law: JointLaw, of: Losses) -> Array:
         return law(of.size, of.tokens, of.k)
 
     law = fit(data)
-    draws = bootstrap(lambda rows: fit(data.at(rows), law), data.model, config.fit.draws)
+    draws = _resampled(config, law, data, fit, predict)
     budgets = config.fit.predict or [10 * float(data.flops.max())]
     held_out = _held_out(data, fit, predict)
-    return _named(law, draws, config.fit.confidence) | {
+    return _named(config, law, draws) | {
         "points": len(data.model),
         "held_out": held_out,
         "predictions": [best_model(config, law, draws, of, budget) | {"held_out": held_out} for budget in budgets],
     }
 
 
-def _named(law: PowerLaw | JointLaw, draws: list[Any], confidence: float) -> dict[str, Any]:
-    """Parameters with their intervals; an interval is None where too few resamplings determined the form."""
-    enough = len(draws) >= FEWEST_DRAWS
+def _resampled(
+    config: ScalingConfig,
+    law: Any,
+    data: Losses,
+    fit: Callable[[Losses, Any], Any],
+    predict: Callable[[Any, Losses], Array],
+) -> list[Any]:
+    """Laws of the losses as they might have been."""
+
+    def refit(loss: Array) -> Any:
+        return fit(replace(data, loss=loss), law)
+
+    return bootstrap(refit, predict(law, data), data.loss, data.error, data.model, config.fit.draws)
+
+
+def _named(config: ScalingConfig, law: PowerLaw | JointLaw, draws: list[Any]) -> dict[str, Any]:
+    """Parameters with their intervals, and which of them the points leave open."""
     parameters = {
         name: {
             "value": value,
-            "interval": interval([draw.parameters[name] for draw in draws], confidence) if enough else None,
+            "interval": interval([draw.parameters[name] for draw in draws], config.fit.confidence),
         }
         for name, value in law.parameters.items()
     }
     references = {name: value for name, value in vars(law).items() if name.endswith("reference")}
-    return {"parameters": parameters, "references": references, "resamplings": len(draws)}
+    return {"parameters": parameters, "references": references, "undetermined": law.undetermined}
 
 
 def _held_out(
-    data: Losses, fit: Callable[[Losses], Any], predict: Callable[[Any, Losses], Array], best_only: bool = False
+    data: Losses, fit: Callable[[Losses], Any], predict: Callable[[Any, Losses], Array]
 ) -> dict[str, float] | None:
     """How far a law fitted without the largest budget misses there, on average and in standard errors."""
     last = data.budget == data.budget.max()
@@ -172,23 +204,33 @@ def _held_out(
     except TooFewError:
         return None
     unseen = data.at(np.flatnonzero(last))
-    if best_only:
-        unseen = unseen.at(frontier(unseen))
     missed = predict(law, unseen) - unseen.loss
     return {"error": float(np.abs(missed).mean()), "in_standard_errors": float(np.abs(missed / unseen.error).mean())}
 
 
-def _isoflop(data: Losses) -> dict[str, Any]:
-    """The size with the least loss at each budget: the minimum of a parabola in log N through the losses."""
+def _isoflop(config: ScalingConfig, data: Losses) -> dict[str, Any]:
+    """The size with the least loss at each budget, by a parabola in log N; intervals by losses drawn anew."""
+    if config.grid.budget != "flops":
+        raise TooFewError("the budgets are tokens (grid.budget): models of a budget differ in compute.")
+    generator = np.random.default_rng(0)
     minima = []
     for budget in np.unique(data.budget):
         at = data.at(np.flatnonzero(data.budget == budget))
         if len(np.unique(at.size)) < 3:
             continue
-        curvature, slope, _ = np.polyfit(np.log(at.size), at.loss, 2, w=1 / at.error)
-        inside = curvature > 0 and np.log(at.size.min()) <= -slope / (2 * curvature) <= np.log(at.size.max())
-        best = float(np.exp(-slope / (2 * curvature))) if inside else None
-        minima.append({"flops": float(at.flops.mean()), "size": best})
+        drawn = [
+            _minimum(replace(at, loss=at.loss + generator.standard_normal(len(at.loss)) * at.error))
+            for _ in range(config.fit.draws)
+        ]
+        inside = [size for size in drawn if size is not None]
+        sure = len(inside) >= config.fit.confidence * len(drawn)
+        minima.append(
+            {
+                "flops": float(at.flops.mean()),
+                "size": _minimum(at),
+                "interval": interval(inside, config.fit.confidence) if sure else None,
+            }
+        )
     if not minima:
         raise TooFewError("no budget has 3 sizes: isoFLOP curves need at least 3.")
     known = [(m["flops"], m["size"]) for m in minima if m["size"] is not None]
@@ -196,12 +238,25 @@ def _isoflop(data: Losses) -> dict[str, Any]:
     return {"minima": minima, "size_exponent": growth}
 
 
+def _minimum(at: Losses) -> float | None:
+    """Where a parabola in log N through the losses of one budget is least; None where that is outside the sizes."""
+    curvature, slope, _ = np.polyfit(np.log(at.size), at.loss, 2, w=1 / at.error)
+    if curvature <= 0 or not np.log(at.size.min()) <= -slope / (2 * curvature) <= np.log(at.size.max()):
+        return None
+    return float(np.exp(-slope / (2 * curvature)))
+
+
 def best_model(
     config: ScalingConfig, law: JointLaw, draws: list[JointLaw], of: list[str], budget: float
 ) -> dict[str, Any]:
-    """The family and rung of least loss that `budget` training FLOPs can pay, with its tokens and the loss foretold."""
+    """The family and rung of least loss that `budget` training FLOPs can pay, with its tokens and the loss foretold.
+
+    `interval` is of that model's loss, `size_interval` of the size that the resampled laws choose. `edge` says that
+    it is the smallest or largest rung looked at, where the law knows no best.
+    """
+    depths = _depths()
     candidates = [
-        (family, depth, *_size_and_tokens(config, family, depth, budget)) for family in of for depth in _depths()
+        (family, depth, *_size_and_tokens(config, family, depth, budget)) for family in of for depth in depths
     ]
     size, tokens = (np.array([c[i] for c in candidates], float) for i in (2, 3))
     k = np.array([shape_of(config, c[0], c[1]).k for c in candidates], float)
@@ -209,7 +264,8 @@ def best_model(
     best = int(np.argmin(foretold))
     family, depth, *_ = candidates[best]
     spread = [float(draw(size[best], tokens[best], k[best])) for draw in draws]
-    choices = [candidates[int(np.argmin(draw(size, tokens, k)))][0] for draw in draws]
+    choices = [int(np.argmin(draw(size, tokens, k))) for draw in draws]
+    families_chosen = [candidates[choice][0] for choice in choices]
     return {
         "flops": budget,
         "family": family,
@@ -217,8 +273,10 @@ def best_model(
         "size": int(size[best]),
         "tokens": int(tokens[best]),
         "loss": float(foretold[best]),
-        "interval": interval(spread, config.fit.confidence) if len(spread) >= FEWEST_DRAWS else None,
-        "families_of_resamplings": {f: choices.count(f) / len(choices) for f in of} if choices else {},
+        "interval": interval(spread, config.fit.confidence),
+        "size_interval": interval([size[choice] for choice in choices], config.fit.confidence),
+        "edge": depth in (depths[0], depths[-1]),
+        "families_of_resamplings": {f: families_chosen.count(f) / len(draws) for f in of},
     }
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from calm_core.data.manifest import read_json, replacing
 from calm_core.errors import UserError
 from calm_core.plots import style
-from calm_core.scaling.analysis import frontier, losses
+from calm_core.scaling.analysis import law_curve
 from calm_core.scaling.config import ScalingConfig
 from calm_core.scaling.points import BASELINE, families
 from calm_core.scaling.report import LAWS
@@ -48,7 +48,7 @@ def draw_study(config: ScalingConfig) -> list[Path]:
 
 
 def _performance(config: ScalingConfig, rows: list[Row], laws: Mapping[str, Any], measure: str) -> Figure:
-    """Performance against training compute: every point, the best of each family joined, published models beside."""
+    """Performance against training compute: every point, the law of each family, published models beside."""
     figure, axes = _axes(f"{measure_title(measure)} against training compute", "training FLOPs", measure_title(measure))
     axes.set_xscale("log")
     for number, family in enumerate(families(config)):
@@ -57,9 +57,8 @@ def _performance(config: ScalingConfig, rows: list[Row], laws: Mapping[str, Any]
             continue
         color = f"C{number}"
         axes.errorbar(*_columns(own, measure), fmt="o", color=color, alpha=0.5, markersize=4, label=family_name(family))
-        data = losses(own, measure)
-        best = [own[i] for i in frontier(data)] if len(data.model) == len(own) else own
-        axes.plot([row["flops"] for row in best], [row[measure] for row in best], color=color)
+        if (curve := law_curve(laws["compute"][family], measure, [row["flops"] for row in own])) is not None:
+            axes.plot(*curve, color=color)
     if measure == "brier_lm":
         for (name, (compute, score)), marker in zip(PUBLISHED.items(), ("s", "D"), strict=True):
             axes.plot(compute, score, marker=marker, color="tab:gray", linestyle="--", label=name)

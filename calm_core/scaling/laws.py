@@ -7,7 +7,7 @@ Residuals are divided by the standard errors of the losses and pass through a so
 wrong does not bend the law. Floor and scales are not negative. numpy and scipy alone; proven on laws that are known.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,9 @@ Array = NDArray[np.float64]
 EXPONENTS = np.geomspace(0.02, 2.0, 13)  # where the search begins
 K_EXPONENTS = np.linspace(-0.5, 1.5, 5)
 MOST = 4.0  # a larger exponent is a step, not a law
+
+
+EDGE = 1e-4  # as near to an end of its range a parameter counts as lying there, relative to 1 or to the losses
 
 
 class TooFewError(ValueError):
@@ -42,6 +45,11 @@ class PowerLaw:
     def parameters(self) -> dict[str, float]:
         """What an interval can be given for."""
         return {"floor": self.floor, "scale": self.scale, "exponent": self.exponent}
+
+    @property
+    def undetermined(self) -> list[str]:
+        """The parameters at an end of what the fit allows: the points do not say where they lie."""
+        return _at_ends(self.parameters, exponents=("exponent",), typical=self.floor + self.scale)
 
 
 @dataclass(frozen=True)
@@ -69,15 +77,24 @@ class JointLaw:
         names = ("floor", "a", "alpha", "b", "beta", "k_exponent")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def undetermined(self) -> list[str]:
+        """The parameters at an end of what the fit allows: the points do not say where they lie."""
+        parameters = {name: value for name, value in self.parameters.items() if name != "k_exponent"}
+        ends = _at_ends(parameters, exponents=("alpha", "beta"), typical=self.floor + self.a + self.b)
+        return [*ends, *(["k_exponent"] if abs(self.k_exponent) > MOST - EDGE else [])]
+
 
 def fit_power_law(x: Array, loss: Array, error: Array, near: PowerLaw | None = None) -> PowerLaw:
-    """The power law through losses `[n]` with standard errors `[n]` at `x` `[n]`; the search may begin `near` another.
+    """The power law through losses `[n]` with standard errors `[n]` at `x` `[n]`.
+
+    The search may begin `near` another law, whose reference is kept: only then are the scales of two laws comparable.
 
     Raises:
         TooFewError: with fewer than 4 different `x`, one more than the law has parameters.
     """
     _require(x, 4, "values of compute")
-    reference = _middle(x)
+    reference = _middle(x) if near is None else near.reference
     scaled = x / reference
 
     def columns(exponents: Array) -> Array:
@@ -89,7 +106,7 @@ def fit_power_law(x: Array, loss: Array, error: Array, near: PowerLaw | None = N
 
 
 def fit_joint(n: Array, d: Array, k: Array, loss: Array, error: Array, near: JointLaw | None = None) -> JointLaw:
-    """The joint law through losses `[n]` with standard errors `[n]` of models of N, D and K `[n]`.
+    """The joint law through losses `[n]` with standard errors `[n]` of models of N, D and K `[n]`; `near` as above.
 
     Raises:
         TooFewError: if no K has 3 sizes, with fewer than 3 numbers of tokens, or no more points than parameters.
@@ -100,7 +117,7 @@ def fit_joint(n: Array, d: Array, k: Array, loss: Array, error: Array, near: Joi
     several = len(values) > 1
     if len(loss) <= 5 + several:
         raise TooFewError(f"{len(loss)} points for {5 + several} parameters: at least one more point is needed.")
-    n_reference, d_reference = _middle(n), _middle(d)
+    n_reference, d_reference = (_middle(n), _middle(d)) if near is None else (near.n_reference, near.d_reference)
 
     def columns(exponents: Array) -> Array:
         alpha, beta, k_exponent = exponents if several else (*exponents, 0.0)
@@ -119,27 +136,33 @@ def fit_joint(n: Array, d: Array, k: Array, loss: Array, error: Array, near: Joi
 
 
 def bootstrap(
-    fit: Callable[[Array], PowerLaw | JointLaw], clusters: Sequence[str], draws: int, seed: int = 0
+    refit: Callable[[Array], PowerLaw | JointLaw],
+    fitted: Array,
+    loss: Array,
+    error: Array,
+    runs: Sequence[str],
+    draws: int,
+    seed: int = 0,
 ) -> list[PowerLaw | JointLaw]:
-    """Laws fitted to resampled runs.
+    """Laws of losses as they might have been: a wild bootstrap, by runs.
+
+    A draw moves the losses of a run away from the law by its residuals times one standard normal number: what is
+    peculiar to a run, its seed included, is common to its rows. A residual counts as at least a standard error, since
+    a law that goes through its points has not made them exact. All points stay, so that every draw determines the form.
 
     Args:
-        fit: the law of the rows with these indices `[m]`.
-        clusters: the run that each row comes from; the rows of a run stay together.
-        draws: resamplings; those that no longer determine the form are left out.
-        seed: of the resampling.
+        refit: the law through losses `[n]` at the same points.
+        fitted: the law's losses `[n]`.
+        loss: measured.
+        error: their standard errors.
+        runs: the run of each.
+        draws: how many laws.
+        seed: of the normal numbers.
     """
     generator = np.random.default_rng(seed)
-    names = np.array(clusters)
-    runs = [np.flatnonzero(names == name) for name in np.unique(names)]
-    laws = []
-    for _ in range(draws):
-        chosen = generator.integers(len(runs), size=len(runs))
-        try:
-            laws.append(fit(np.concatenate([runs[index] for index in chosen])))
-        except TooFewError:
-            continue
-    return laws
+    residual = np.where(loss < fitted, -1.0, 1.0) * np.maximum(np.abs(loss - fitted), error)
+    names, of_run = np.unique(runs, return_inverse=True)
+    return [refit(fitted + generator.standard_normal(len(names))[of_run] * residual) for _ in range(draws)]
 
 
 def interval(values: Sequence[float], confidence: float) -> tuple[float, float]:
@@ -173,6 +196,15 @@ def _fit(
     start = np.clip([*(first[best] / typical), *grid[best]], np.array(low) + 1e-9, np.minimum(high, 1e9))
     found = least_squares(misfit, start, bounds=(low, high), loss="soft_l1", x_scale="jac", max_nfev=300).x
     return found[:count] * typical, found[count:]
+
+
+def _at_ends(parameters: Mapping[str, float], exponents: Sequence[str], typical: float) -> list[str]:
+    """Exponents at 0 or at `MOST`; floor and scales at 0, next to `typical` losses."""
+    return [
+        name
+        for name, value in parameters.items()
+        if (not EDGE < value < MOST - EDGE if name in exponents else value < EDGE * typical)
+    ]
 
 
 def _middle(values: Array) -> float:

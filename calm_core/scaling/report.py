@@ -1,6 +1,6 @@
 """The laws of a study in words and numbers: RUN/laws.json, and a text for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,19 @@ def _compute(laws: Mapping[str, Any]) -> list[str]:
             *(_parameter(law["parameters"][name]) for name in ("exponent", "floor")),
             str(law["points"]),
             _missed(law["held_out"]),
+            ", ".join(law["undetermined"]),
         ]
         for family, law in laws["compute"].items()
         if "missing" not in law
     ]
-    head = ["best models against compute", "exponent", "floor", "points", "error at the largest budget, held out"]
+    head = [
+        "best models against compute",
+        "exponent",
+        "floor",
+        "points",
+        "error at the largest budget, held out",
+        "left open",
+    ]
     missing = [f"{family}: no law, {law['missing']}" for family, law in laws["compute"].items() if "missing" in law]
     return [*(table(head, rows) if rows else []), *missing]
 
@@ -64,7 +72,8 @@ def _isoflop(laws: Mapping[str, Any]) -> list[str]:
             lines.append(f"isoFLOP {family}: no minimum, {found['missing']}")
             continue
         minima = ", ".join(
-            f"{m['flops']:.3g} FLOPs: " + (f"N = {m['size']:.3g}" if m["size"] else "outside the sizes")
+            f"{m['flops']:.3g} FLOPs: "
+            + (f"N = {m['size']:.3g}{_spread(m['interval'])}" if m["size"] else "none inside")
             for m in found["minima"]
         )
         growth = f"; N ~ C^{found['size_exponent']:.2f}" if found["size_exponent"] is not None else ""
@@ -77,19 +86,27 @@ def _joint(name: str, law: Mapping[str, Any]) -> list[str]:
         return [f"joint law of {name}: none, {law['missing']}"]
     parameters = ", ".join(f"{key} {_parameter(value)}" for key, value in law["parameters"].items())
     lines = [f"joint law of {name}, {law['points']} points: {parameters}; held-out error {_missed(law['held_out'])}"]
+    if law["undetermined"]:
+        lines.append(f"  these points leave open: {', '.join(law['undetermined'])} (at an end of what the fit allows)")
     for best in law["predictions"]:
-        spread = f" [{best['interval'][0]:.4g}, {best['interval'][1]:.4g}]" if best["interval"] else ""
+        shares = ", ".join(f"{family} {share:.0%}" for family, share in best["families_of_resamplings"].items())
         lines.append(
-            f"  best for {best['flops']:.3g} FLOPs: {best['family']} of {best['depth']} layers, N = {best['size']:,}, "
-            f"{best['tokens']:,} tokens, loss {best['loss']:.4g}{spread}; "
+            f"  best for {best['flops']:.3g} FLOPs: {best['family']} of {best['depth']} layers, N = {best['size']:,}"
+            f"{_spread(best['size_interval'])}, {best['tokens']:,} tokens, loss {best['loss']:.4g}"
+            f"{_spread(best['interval'])}; chosen by the resampled laws: {shares}; "
             f"extrapolation error so far: {_missed(best['held_out'])}"
         )
+        if best["edge"]:
+            lines.append("  that is the end of the ladder: the law knows no best size for this budget")
     return lines
 
 
 def _parameter(found: Mapping[str, Any]) -> str:
-    spread = found["interval"]
-    return f"{found['value']:.3g}" + (f" [{spread[0]:.3g}, {spread[1]:.3g}]" if spread else " [no interval]")
+    return f"{found['value']:.3g}{_spread(found['interval'])}"
+
+
+def _spread(interval: Sequence[float] | None) -> str:
+    return f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else " [no interval]"
 
 
 def _missed(held_out: Mapping[str, float] | None) -> str:

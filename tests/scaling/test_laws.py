@@ -33,21 +33,52 @@ def test_a_run_that_went_wrong_does_not_bend_the_law() -> None:
     assert fit_power_law(x, loss, np.full(12, 1e-3)).exponent == pytest.approx(0.3, abs=0.03)
 
 
-def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+@pytest.mark.parametrize("common", [0.0, 0.8])
+def test_intervals_cover_the_truth_about_as_often_as_they_say(common: float) -> None:
+    """Whether the points go astray each by itself or, for the most part, all of a run alike."""
     law = PowerLaw(floor=0.7, scale=0.1, exponent=0.3, reference=1e18)
     generator = np.random.default_rng(0)
-    covered = 0
-    for trial in range(20):
-        x = np.repeat(np.geomspace(1e17, 1e21, 10), 3)
-        loss = law(x) + generator.normal(0, 2e-3, x.size)
+    x, runs = np.geomspace(1e16, 1e21, 30), [f"run {number // 3}" for number in range(30)]
+    error, covered = np.full(x.size, 1e-3), 0
+    for trial in range(30):
+        noise = common**0.5 * np.repeat(generator.standard_normal(10), 3)
+        loss = law(x) + 2e-3 * (noise + (1 - common) ** 0.5 * generator.standard_normal(30))
+        found = fit_power_law(x, loss, error)
 
-        def fit(rows: np.ndarray, x: np.ndarray = x, loss: np.ndarray = loss) -> PowerLaw:
-            return fit_power_law(x[rows], loss[rows], np.full(rows.size, 2e-3))
+        def refit(loss: np.ndarray, near: PowerLaw = found) -> PowerLaw:
+            return fit_power_law(x, loss, error, near)
 
-        laws = bootstrap(fit, [str(i) for i in range(x.size)], draws=60, seed=trial)
-        low, high = interval([found.exponent for found in laws], 0.9)
+        laws = bootstrap(refit, found(x), loss, error, runs, draws=60, seed=trial)
+        assert {one.reference for one in laws} == {found.reference}
+        low, high = interval([one.exponent for one in laws], 0.9)
         covered += low <= 0.3 <= high
-    assert 14 <= covered <= 20
+    assert 22 <= covered <= 30  # 27 of 30 on average
+
+
+def test_a_law_through_its_points_is_as_uncertain_as_they_are() -> None:
+    law = PowerLaw(floor=0.7, scale=0.1, exponent=0.3, reference=1e18)
+    x = np.geomspace(1e16, 1e21, 30)
+
+    def width(error: float) -> float:
+        errors = np.full(x.size, error)
+        laws = bootstrap(
+            lambda loss: fit_power_law(x, loss, errors, law), law(x), law(x), errors, [str(i) for i in x], draws=40
+        )
+        low, high = interval([one.exponent for one in laws], 0.9)
+        return high - low
+
+    assert 5 < width(1e-3) / width(1e-4) < 20
+
+
+def test_parameters_that_the_points_leave_open_are_named() -> None:
+    x = np.geomspace(1e17, 1e20, 12)
+    flat = fit_power_law(x, 0.8 + 0.01 * np.cos(np.arange(12.0)), np.full(12, 1e-3))
+    assert {"exponent", "scale", "floor"} & set(flat.undetermined)
+    law = PowerLaw(floor=0.7, scale=0.1, exponent=0.3, reference=1e18)
+    assert fit_power_law(x, law(x), np.full(12, 1e-3)).undetermined == []
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e9, 4), np.geomspace(1e9, 1e11, 4)))
+    only_data = 0.6 + 0.1 * (d / 1e10) ** -0.3
+    assert {"a", "alpha"} & set(fit_joint(n, d, n * 0 + 4, only_data, np.full(n.size, 1e-3)).undetermined)
 
 
 def test_too_few_points_are_no_law() -> None:
