@@ -20,7 +20,7 @@ import torch
 from calm_core.autoencoder import Autoencoder, AutoencoderConfig
 from calm_core.data.blend import Blend
 from calm_core.data.encoded_store import EncodedStore
-from calm_core.data.manifest import FORMAT_VERSION, write_json
+from calm_core.data.manifest import format_version, write_json
 from calm_core.data.order import SampleOrder
 from calm_core.data.samples import Samples
 from calm_core.data.shards import list_column, write_shard
@@ -156,7 +156,7 @@ def make_tokens(folder: Path, tokens: int) -> None:
 
 def make_manifest(folder: Path, kind: str, shards: list[dict], **properties: object) -> None:
     """Finish a store."""
-    header = {"format_version": FORMAT_VERSION, "kind": kind, **SPECIAL, **properties}
+    header = {"format_version": format_version(kind), "kind": kind, **SPECIAL, **properties}
     write_json(folder / "manifest.json", {**header, "splits": {"train": {"shards": shards}}})
 
 

@@ -84,20 +84,63 @@ def expected_calls(probabilities: Tensor, temperature: float) -> float:
     return (whole + factory) / (p ** (whole + fraction)).sum().item()
 
 
-def estimate_calls(samples: Tensor, temperature: float) -> float:
+def estimate_calls(samples: Tensor, temperature: float, log_weights: Tensor | None = None) -> float:
     """`expected_calls` estimated from draws `[N, K]` of one context; infinite if no chunk was drawn n times.
 
-    P(x)^n is estimated without bias by the share C(c, n) / C(N, n) of n-tuples that agree on x, the fractional power by
-    the frequency c / N; rare chunks that the draws missed make it an underestimate for fractional 1/T.
+    P(x)^n is estimated without bias by the share of the n-tuples of draws that agree on x, the fractional power by the
+    share of x among the draws; rare chunks that the draws missed make it an underestimate for fractional 1/T. With
+    `log_weights` `[N]` the draws stand for a P that they have these weights under.
     """
     whole, fraction = inverse_parts(temperature)
-    _, counts = samples.unique(dim=0, return_counts=True)
-    total = torch.tensor(float(len(samples)), dtype=torch.float64)
-    agree = (_log_binomial(counts.double(), whole) - _log_binomial(total, whole)).exp()
-    frequency = counts / total
-    factory = (agree * frequency ** (fraction - 1)).sum().item() if fraction else 0.0
-    accepted = (agree * frequency**fraction).sum().item()
+    log_weights = torch.zeros(len(samples)) if log_weights is None else log_weights
+    _, agreeing, among_all = agreeing_tuples(samples, log_weights, whole)
+    agree, frequency = agreeing[:, whole] / among_all[whole], agreeing[:, 1] / among_all[1]
+    seen = frequency > 0
+    factory = (agree * frequency ** (fraction - 1))[seen].sum().item() if fraction else 0.0
+    accepted = (agree * frequency**fraction)[seen].sum().item()
     return (whole + factory) / accepted if accepted else math.inf
+
+
+def agreeing_tuples(samples: Tensor, log_weights: Tensor, whole: int) -> tuple[Tensor, Tensor, Tensor]:
+    """How much weight the sets of m different draws have that agree on a chunk, for m up to n.
+
+    A set weighs the product of its draws' weights: the sums are elementary symmetric polynomials of the weights, which
+    are taken relative to their sum.
+
+    Args:
+        samples: draws `[N, K]`.
+        log_weights: of the draws, `[N]`; equal ones make all sums counts, but for their scale.
+        whole: n.
+
+    Returns:
+        The different chunks `[U, K]`; for each the weight of its sets of 0 to n draws, `[U, n + 1]` float64; and that
+        of all sets of 0 to n draws, `[n + 1]`.
+    """
+    chunks, chunk_of = samples.unique(dim=0, return_inverse=True)
+    sums = [[1.0] + [0.0] * whole for _ in range(len(chunks) + 1)]
+    for chunk, weight in zip(chunk_of.tolist(), log_weights.double().softmax(0).tolist(), strict=True):
+        for of in (sums[chunk], sums[-1]):
+            for m in range(whole, 0, -1):
+                of[m] += weight * of[m - 1]
+    table = torch.tensor(sums, dtype=torch.float64)
+    return chunks, table[:-1], table[-1]
+
+
+def sample_weighted(
+    samples: Tensor, log_weights: Tensor, temperature: float, generator: torch.Generator
+) -> BatchSample:
+    """As `sample_batch`, from weighted draws of one context `[N, K]`: a chunk weighs what its sets of n draws do.
+
+    Draws of a chunk that could not be, log weight -inf, are in no set. At T = 1 it is one of the draws, by weight.
+
+    Raises:
+        UserError: T is not 1/n.
+    """
+    whole = whole_inverse(temperature)
+    chunks, agreeing, _ = agreeing_tuples(samples, log_weights, whole)
+    agreement = int((agreeing > 0).any(0).nonzero().max())  # where no chunk has n draws, n falls
+    chosen = agreeing[:, agreement].multinomial(1, generator=generator)
+    return BatchSample(chunks[chosen].squeeze(0), torch.tensor(agreement))
 
 
 def sample_batch(samples: Tensor, temperature: float, generator: torch.Generator) -> BatchSample:

@@ -1,6 +1,6 @@
 import math
 from collections import Counter
-from itertools import pairwise, product
+from itertools import combinations, pairwise, product
 
 import pytest
 import torch
@@ -9,11 +9,13 @@ from torch import Tensor
 from calm_core.errors import UserError
 from calm_core.temperature import (
     CallLimitError,
+    agreeing_tuples,
     chunk_weights,
     estimate_calls,
     expected_calls,
     sample_batch,
     sample_exact,
+    sample_weighted,
 )
 
 P = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
@@ -51,6 +53,41 @@ def test_exact_samples_follow_the_tempered_distribution_at_the_expected_cost(tem
     calls = torch.tensor([sample.calls for sample in samples], dtype=torch.float64)
     error = calls.std().item() / math.sqrt(runs)
     assert calls.mean().item() == pytest.approx(expected_calls(P, temperature), abs=3 * error + 1e-9)
+
+
+@pytest.mark.parametrize("whole", [1, 2, 3])
+def test_sets_of_draws_that_agree_weigh_the_products_of_their_weights(whole: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    samples, log_weights = categorical(9, generator), 2 * torch.randn(9, generator=generator)
+    chunks, agreeing, among_all = agreeing_tuples(samples, log_weights, whole)
+    weights = log_weights.double().softmax(0)
+    for m in range(whole + 1):
+        products = {one: weights[list(one)].prod().item() for one in combinations(range(9), m)}
+        assert among_all[m].item() == pytest.approx(sum(products.values()))
+        for chunk, weight in zip(chunks, agreeing[:, m], strict=True):
+            own = [p for one, p in products.items() if (samples[list(one)] == chunk).all()]
+            assert weight.item() == pytest.approx(sum(own))
+
+
+def test_a_heavy_draw_does_not_agree_with_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_weights = torch.tensor([0.0, -1.0, -2.0, -math.inf])
+    found = [sample_weighted(CHUNKS, log_weights, 1 / 2, generator) for _ in range(2000)]
+    assert {int(sample.agreement) for sample in found} == {1}
+    counts = indices(torch.stack([sample.tokens for sample in found])).bincount(minlength=4)
+    assert counts[3] == 0
+    assert chi_square_tail(counts[:3], 2000 * log_weights[:3].double().softmax(0)) > 0.01
+    assert estimate_calls(CHUNKS, 1 / 2, log_weights) == math.inf
+    assert sample_weighted(CHUNKS[[0, 1, 1]], log_weights[:3], 1 / 2, generator).tokens.tolist() == CHUNKS[1].tolist()
+
+
+@pytest.mark.parametrize("temperature", [1 / 2, 0.4])
+def test_weighted_draws_foretell_the_calls_of_what_they_stand_for(temperature: float) -> None:
+    """Draws of a uniform distribution, weighed by P."""
+    generator = torch.Generator().manual_seed(0)
+    which = torch.randint(4, (3000,), generator=generator)
+    estimate = estimate_calls(CHUNKS[which], temperature, P[which].log())
+    assert estimate == pytest.approx(expected_calls(P, temperature), rel=0.05)
 
 
 def test_expected_calls_by_hand() -> None:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from calm_core.autoencoder import Autoencoder
 from calm_core.data.builder import StoreBuilder, shard_name
 from calm_core.data.encoding import encoded
-from calm_core.data.manifest import read_manifest, store_hash
+from calm_core.data.manifest import format_version, read_manifest, store_hash
 from calm_core.data.packing import Packing, chunk_offsets, chunked, tokens_before
 from calm_core.data.shards import Verify, list_column, write_shard
 from calm_core.data.share import WHOLE, Share
@@ -164,6 +164,7 @@ def require_tokenizer(autoencoder: Autoencoder, tokenizer_hash: str, tokens: Pat
 def source_of_chunks(tokenizer: str, tokens: str, autoencoder: Autoencoder, packing: Packing) -> dict[str, Any]:
     """What decides the chunks and latents of a token store, wherever they are computed; the first two are hashes."""
     return {
+        "format": format_version("chunks"),
         "tokenizer": tokenizer,
         "tokens": tokens,
         "autoencoder": autoencoder.content_hash,

@@ -93,7 +93,8 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         raise UserError(f"{folder} is a store of {manifest.get('kind')}, not of {kind}: give the other folder.")
     if (found := manifest.get("format_version")) != format_version(kind):
         raise UserError(
-            f"{folder} has format_version {found}, but this program reads {format_version(kind)}: make the store again."
+            f"{folder} has format_version {found}, but this program reads {format_version(kind)}: "
+            "remove it, and make it again."
         )
     return manifest
 

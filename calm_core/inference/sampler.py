@@ -18,6 +18,7 @@ from calm_core.temperature import (
     inverse_parts,
     sample_batch,
     sample_exact,
+    sample_weighted,
     whole_inverse,
 )
 
@@ -81,8 +82,7 @@ class ChunkSampler:
         accepted = log_weights.exp().mean().item()
         if not accepted:
             return math.inf
-        resampled = _resampled(tokens, log_weights, self._generator(context, position))
-        return estimate_calls(resampled, self._options.temperature) / accepted
+        return estimate_calls(tokens, self._options.temperature, log_weights) / accepted
 
     def _free(self, hidden: Tensor, contexts: Sequence[Context], position: int) -> list[Chunk]:
         """Batch approximation with every draw as good as the next, for R contexts at once: hidden `[1, R, d]`.
@@ -123,8 +123,7 @@ class ChunkSampler:
                 break
         effective = 1 / log_weights.softmax(0).square().sum().item() if context.known else None
         generator = self._generator(context, position)
-        kept = _resampled(tokens, log_weights, generator)
-        chunk = sample_batch(kept, self._options.temperature, generator)
+        chunk = sample_weighted(tokens, log_weights, self._options.temperature, generator)
         return Chunk(chunk.tokens.tolist(), drawn, int(chunk.agreement), effective)
 
     def _exact(self, hidden: Tensor, context: Context, position: int) -> Chunk:
@@ -214,15 +213,3 @@ def _choose(drawn: DrawnTokens, level: int, generators: Sequence[torch.Generator
         Chunk(sample_batch(tokens[k], 1 / n, g).tokens.tolist(), draws, n)
         for tokens, k, n, g in zip(drawn.tokens.cpu(), kept.cpu(), agreement.tolist(), generators, strict=True)
     ]
-
-
-def _resampled(tokens: Tensor, log_weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws `[N', K]` that stand for the weighed ones `[N, K]`: those of weight 0 left out, the others drawn by weight.
-
-    Draws of equal weight are taken as they are.
-    """
-    possible = log_weights.isfinite()
-    tokens, log_weights = tokens[possible], log_weights[possible]
-    if (log_weights == log_weights[0]).all():
-        return tokens
-    return tokens[log_weights.softmax(0).multinomial(len(tokens), replacement=True, generator=generator)]
