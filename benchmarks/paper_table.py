@@ -3,6 +3,7 @@
 Needs no data: the shapes are those of configs/*.yaml.
 """
 
+import argparse
 from pathlib import Path
 
 from calm_core import config
@@ -16,6 +17,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     models = {}
     for name in ROWS:
         experiment = config.load(Experiment, CONFIGS / f"{name}.yaml", [])

@@ -64,9 +64,11 @@ class EncodedStore(TokenStore):
     def fill(self, start: int, out: Mapping[str, np.ndarray]) -> None:
         """Copy rows from `start` on into the arrays `[count, ...]`, one for each column wanted."""
         tokens = self._chunks(start, len(next(iter(out.values()))))
-        latents = dict(zip(("mean", "log_std"), encoded(self._encoder(), tokens), strict=True)) if len(out) > 1 else {}
+        columns = {"tokens": tokens}
+        if out.keys() - columns.keys():
+            columns |= zip(("mean", "log_std"), encoded(self._encoder(), tokens), strict=True)
         for name, target in out.items():
-            target[:] = tokens if name == "tokens" else latents[name]
+            target[:] = columns[name]
 
     def document_ids(self, start: int, count: int) -> np.ndarray:
         """The documents that rows [start, start + count) begin in: int64 `[count]`, unique within the split."""
@@ -86,4 +88,6 @@ class EncodedStore(TokenStore):
 
     def _tokens_of(self, start: int, count: int) -> tuple[int, int]:
         """The first token of rows [start, start + count), and the first one after them."""
+        if start < 0 or count < 0 or start + count > len(self):
+            raise IndexError(f"rows {start} to {start + count} of {self.folder}, which has {len(self)}")
         return start * self.k, min((start + count) * self.k, super().__len__())

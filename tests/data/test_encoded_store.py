@@ -19,6 +19,9 @@ def test_encoding_reads_what_is_stored(tokens, built_chunks, autoencoder, split)
     assert (found.k, found.latent, found.vocab_size) == (store.k, store.latent, store.vocab_size)
     wanted, read = (rows.read(0, len(rows), rows.columns) for rows in (store, found))
     assert np.array_equal(read["tokens"], wanted["tokens"])
+    assert np.array_equal(found.read(3, 5, ("mean",))["mean"], read["mean"][3:8])
+    with pytest.raises(IndexError):
+        found.read(len(found) - 1, 2, ("tokens",))
     for name in ("mean", "log_std"):
         assert read[name].dtype == np.float16
         np.testing.assert_allclose(read[name], wanted[name], rtol=2**-10, atol=1e-6)
