@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 
 from calm_core import config as configuration
 from calm_core.data.corpus import fingerprint, sources
-from calm_core.errors import ExitCode
+from calm_core.errors import ExitCode, UserError
 from calm_core.experiment import Experiment
 from calm_core.pipeline.ledger import Ledger, stamp
 from calm_core.pipeline.process import run_process
@@ -28,7 +28,7 @@ class Stage:
         arguments: of the script.
         product: the file that is there when the stage has succeeded.
         processes: that run the script together, under torchrun if more than one.
-        given: whether `data.*` names a product that is there: it is taken as it is.
+        named: the key that names a product to be taken as it is; empty where the stage makes one of its own.
     """
 
     name: str
@@ -36,7 +36,12 @@ class Stage:
     arguments: list[str]
     product: Path
     processes: int = 1
-    given: bool = False
+    named: str = ""
+
+    @property
+    def given(self) -> bool:
+        """Whether the product that the configuration names is there."""
+        return bool(self.named) and self.product.exists()
 
     @property
     def command(self) -> list[str]:
@@ -67,22 +72,23 @@ def stages(experiment: Experiment) -> list[Stage]:
     processes = min(experiment.pipeline.processes, torch.cuda.device_count() or experiment.pipeline.processes)
     last = paths.calm_run / "checkpoints" / f"step-{experiment.training.steps}" / "manifest.json"
 
-    def data_stage(name: str, script: str, product: Path, named: str, processes: int = 1) -> Stage:
-        return Stage(name, script, config, product, processes, given=bool(named) and product.exists())
+    def data_stage(name: str, script: str, product: Path, key: str, processes: int = 1) -> Stage:
+        named = f"data.{key}" if getattr(data, key) else ""
+        return Stage(name, script, config, product, processes, named)
 
     def evaluation(name: str, of: Path, *arguments: str, product: Path) -> Stage:
         return Stage(name, "pretrain/evaluate.py", [str(of), *arguments, "--output", str(product)], product)
 
     tokens = [
-        data_stage("train_tokenizer", "data_prep/train_tokenizer.py", paths.tokenizer, data.tokenizer),
-        data_stage("tokenize_corpus", "data_prep/tokenize_corpus.py", paths.tokens / "manifest.json", data.tokens),
+        data_stage("train_tokenizer", "data_prep/train_tokenizer.py", paths.tokenizer, "tokenizer"),
+        data_stage("tokenize_corpus", "data_prep/tokenize_corpus.py", paths.tokens / "manifest.json", "tokens"),
     ]
     autoencoder = [
         data_stage(
             "train_autoencoder",
             "pretrain/train_autoencoder.py",
             paths.autoencoder / "manifest.json",
-            data.autoencoder,
+            "autoencoder",
             processes,
         ),
         evaluation(
@@ -93,7 +99,7 @@ def stages(experiment: Experiment) -> list[Stage]:
             product=run / "autoencoder" / "evaluation.json",
         ),
     ]
-    chunks = data_stage("build_chunks", "data_prep/build_chunks.py", paths.chunks / "manifest.json", data.chunks)
+    chunks = data_stage("build_chunks", "data_prep/build_chunks.py", paths.chunks / "manifest.json", "chunks")
     latents = [*autoencoder, chunks] if data.latents == "stored" else autoencoder
     model = [
         Stage("train_calm", "pretrain/train_calm.py", config, last, processes),
@@ -112,6 +118,20 @@ def inputs_of(experiment: Experiment, plan: list[Stage]) -> str:
     return configuration.to_yaml(replace(experiment, run="", config_file="")) + corpus
 
 
+def require_named(plan: Iterable[Stage]) -> None:
+    """Refuse to make what the configuration says is made already, by settings that may not be those it was made with.
+
+    Raises:
+        UserError: naming the product that is not there.
+    """
+    for stage in plan:
+        if stage.named and not stage.given:
+            raise UserError(
+                f"{stage.named} names {stage.product}, which is not there: make it first ({stage.script} with its own "
+                f"configuration), or leave {stage.named} empty to have it made in the run's folder."
+            )
+
+
 def run_stages(experiment: Experiment, names: Collection[str] | None = None) -> int:
     """Run what is not finished yet, of the stages of these names or of all; the exit code of the first that fails.
 
@@ -119,6 +139,7 @@ def run_stages(experiment: Experiment, names: Collection[str] | None = None) -> 
     """
     run, plan = Path(experiment.run), stages(experiment)
     chosen = [stage for stage in plan if names is None or stage.name in names]
+    require_named(chosen)
     run.mkdir(parents=True, exist_ok=True)
     configuration.save(experiment, config_path(experiment))
     inputs = inputs_of(experiment, plan)

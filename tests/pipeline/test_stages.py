@@ -54,6 +54,8 @@ def test_what_data_names_is_taken_as_it_is_once_it_is_there(experiment, tmp_path
     tokenizer = tmp_path / "my.model"
     named = replace(experiment, data=DataConfig(tokenizer=str(tokenizer)))
     assert not any(stage.given for stage in stages(named))
+    with pytest.raises(UserError, match=r"data\.tokenizer names .*my\.model, which is not there"):
+        run_stages(named)
     tokenizer.touch()
     assert [stage.name for stage in stages(named) if stage.given] == ["train_tokenizer"]
 
