@@ -106,6 +106,14 @@ def correlations(points: Sequence[Point], name: str) -> dict[str, Any]:
     }
 
 
+def later_half(points: Sequence[Point]) -> list[Point]:
+    """Of each model the later half of its evaluations: models that have learned, as the paper's have."""
+    models: dict[int, list[Point]] = {}
+    for point in sorted(points, key=lambda point: point["step"]):
+        models.setdefault(point["width"], []).append(point)
+    return [point for model in models.values() for point in model[len(model) // 2 :]]
+
+
 def _pearson(x: np.ndarray, y: np.ndarray) -> float | None:
     return float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and np.ptp(x) and np.ptp(y) else None
 
@@ -114,6 +122,7 @@ def report(config: CorrelationConfig) -> str:
     """Write RUN/correlation.json and RUN/correlation.png, and put the result in words."""
     found, run = points(config), Path(config.run)
     named = {name: correlations(found, name) for name in MEASURES}
+    named["brier_lm, later half"] = correlations(later_half(found), "brier_lm")
     write_json(run / "correlation.json", {"correlations": named, "evaluations": len(found), "points": found})
     plot_correlation(found, named["brier_lm"]["pearson"], run / "correlation.png")
     kinds = ("pearson", "pearson_of_log", "spearman")

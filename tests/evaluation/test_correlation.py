@@ -14,6 +14,7 @@ from calm_core.evaluation.correlation import (
     CorrelationConfig,
     correlations,
     experiment,
+    later_half,
     points,
     report,
 )
@@ -59,10 +60,16 @@ def test_the_report_leaves_out_what_is_not_significant(shipped: CorrelationConfi
     assert found["correlations"]["brier_lm"]["spearman"] == pytest.approx(-1)
     assert [found["correlations"][name]["points"] for name in ("brier_lm", "brier_1")] == [3, 4]
     assert found["correlations"]["brier_1"]["pearson"] == pytest.approx(-1)
+    assert found["correlations"]["brier_lm, later half"]["points"] == 2
     assert found["evaluations"] == len(points(shipped)) == 4
     assert "1 evaluations have no BrierLM" in shown
     assert "-0.961" in shown
     assert (Path(shipped.run) / "correlation.png").stat().st_size > 1000
+
+
+def test_the_later_half_is_of_each_model() -> None:
+    points = [{"width": w, "step": step, "brier_lm": 1.0, "cross_entropy": 1.0} for step in (9, 1, 4) for w in (8, 16)]
+    assert [(p["width"], p["step"]) for p in later_half(points)] == [(8, 4), (8, 9), (16, 4), (16, 9)]
 
 
 def test_what_falls_exponentially_is_a_line_in_the_logarithm() -> None:
