@@ -10,7 +10,8 @@ from calm_core.report.run import write_comparison, write_run_page
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page and say where it is."""
     parser = command.Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of an experiment, such as runs/demo")
+    what = "folder of an experiment, such as runs/demo, or of one of its trainings"
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=what)
     parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="page of several runs")
     arguments = parser.parse_args(argv)
     if len(arguments.runs) == 1:

@@ -19,6 +19,7 @@ def sample(experiment: Experiment, dry_run: bool) -> ExitCode:
 
     from calm_core.parallel.config import ParallelConfig
     from calm_core.parallel.topology import distributed
+    from calm_core.report.run import write_run_page
 
     with distributed(ParallelConfig()) as topology:
         from calm_core.inference.load import load_for_inference
@@ -27,6 +28,7 @@ def sample(experiment: Experiment, dry_run: bool) -> ExitCode:
         samples = continue_prompts(load_for_inference(run, topology.device), settings, experiment.seed)
     path = Path(experiment.run) / "samples.json"
     write_json(path, samples)
+    write_run_page(Path(experiment.run))
     print(f"finished: {path}")
     return ExitCode.OK
 

@@ -94,7 +94,8 @@ def correlations(points: Sequence[Point], name: str) -> dict[str, Any]:
     it over a narrow range of models alone: `pearson_of_log` and `spearman`, r of the ranks, hold over a wide one. None
     with fewer than three points, where one of the two does not vary, or of a logarithm that is not defined.
     """
-    pairs = [(point[name], point["cross_entropy"]) for point in points if point[name] is not None]
+    pairs = [(point[name], point["cross_entropy"]) for point in points]
+    pairs = [pair for pair in pairs if None not in pair]
     measure, entropy = np.array(pairs).reshape(-1, 2).T
     ranks = [values.argsort().argsort() for values in (measure, entropy)]
     plain = _pearson(measure, entropy)

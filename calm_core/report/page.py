@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from calm_core.data.manifest import replacing
+from calm_core.training.run_log import finite
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto; padding: 0 1em; }
@@ -37,7 +38,7 @@ class Trace:
     Attributes:
         name: in the legend.
         x: values.
-        y: values; None leaves a gap.
+        y: values; None leaves a gap, and so does what is not finite.
         error: half the height of a band around the line; None where it is unknown.
         group: traces of a group have one colour.
         points: draw markers.
@@ -112,7 +113,7 @@ def render(title: str, sections: Sequence[Section]) -> str:
     figures = [part for section in shown for part in section.parts if isinstance(part, Figure)]
     data = {figure.name: _plotly(figure) for figure in figures}
     # "</" would end the element that the data is in.
-    embedded = json.dumps(data, allow_nan=False).replace("</", "<\\/")
+    embedded = json.dumps(finite(data), allow_nan=False).replace("</", "<\\/")
     library = (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
     return "\n".join(
         [

@@ -1,15 +1,20 @@
 """The page of a training run, or of several side by side: everything on it is read from the run folders."""
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from calm_core import config as configuration
+from calm_core.data.manifest import read_json
 from calm_core.errors import UserError
 from calm_core.experiment import Experiment
 from calm_core.report.page import Figure, Section, Table, Text, Trace, write_page
-from calm_core.training.run_log import read_metrics
+from calm_core.training.run_log import read_records
+from calm_core.training.watchdog import hangs, stacks
 
 Record = dict[str, Any]
 
@@ -22,14 +27,17 @@ PACE = {
     "memory_gib": "memory of a rank, GiB",
     "data_wait": "share of time waiting for data",
     "skipped_updates": "updates skipped so far",
+    "spikes": "updates skipped as spikes so far",
 }
 BASELINES = {"unigram_": "unigram", "bigram_": "bigram"}
 TRAININGS = ("calm", "autoencoder")
+# Of an event, what has a place of its own on the page.
+_ENVELOPE = {"step", "kind", "event", "time", "stages"}
 
 
 @dataclass(frozen=True)
 class Training:
-    """The records of one training run."""
+    """The records of one training run, `said` being the texts that it has come to in the end."""
 
     name: str
     folder: Path
@@ -37,6 +45,16 @@ class Training:
     evaluations: list[Record]
     events: list[Record]
     samples: list[Record]
+    said: list[Record]
+
+
+class Happening(NamedTuple):
+    """Something that befell a run: when (seconds since 1970, 0 where nobody noted it), at what step, what, and how."""
+
+    time: float
+    step: Any
+    what: str
+    details: str
 
 
 def read_training(folder: Path, name: str) -> Training:
@@ -47,41 +65,51 @@ def read_training(folder: Path, name: str) -> Training:
     """
     if not (folder / "metrics.jsonl").exists():
         raise UserError(f"{folder} holds no training run (metrics.jsonl is missing): give a folder such as runs/demo.")
-    kinds = (read_metrics(folder / "metrics.jsonl", kind) for kind in ("train", "eval", "event", "sample"))
-    return Training(name, folder, *kinds)
+    records = read_records(folder / "metrics.jsonl")
+    kinds = ([r for r in records if r["kind"] == kind] for kind in ("train", "eval", "event", "sample"))
+    said = folder.parent / "samples.json"
+    return Training(name, folder, *kinds, read_json(said) if folder.name == "calm" and said.exists() else [])
 
 
-def trainings(run: Path) -> list[Training]:
-    """The training runs below the folder of an experiment, or the one that the folder is.
+def trainings(runs: Sequence[Path]) -> list[Training]:
+    """The training runs below the folders of experiments, or those that the folders are, each once.
+
+    Their names are the ends of their paths, of two parts or as many more as tell them apart.
 
     Raises:
-        UserError: if there is none.
+        UserError: if a folder holds none.
     """
-    found = [run / part for part in TRAININGS if (run / part / "metrics.jsonl").exists()]
-    if not found:
-        return [read_training(run, f"{run.parent.name}/{run.name}")]
-    return [read_training(folder, f"{run.name}/{folder.name}") for folder in found]
+    folders = list(dict.fromkeys(folder for run in runs for folder in _folders(Path(os.path.abspath(run)))))
+    depth = 2
+    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
+        depth += 1
+    return [read_training(folder, "/".join(folder.parts[-depth:])) for folder in folders]
+
+
+def _folders(run: Path) -> list[Path]:
+    return [run / part for part in TRAININGS if (run / part / "metrics.jsonl").exists()] or [run]
 
 
 def write_run_page(run: Path) -> Path:
     """Write RUN/report.html for all training runs of an experiment; its path."""
     page = run / "report.html"
-    sections = [section for training in trainings(run) for section in _sections([training], training.name)]
-    write_page(page, run.name, sections)
+    sections = [section for one in trainings([run]) for section in _sections([one], one.name, run)]
+    write_page(page, Path(os.path.abspath(run)).name, sections)
     return page
 
 
 def write_comparison(runs: Sequence[Path], page: Path) -> None:
     """Write a page that shows several runs in the same figures, trainings of one kind together."""
-    found = [training for run in runs for training in trainings(run)]
+    found = trainings(runs)
     sections = []
     for kind in dict.fromkeys(training.folder.name for training in found):
         together = [training for training in found if training.folder.name == kind]
-        sections += _sections(together, kind)
-    write_page(page, ", ".join(run.name for run in runs), sections)
+        sections += _sections(together, kind, page.parent)
+    write_page(page, ", ".join(map(str, runs)), sections)
 
 
-def _sections(runs: Sequence[Training], title: str) -> list[Section]:
+def _sections(runs: Sequence[Training], title: str, beside: Path) -> list[Section]:
+    """All that there is to show of some runs, on a page in the folder `beside`."""
     prefix = title.replace("/", "-")
     parts: list[tuple[str, Callable[[], list[Any]]]] = [
         ("", lambda: [_summary(runs), *_losses(runs, prefix)]),
@@ -89,8 +117,8 @@ def _sections(runs: Sequence[Training], title: str) -> list[Section]:
         (": pace and health", lambda: _curves(runs, prefix, PACE)),
         (": samples", lambda: _samples(runs)),
         (": layout", lambda: _layout(runs)),
-        (": restarts and faults", lambda: _faults(runs)),
-        (": profiles", lambda: _profiles(runs)),
+        (": restarts and faults", lambda: _faults(runs, beside)),
+        (": profiles", lambda: _profiles(runs, beside)),
         (": configuration", lambda: _configuration(runs)),
     ]
     return [Section(f"{title}{heading}", make()) for heading, make in parts]
@@ -145,10 +173,11 @@ def _curves(runs: Sequence[Training], prefix: str, names: dict[str, str]) -> lis
 
 
 def _samples(runs: Sequence[Training]) -> list[Text | Table]:
+    """The texts of the finished runs, then those on the way, the newest first."""
     rows = [
-        [run.name, sample["step"], f"{sample['temperature']:g}", sample["prompt"], sample["text"]]
+        [run.name, sample.get("step", "samples.json"), f"{sample['temperature']:g}", sample["prompt"], sample["text"]]
         for run in runs
-        for sample in reversed(run.samples)
+        for sample in [*run.said, *reversed(run.samples)]
     ]
     return [Table(["run", "step", "temperature", "prompt", "continued"], rows)] if rows else []
 
@@ -159,7 +188,7 @@ def _layout(runs: Sequence[Training]) -> list[Table]:
         starts = [event for event in run.events if event["event"] == "start"]
         if not starts:
             continue
-        facts = {key: value for key, value in starts[-1].items() if key not in ("step", "kind", "event", "stages")}
+        facts = {key: value for key, value in starts[-1].items() if key not in _ENVELOPE}
         tables.append(Table(["of " + run.name, ""], [[key, _number(value)] for key, value in facts.items()]))
         if stages := starts[-1].get("stages"):
             head = list(stages[0])
@@ -167,26 +196,65 @@ def _layout(runs: Sequence[Training]) -> list[Table]:
     return tables
 
 
-def _faults(runs: Sequence[Training]) -> list[Table]:
+def _faults(runs: Sequence[Training], beside: Path) -> list[Table | Text]:
     rows = []
     for run in runs:
-        for index, event in enumerate(run.events):
-            if event["event"] == "checkpoint" or (event["event"] == "start" and index == 0):
-                continue
-            rest = {k: v for k, v in event.items() if k not in ("step", "kind", "event")}
-            name = "restart" if event["event"] == "start" else event["event"]
-            rows.append([run.name, event["step"], name, ", ".join(f"{k}: {_number(v)}" for k, v in rest.items())])
-    return [Table(["run", "step", "what", "details"], rows)] if rows else []
+        happened = sorted([*_recorded(run), *_hung(run), *_of_jobs(run)], key=lambda one: one.time)
+        rows += [[run.name, _clock(time), *rest] for time, *rest in happened]
+    table = [Table(["run", "time (UTC)", "step", "what", "details"], rows)] if rows else []
+    return [*table, *_links(runs, beside, "stacks of ranks that the watchdog ended", lambda run: stacks(run / "logs"))]
 
 
-def _profiles(runs: Sequence[Training]) -> list[Text]:
-    texts = []
-    for run in runs:
-        files = sorted((run.folder / "profile").glob("*")) if (run.folder / "profile").is_dir() else []
-        if files:
-            links = {file.name: f"{run.folder.name}/profile/{file.name}" for file in files}
-            texts.append(Text("Traces open in chrome://tracing or ui.perfetto.dev:", links=links))
-    return texts
+def _recorded(run: Training) -> Iterator[Happening]:
+    """What the run itself has written down; a start that follows no word of an end follows a crash."""
+    last = ""
+    for event in run.events:
+        what = event["event"]
+        if what == "start" and last:
+            what = "restart" if last in ("stopped", "finished") else "restart after a crash"
+        if what not in ("start", "checkpoint", "finished"):
+            yield Happening(event.get("time", 0.0), event["step"], what, _details(event))
+        if event["event"] in ("start", "stopped", "finished", "failed"):
+            last = event["event"]
+
+
+def _hung(run: Training) -> Iterator[Happening]:
+    for time, title in hangs(run.folder / "logs"):
+        yield Happening(time, "", "ended by the watchdog", title)
+
+
+def _of_jobs(run: Training) -> Iterator[Happening]:
+    """What the jobs of the experiment on a cluster noted: those of the autoencoder's stages, or those of all others."""
+    for journal in sorted((run.folder.parent / "slurm").glob("*/journal.jsonl")):
+        stage = journal.parent.name
+        if ("autoencoder" in stage) != (run.folder.name == "autoencoder"):
+            continue
+        trained = stage.startswith(f"train_{run.folder.name}")  # other stages count files as their steps
+        for event in read_records(journal):
+            step = event.get("step", "") if trained else ""
+            yield Happening(event["time"], step, f"{stage}: {event['event']}", _details(event))
+
+
+def _details(record: Record) -> str:
+    return ", ".join(f"{key}: {_number(value)}" for key, value in record.items() if key not in _ENVELOPE)
+
+
+def _clock(time: float) -> str:
+    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M:%S") if time else ""
+
+
+def _profiles(runs: Sequence[Training], beside: Path) -> list[Text]:
+    traces = "traces open in chrome://tracing or ui.perfetto.dev"
+    return _links(runs, beside, traces, lambda folder: sorted((folder / "profile").glob("*")))
+
+
+def _links(runs: Sequence[Training], beside: Path, title: str, find: Callable[[Path], list[Path]]) -> list[Text]:
+    """Links from a page in the folder `beside` to files of the runs."""
+    return [
+        Text(f"{run.name}, {title}:", links={file.name: quote(os.path.relpath(file, beside)) for file in files})
+        for run in runs
+        if (files := find(run.folder))
+    ]
 
 
 def _configuration(runs: Sequence[Training]) -> list[Table | Text]:

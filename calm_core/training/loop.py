@@ -87,7 +87,8 @@ def train(
 
         remaining = config.steps - progress.step
         loader = held.enter_context(Loader(task.load, plan, progress.consumed, config.global_batch, remaining))
-        profiler = held.enter_context(StepProfiler(experiment.profile, folder.path / "profile", topology))
+        profiler = StepProfiler(experiment.profile, folder.path / "profile", topology, progress.step)
+        held.enter_context(profiler)
         while progress.step < config.steps:
             batches = reporter.waited(loader.next)
             profiler.begin(progress.step + 1)
@@ -109,9 +110,11 @@ def train(
                 requests.obeyed(asked)
                 watchdog.alive(f"the checkpoint of step {progress.step}")
             if asked.stop and not last:
+                reporter.ended("stopped")
                 return ExitCode.STOPPED
         if at_end is not None:
             at_end(engine)
+        reporter.ended("finished")
     return ExitCode.OK
 
 

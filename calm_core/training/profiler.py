@@ -12,17 +12,22 @@ ROWS = 30  # operators in the table
 
 
 class StepProfiler:
-    """Profiles the steps that the configuration names; otherwise it costs nothing.
+    """Profiles the steps that the configuration names, or those of them that are left; otherwise it costs nothing.
 
     Each rank writes `rank-R.json.gz`, which chrome://tracing and Perfetto open, and `rank-R.txt` into the folder.
     """
 
-    def __init__(self, config: ProfileConfig, folder: Path, topology: Topology) -> None:
+    def __init__(self, config: ProfileConfig, folder: Path, topology: Topology, done: int) -> None:
         self._first, self._last = config.steps or (0, 0)
         self._folder, self._topology = folder, topology
+        self._done = done  # steps, when the run starts or goes on
         self._profile: profile | None = None
+        self._profiled: list[int] = []
 
     def __enter__(self) -> "StepProfiler":
+        if 0 < self._last <= self._done:
+            steps = f"profile.steps=[{self._first}, {self._last}]"
+            self._topology.say(f"{steps}: nothing is profiled, the run goes on after step {self._done}")
         return self
 
     def __exit__(
@@ -33,12 +38,15 @@ class StepProfiler:
 
     def begin(self, step: int) -> None:
         """Called before step `step`."""
-        if step == self._first:
+        if not self._first <= step <= self._last:
+            return
+        if self._profile is None:
             activities = [ProfilerActivity.CPU]
             if self._topology.device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
             self._profile = profile(activities=activities)
             self._profile.start()
+        self._profiled.append(step)
 
     def end(self, step: int) -> None:
         """Called after step `step`."""
@@ -53,4 +61,4 @@ class StepProfiler:
         profiled.export_chrome_trace(str(self._folder / f"{name}.json.gz"))
         heaviest = f"self_{self._topology.device.type}_time_total"
         (self._folder / f"{name}.txt").write_text(profiled.key_averages().table(sort_by=heaviest, row_limit=ROWS))
-        self._topology.say(f"profile of steps {self._first} to {self._last}: {self._folder}")
+        self._topology.say(f"profile of steps {self._profiled[0]} to {self._profiled[-1]}: {self._folder}")

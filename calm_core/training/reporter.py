@@ -1,9 +1,9 @@
 """What a person and a file learn of a run while it goes on."""
 
-import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -55,6 +55,7 @@ class Reporter:
             self._log.write(start.step, "event", {"event": "start", "samples": start.consumed, **how})
             print(backends(topology.device))
             print(f"peak: {self._peak / 1e12:.3g} TFLOP/s over {topology.world} ranks ({source}, {precision})")
+        self._reached = start.step
         self._since = time.perf_counter()
         self._steps = 0
         self._wait = 0.0
@@ -67,6 +68,9 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._log is not None:
+            if error is not None:
+                with suppress(OSError):  # a full disk may be that very error
+                    self.ended("failed", reason=f"{type(error).__name__}: {error}")
             self._log.close()
             self._write_page()
 
@@ -80,7 +84,7 @@ class Reporter:
     def step(self, progress: Progress, metrics: dict[str, float], update: Update, learning_rate: float) -> None:
         """Record the step just done when its turn has come, or when its update was refused."""
         self._steps += 1
-        step = progress.step
+        self._reached = step = progress.step
         if self._log is None or not (
             step % self._config.log_every == 0 or step == self._config.steps or not update.applied
         ):
@@ -99,7 +103,7 @@ class Reporter:
             "skipped_updates": step - progress.updates,
             "spikes": progress.spikes,
         }
-        self._log.write(step, "train", {name: _json_number(value) for name, value in values.items()})
+        self._log.write(step, "train", values)
         print(self._line(step, values, seconds), flush=True)
         if not update.applied:
             self._refused(progress, Verdict(update.answer))
@@ -129,6 +133,11 @@ class Reporter:
                 self._log.write(step, "event", {"event": "checkpoint", "saved": saved.step, **times})
             self._stood = 0.0
 
+    def ended(self, how: str, **details: str) -> None:
+        """Record how the run ends: "stopped" on request, "finished", or "failed"; a later start tells by it."""
+        if self._log is not None:
+            self._log.write(self._reached, "event", {"event": how, **details})
+
     def _write_page(self) -> None:
         """Bring RUN/report.html up to date."""
         try:
@@ -155,11 +164,6 @@ class Reporter:
             f"mem {values['memory_gib']:.2f} GiB  data wait {values['data_wait']:.1%}  "
             f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
         )
-
-
-def _json_number(value: float) -> float | None:
-    """JSON has no NaN and no infinity: null stands for a value that is not finite."""
-    return value if math.isfinite(value) else None
 
 
 def _is_shown(name: str, value: Any) -> bool:

@@ -1,7 +1,10 @@
 """Where the numbers of a run go: metrics.jsonl always, the terminal, and wandb on top."""
 
 import json
+import math
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,8 +16,9 @@ from calm_core.training.run_folder import RunFolder
 class RunLog:
     """Writes one record per line of metrics.jsonl, under the same names to wandb, and a short line for a person.
 
-    A record is {"step": N, "kind": "train" | "eval" | "sample" | "event", name: value, ...}. After a resume the lines
-    of steps that are about to be done again are dropped, so a step has one record.
+    A record is {"step": N, "kind": "train" | "eval" | "sample" | "event", name: value, ...}; null is a number that was
+    not finite. After a resume the records of steps that are about to be done again are dropped, so a step has one of a
+    kind. Events stay, with the time they were written at: a start or a refused update has happened, and may again.
     """
 
     def __init__(
@@ -27,6 +31,9 @@ class RunLog:
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Record `values` at `step`."""
+        values = finite(values)
+        if kind == "event":
+            values["time"] = round(time.time(), 3)
         self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self._file.flush()
         if self._wandb is not None:
@@ -39,7 +46,8 @@ class RunLog:
 
     def close(self) -> None:
         """Finish the records."""
-        self._file.close()
+        with suppress(OSError):  # each line was flushed when it was written: one that did not fit has said so then
+            self._file.close()
         if self._wandb is not None:
             try:
                 self._wandb.finish()
@@ -47,30 +55,39 @@ class RunLog:
                 print(f"wandb did not finish ({error}); metrics.jsonl is complete.", file=sys.stderr)
 
 
+def finite(content: Any) -> Any:
+    """What is to become JSON, which knows no NaN and no infinity, with None for each number that is not finite."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of one kind in a metrics.jsonl, in order; a line cut short by a crash is left out."""
+    """The records of one kind in a metrics.jsonl, in order."""
+    return [record for record in read_records(path) if record["kind"] == kind]
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of one a line, in order; a line cut short by a crash is left out, and NaN is None."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["kind"] == kind:
-            records.append(record)
+        with suppress(ValueError):
+            records.append(json.loads(line, parse_constant=lambda name: None))
     return records
 
 
 def _drop_after(metrics: Path, step: int) -> None:
-    """Keep the records up to `step`, the last one that a checkpoint holds."""
+    """Keep all events, and the other records up to `step`, the last one that a checkpoint holds."""
     if not metrics.exists():
         return
     lines = []
     for line in metrics.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
+        with suppress(ValueError):  # the last line of a run that was killed
+            record = json.loads(line)
+            if record["kind"] == "event" or record["step"] <= step:
                 lines.append(line + "\n")
-        except ValueError:
-            continue  # the last line of a run that was killed
     partial = metrics.with_suffix(".partial")
     partial.write_text("".join(lines))
     partial.replace(metrics)

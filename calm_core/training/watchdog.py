@@ -1,11 +1,14 @@
 """A run that hangs ends: every rank writes down where it stands, and leaves with an exit code that asks for a retry."""
 
 import faulthandler
+import math
 import os
+import re
 import sys
 import threading
 import time
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -16,6 +19,7 @@ from calm_core.errors import ExitCode
 # write their stacks first.
 GRACE = 5.0
 _TICK = 1.0
+_TITLE = re.compile(r"(\S+) (rank \d+, process \d+: nothing came after .*)")
 
 
 class Watchdog:
@@ -84,3 +88,18 @@ class Watchdog:
             time.sleep(GRACE)
         finally:
             os._exit(ExitCode.WATCHDOG)  # nothing gentler: whatever hangs would hang the way out too
+
+
+def stacks(logs: Path) -> list[Path]:
+    """The files that the watchdogs of a run have left."""
+    return sorted(logs.glob("stacks-rank-*.txt"))
+
+
+def hangs(logs: Path) -> list[tuple[float, str]]:
+    """When a run hung, in seconds since 1970, and what the first rank said that a watchdog ended; oldest first.
+
+    The ranks of one hang write their stacks within the time that the first leaves the others to do so.
+    """
+    found = (_TITLE.fullmatch(line) for path in stacks(logs) for line in path.read_text().splitlines())
+    said = sorted((datetime.fromisoformat(title[1]).timestamp(), title[2]) for title in found if title)
+    return [this for before, this in pairwise([(-math.inf, ""), *said]) if this[0] - before[0] > 2 * GRACE]

@@ -1,15 +1,22 @@
 import json
+import math
 import re
+import shutil
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import pytest
-from browser import check_that_it_draws, figures
+from browser import check_that_it_draws, drawn, figures, with_script
 
 from calm_core import config as configuration
+from calm_core.cluster.records import StageRecords
 from calm_core.errors import UserError
 from calm_core.experiment import Experiment
 from calm_core.report.page import Figure, Section, Table, Text, Trace, render
 from calm_core.report.run import write_comparison, write_run_page
+from calm_core.training.run_log import read_metrics
 
 STEPS = range(10, 60, 10)
 
@@ -39,6 +46,7 @@ def _run(folder: Path, level: float) -> Path:
                 "gradient_norm": 0.5,
                 "tokens_per_second": 1234.5,
                 "mfu": 0.4,
+                "spikes": step // 30,
             }
         )
     records.append(
@@ -61,6 +69,7 @@ def _run(folder: Path, level: float) -> Path:
 
 def test_the_numbers_on_the_page_are_those_of_the_metrics(run: Path) -> None:
     shown = figures(write_run_page(run))
+    assert shown["one-calm-spikes"]["layout"]["title"]["text"] == "updates skipped as spikes so far"
     [training, band, held_out] = shown["one-calm-loss"]["data"]
     assert training["x"] == list(STEPS)
     assert training["y"] == [1 + 10 / step for step in STEPS]
@@ -72,14 +81,132 @@ def test_the_numbers_on_the_page_are_those_of_the_metrics(run: Path) -> None:
 
 def test_what_happened_and_what_was_set_is_on_it(run: Path) -> None:
     text = write_run_page(run).read_text()
-    assert re.search(r"<td>30</td><td>restart</td><td>ranks: 1</td>", text)
+    assert re.search(r"<td>30</td><td>restart after a crash</td><td>ranks: 1</td>", text)
     assert re.search(r"<tr class=marked><td>head\.samples</td><td>4</td><td>8</td></tr>", text)
     assert "<tr><td>training.steps</td><td>50</td>" in text
+
+
+def note(run: Path, *records: dict[str, Any]) -> None:
+    """Append records to the metrics of a run."""
+    with open(run / "calm" / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def rows(page: Path, *cells: str) -> list[list[str]]:
+    """The rows of the page's tables that hold one of these cells."""
+    found = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr.*?</tr>", page.read_text())]
+    return [row for row in found if set(cells) & set(row)]
+
+
+def test_restarts_and_faults_are_told_in_order(run: Path) -> None:
+    """Stopped and started again, hung, failed; each start says whether the one before has come to its end."""
+    begin = datetime(2026, 1, 1, 12, tzinfo=UTC)
+    told = [("stopped", 0), ("start", 1), ("start", 90), ("finished", 91), ("start", 92), ("failed", 93), ("start", 94)]
+    for event, seconds in told:
+        note(run, {"step": 40, "kind": "event", "time": begin.timestamp() + seconds, "event": event})
+    (run / "calm" / "logs").mkdir()
+    for rank, seconds in ((0, 71), (1, 70)):
+        said = (begin + timedelta(seconds=seconds)).isoformat(timespec="seconds")
+        title = f"{said} rank {rank}, process 7: nothing came after step 41 for 60 s"
+        (run / "calm" / "logs" / f"stacks-rank-{rank}.txt").write_text(f"{title}\nThread 1:\n")
+    page = write_run_page(run)
+    names = ("stopped", "failed", "restart", "restart after a crash", "ended by the watchdog")
+    assert [row[1:4] for row in rows(page, *names)] == [
+        ["", "30", "restart after a crash"],
+        ["2026-01-01 12:00:00", "40", "stopped"],
+        ["2026-01-01 12:00:01", "40", "restart"],
+        ["2026-01-01 12:01:10", "", "ended by the watchdog"],
+        ["2026-01-01 12:01:30", "40", "restart after a crash"],
+        ["2026-01-01 12:01:32", "40", "restart"],
+        ["2026-01-01 12:01:33", "40", "failed"],
+        ["2026-01-01 12:01:34", "40", "restart after a crash"],
+    ]
+    assert "<td>rank 1, process 7: nothing came after step 41 for 60 s</td>" in page.read_text()
+    for rank in (0, 1):
+        assert f'href="calm/logs/stacks-rank-{rank}.txt"' in page.read_text()
+
+
+def test_what_the_jobs_noted_is_told_with_the_training_they_served(run: Path) -> None:
+    shutil.copytree(run / "calm", run / "autoencoder")
+    for stage in ("build_chunks", "train_autoencoder", "train_calm"):
+        records = StageRecords.of(run, stage, None)
+        records.folder.mkdir(parents=True)
+        records.note("7", 0, "end", code=76, step=3)
+    with open(run / "slurm" / "train_calm" / "journal.jsonl", "a") as file:
+        file.write('{"time": 1.0, "job": "7", "ev')  # being written
+    found = rows(write_run_page(run), "build_chunks: end", "train_autoencoder: end", "train_calm: end")
+    assert [(name, *rest) for name, _, *rest in found] == [
+        ("one/calm", "", "build_chunks: end", "job: 7, restart: 0, code: 76"),
+        ("one/calm", "3", "train_calm: end", "job: 7, restart: 0, code: 76"),
+        ("one/autoencoder", "3", "train_autoencoder: end", "job: 7, restart: 0, code: 76"),
+    ]
+
+
+def test_texts_of_the_finished_run_come_before_those_on_the_way(run: Path) -> None:
+    said = {"temperature": 0.5, "prompt": "Once"}
+    note(run, *({"step": step, "kind": "sample", **said, "text": f"at {step}"} for step in (10, 20)))
+    (run / "samples.json").write_text(json.dumps([{**said, "text": "in the end", "draws": 3}]))
+    assert rows(write_run_page(run), "Once") == [
+        ["one/calm", "samples.json", "0.5", "Once", "in the end"],
+        ["one/calm", "20", "0.5", "Once", "at 20"],
+        ["one/calm", "10", "0.5", "Once", "at 10"],
+    ]
+
+
+def test_an_evaluation_that_diverged_is_left_out(run: Path) -> None:
+    note(run, {"step": 40, "kind": "eval", "loss": math.nan, "loss_error": math.inf, "brier_1": math.nan})
+    note(run, {"step": 50, "kind": "eval", "loss": 1.25, "loss_error": math.nan})
+    [_, band, held_out] = figures(write_run_page(run))["one-calm-loss"]["data"]
+    assert (held_out["x"], held_out["y"]) == ([30, 50], [1.5, 1.25])
+    assert band["x"] == [30, 30]
+
+
+def test_what_is_not_finite_leaves_a_gap_in_any_figure(tmp_path: Path) -> None:
+    trace = Trace("line", [1.0, 2.0, 3.0], [math.inf, 1.0, math.nan])
+    (tmp_path / "page.html").write_text(render("page", [Section("all", [Figure("f", "", "x", [trace])])]))
+    assert figures(tmp_path / "page.html")["f"]["data"][0]["y"] == [None, 1.0, None]
+
+
+def test_links_lead_from_each_page_to_the_files(run: Path, tmp_path: Path) -> None:
+    same = _run(tmp_path / "another #2" / "one", 2.0)
+    files = [folder / "calm" / "profile" / "rank-0.txt" for folder in (run, same)]
+    for file in files:
+        file.parent.mkdir()
+        file.touch()
+    comparison = tmp_path / "pages" / "comparison.html"
+    comparison.parent.mkdir()
+    write_comparison([run, same], comparison)
+    for page, expected in (
+        (write_run_page(run), files[:1]),
+        (write_run_page(run / "calm"), files[:1]),
+        (comparison, files),
+    ):
+        targets = re.findall(r'href="([^"]*rank-0\.txt)"', page.read_text())
+        assert [(page.parent / unquote(target)).resolve() for target in targets] == expected
 
 
 @pytest.mark.slow
 def test_it_opens_in_a_browser_without_an_error(run: Path, tmp_path: Path) -> None:
     check_that_it_draws(write_run_page(run), tmp_path / "profile")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "error"), [("nothing.is.called.so()", "ReferenceError"), ("if (", "SyntaxError")])
+def test_a_page_with_a_broken_script_is_noticed(run: Path, tmp_path: Path, script: str, error: str) -> None:
+    with pytest.raises(AssertionError, match=f"Uncaught {error}"):
+        check_that_it_draws(with_script(write_run_page(run), script), tmp_path / "profile")
+
+
+@pytest.mark.slow
+def test_what_plotly_draws_are_the_numbers_of_the_metrics(run: Path, tmp_path: Path) -> None:
+    lines = drawn(write_run_page(run), tmp_path / "profile")
+    train = read_metrics(run / "calm" / "metrics.jsonl", "train")
+    for key in ("loss", "to_target", "gradient_norm", "tokens_per_second", "mfu", "spikes"):
+        name = "one/calm training" if key == "loss" else "one/calm"
+        points = [(x, y) for x, y in lines[f"one-calm-{key}"][name] if y is not None]
+        assert points == [(record["step"], record[key]) for record in train if record[key] is not None], key
+    assert lines["one-calm-loss"]["one/calm held-out"] == [[30, 1.5]]
+    assert lines["one-calm-brier-1"]["unigram"] == [[30, 0.01]]
 
 
 def test_two_runs_are_drawn_together(run: Path, tmp_path: Path) -> None:
@@ -92,6 +219,14 @@ def test_two_runs_are_drawn_together(run: Path, tmp_path: Path) -> None:
     }
     assert lines["one/calm training"] == 2.0
     assert lines["two/calm training"] == 3.0
+
+
+def test_runs_of_one_name_are_told_apart_and_one_given_twice_is_one(run: Path, tmp_path: Path) -> None:
+    other = _run(tmp_path / "elsewhere" / "one", 2.0)
+    write_comparison([run, other, run / "calm"], tmp_path / "comparison.html")
+    shown = figures(tmp_path / "comparison.html")["calm-loss"]["data"]
+    names = [trace["name"] for trace in shown if trace.get("name", "").endswith("training")]
+    assert names == [f"{tmp_path.name}/one/calm training", "elsewhere/one/calm training"]
 
 
 def test_texts_cannot_break_the_page(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from calm_core.training.history import samples_of_step
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Ten steps of 8 samples, resumed at step 4 with 6 samples a step after a first attempt at it with 3."""
-    starts = [(0, 0, 8), (4, 32, 3), (4, 32, 6)]
+    """Ten steps: 8 samples each, 6 since a resume at step 4, after attempts from steps 7 and 4 that are done again."""
+    starts = [(0, 0, 8), (7, 56, 2), (4, 32, 3), (4, 32, 6)]
     records = [
         {"step": step, "kind": "event", "event": "start", "samples": samples, "global_batch": batch}
         for step, samples, batch in starts

@@ -60,6 +60,16 @@ def test_a_profile_changes_no_number(tiny: Path) -> None:
     assert losses[0] == losses[1]
 
 
+def test_a_resume_profiles_the_steps_that_are_left(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_calm(experiment(tiny, "training.steps=2")) == ExitCode.OK
+    assert run_calm(experiment(tiny, "training.steps=3", "profile.steps=[1,2]")) == ExitCode.OK
+    assert "profile.steps=[1, 2]: nothing is profiled, the run goes on after step 2" in capsys.readouterr().out
+    assert not (tiny / "calm" / "profile").exists()
+    assert run_calm(experiment(tiny, "training.steps=5", "profile.steps=[2,4]")) == ExitCode.OK
+    assert "profile of steps 4 to 4: " in capsys.readouterr().out
+    assert "aten::" in (tiny / "calm" / "profile" / "rank-0.txt").read_text()
+
+
 def test_wandb_gets_the_same_names_and_one_id_over_a_resume(tiny: Path) -> None:
     settings = ["training.wandb=offline", "training.wandb_group=study", "training.eval_every=2"]
     assert run_calm(experiment(tiny, *settings, "training.steps=2")) == ExitCode.OK

@@ -42,6 +42,12 @@ def curve(folder: Path) -> list[tuple[int, float, float, float, int]]:
     return [tuple(record[n] for n in names) for record in read_metrics(folder / "calm" / "metrics.jsonl", "train")]
 
 
+def events(folder: Path) -> list[tuple[int, str]]:
+    """What befell a run and at what step, without its checkpoints."""
+    found = read_metrics(folder / "calm" / "metrics.jsonl", "event")
+    return [(event["step"], event["event"]) for event in found if event["event"] != "checkpoint"]
+
+
 @contextmanager
 def forward_step_of(monkeypatch: pytest.MonkeyPatch, step: Any) -> Iterator[None]:
     """Within the block, runs use `step(original, task, micro_batches, model)` for CALM's forward step."""
@@ -90,6 +96,10 @@ def test_a_resume_is_bitwise_the_uninterrupted_run(
     assert "resume: training.eval_every was 0, is now 2" in capsys.readouterr().out
     assert curve(tiny) == curve(whole)
     assert tensors_of(tiny, 6) == tensors_of(whole, 6)
+    assert events(tiny) == [(0, "start"), (3, "stopped"), (3, "start"), (6, "finished")]
+    page = (tiny / "report.html").read_text()
+    assert "<td>stopped</td>" in page
+    assert "<td>restart</td>" in page
 
 
 def test_files_in_the_folder_ask_for_a_checkpoint_and_for_the_end(
@@ -103,6 +113,7 @@ def test_files_in_the_folder_ask_for_a_checkpoint_and_for_the_end(
     with forward_step_of(monkeypatch, step):
         assert train(tiny, "training.keep=9") == ExitCode.STOPPED
     assert steps_saved(tiny) == [2, 4]
+    assert events(tiny)[-1] == (4, "stopped")
     assert not (tiny / "calm" / "save").exists()
     assert not (tiny / "calm" / "stop").exists()
     assert train(tiny) == ExitCode.OK
@@ -156,6 +167,8 @@ def test_a_damaged_checkpoint_is_not_kept_in_place_of_a_good_one(tiny: Path, mon
     with forward_step_of(monkeypatch, step), pytest.raises(KeyboardInterrupt):
         train(tiny, "training.save_every=1", "training.keep=1")
     assert steps_saved(tiny) == [3, 4]
+    assert [name for _, name in events(tiny)] == ["start", "finished", "start", "failed"]
+    assert "<td>failed</td><td>reason: KeyboardInterrupt" in (tiny / "report.html").read_text()
 
 
 def test_no_checkpoint_left_whole_is_no_fresh_start(tiny: Path) -> None:

@@ -1,6 +1,7 @@
 """The watchdog in a process of its own: what it writes, and how the process ends."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from launching import finish
 
 from calm_core.errors import ExitCode, UserError
 from calm_core.training.config import TrainingConfig
+from calm_core.training.watchdog import hangs
 
 PROGRAM = """
 import ctypes, sys, time
@@ -40,6 +42,18 @@ def test_what_hangs_is_ended_with_its_stacks(tmp_path: Path) -> None:
         assert "rank 3" in text
         assert "nothing came after step 7 for 0.6 s" in text
         assert "in rest\n" in text
+    [(when, said)] = hangs(tmp_path / "logs")
+    assert abs(when - time.time()) < 60
+    assert said.startswith("rank 3, process ")
+
+
+def test_ranks_that_hang_together_are_one_hang(tmp_path: Path) -> None:
+    for rank, times in ((0, ("12:00:03", "12:30:00")), (1, ("12:00:01", "12:30:00"))):
+        titles = [f"2026-01-01T{at}+00:00 rank {rank}, process 7: nothing came after the start for 6 s" for at in times]
+        (tmp_path / f"stacks-rank-{rank}.txt").write_text("\nThread 1:\n".join(titles))
+    found = hangs(tmp_path)
+    assert [said.partition(",")[0] for _, said in found] == ["rank 1", "rank 0"]
+    assert found[1][0] - found[0][0] == 30 * 60 - 1
 
 
 def test_a_call_that_lets_no_thread_run_is_ended_too(tmp_path: Path) -> None:
