@@ -2,9 +2,9 @@
 
 plan:    the models that the ladder and the grid give, what each costs, how long it takes; nothing runs.
 prepare: what the models share: tokenizer, tokens, and for each K the autoencoder and the chunks. Then RUN/models.txt
-         lists the models' configurations, for an array of jobs: sbatch --array=1-N launchers/sweep.slurm RUN/models.txt
-run:     prepare, then the models one after another; finished ones are skipped, half-done ones resume. task=N trains
-         model N of the plan alone, as a task of a job array does after prepare.
+         lists the models' configurations, and the sbatch command is printed that trains them as an array of jobs.
+run:     prepare, then the models one after another; finished ones are skipped, half-done ones resume, and what fails is
+         named at the end. task=N trains model N of the plan alone, after prepare.
 fit:     the evaluations in RUN/results.parquet, the laws fitted to them in RUN/laws.json.
 plot:    the figures of results and laws below RUN/figures, and all of it on one page, RUN/report.html.
 """
@@ -37,9 +37,7 @@ def run(config: ScalingConfig, dry_run: bool) -> int | None:
     """Train the models, or one of them."""
     from calm_core.scaling import sweep
 
-    if dry_run:
-        return plan(config, dry_run)
-    return (sweep.prepare(config) if config.task < 0 else 0) or sweep.train_points(config)
+    return plan(config, dry_run) if dry_run else sweep.run(config)
 
 
 def fit(config: ScalingConfig, dry_run: bool) -> None:

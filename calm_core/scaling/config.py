@@ -6,6 +6,7 @@ from typing import Literal
 
 from calm_core.config import option
 from calm_core.errors import UserError
+from calm_core.evaluation.places import STRIDE
 from calm_core.experiment import Experiment
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "scaling" / "two_cores.yaml"
@@ -63,7 +64,12 @@ class GridConfig:
         if not self.k and not self.baseline:
             raise UserError("grid.k is empty and grid.baseline is false: there is nothing to train.")
         for k in self.k:
-            if k < 1 or self.context % k:
+            if k < 1 or STRIDE % k:
+                raise UserError(
+                    f"grid.k holds {k}, which does not divide {STRIDE}: its models would be scored at other places "
+                    "than the rest; choose from 1, 2, 4 and 8."
+                )
+            if self.context % k:
                 raise UserError(f"grid.context={self.context} is not a multiple of K={k} (grid.k): change one of them.")
         for name in ("k", "seeds", "budgets"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):

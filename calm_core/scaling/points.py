@@ -1,5 +1,6 @@
 """The models of a study: their names, shapes, budgets, and the experiment that trains each."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,10 +9,13 @@ from calm_core.data.config import DataConfig
 from calm_core.errors import UserError
 from calm_core.experiment import Experiment
 from calm_core.model.config import HeadConfig, ModelShape
+from calm_core.model.layout import check_layout
+from calm_core.pipeline_split import pipeline_split
 from calm_core.scaling.config import ScalingConfig
 from calm_core.scaling.ladder import Rung, rung
 
 BASELINE = "ar"
+FURTHER_SAVES = 8  # checkpoints at intervals, beside those of the budgets, at most
 
 
 @dataclass(frozen=True)
@@ -95,10 +99,16 @@ def points(config: ScalingConfig) -> list[Point]:
     """All models of a study, the cheap ones first.
 
     Raises:
-        UserError: if the base cannot serve (a softmax head for CALM), or a budget is less than one step.
+        UserError: if the base cannot serve (a softmax head for CALM, other windows for every K, a layout that does not
+            hold a model), or a budget is less than one step.
     """
     if config.base.head.kind == "softmax":
         raise UserError("base.head.kind=softmax leaves CALM without a head: choose another; grid.baseline adds the AR.")
+    if config.base.data.packing == "align" and len(families(config)) > 1:
+        raise UserError(
+            "base.data.packing=align begins windows at other tokens for every K, so that scores do not compare: set it "
+            "to pack."
+        )
     found = [
         _point(config, family, depth, seed)
         for depth in sorted(config.ladder.depths)
@@ -110,52 +120,65 @@ def points(config: ScalingConfig) -> list[Point]:
 
 def shared_experiment(config: ScalingConfig) -> Experiment:
     """What all models share: tokenizer and tokens."""
-    return replace(config.base, run=str(Path(config.run) / "shared"))
+    return replace(config.base, run=str(Path(config.run) / "shared"), config_file=str(base_path(config)))
+
+
+def base_path(config: ScalingConfig) -> Path:
+    """The file of what all models share, from which the page of each run marks what differs."""
+    return (Path(config.run) / "base.yaml").absolute()
 
 
 def family_experiment(config: ScalingConfig, k: int) -> Experiment:
     """What the CALM models of one K share: autoencoder and chunks."""
-    base, run = config.base, Path(config.run) / f"k{k}"
-    data = replace(_shared_data(config), k=k)
-    positions = max(1, config.base.autoencoder_training.positions * config.base.data.k // k)
+    base, training = config.base, config.base.autoencoder_training
     return replace(
-        base,
-        run=str(run),
-        data=data,
+        shared_experiment(config),
+        run=str(Path(config.run) / f"k{k}"),
+        data=replace(_shared_data(config), k=k),
         autoencoder=replace(base.autoencoder, latent=config.grid.latent_per_token * k),
-        # As many tokens a step for every K.
-        autoencoder_training=replace(base.autoencoder_training, positions=positions),
+        autoencoder_training=replace(
+            training,
+            positions=max(1, training.positions * base.data.k // k),  # as many tokens a step for every K
+            wandb_group=training.wandb_group or _group(config),
+        ),
     )
 
 
 def experiment(config: ScalingConfig, point: Point) -> Experiment:
     """The experiment that trains one model, on the shared tokens or the family's chunks."""
-    base, data = config.base, _shared_data(config)
-    if point.family != BASELINE:
-        of_family = family_experiment(config, point.k).paths
-        data = replace(data, k=point.k, autoencoder=str(of_family.autoencoder), chunks=str(of_family.chunks))
-    training = replace(
-        base.training,
-        steps=point.steps,
-        eval_every=0,
-        wandb_group=base.training.wandb_group or Path(config.run).name,
-        milestones=list(point.budget_steps[:-1]),
-        keep=max(base.training.keep, len(point.budget_steps)),
-        global_batch=point.global_batch,
-        positions=point.positions,
-        optimizer=replace(base.training.optimizer, learning_rate=point.rung.learning_rate),
-        schedule=replace(base.training.schedule, kind="constant"),
-    )
-    run = Path(config.run) / "points" / point.name
+    if point.family == BASELINE:
+        inputs, data = shared_experiment(config), _shared_data(config)
+    else:
+        inputs = family_experiment(config, point.k)
+        made = inputs.paths
+        data = replace(inputs.data, autoencoder=str(made.autoencoder), chunks=str(made.chunks))
+    training = config.base.training
     return replace(
-        base,
-        run=str(run),
+        inputs,
+        run=str(Path(config.run) / "points" / point.name),
         seed=point.seed,
         data=data,
         model=point.rung.backbone,
         head=point.shape.head,
-        training=training,
+        training=replace(
+            training,
+            steps=point.steps,
+            eval_every=0,
+            wandb_group=_group(config),
+            milestones=list(point.budget_steps[:-1]),
+            save_every=training.save_every and max(training.save_every, math.ceil(point.steps / FURTHER_SAVES)),
+            keep=point.steps,  # all: the newest few would not be those of the budgets
+            global_batch=point.global_batch,
+            positions=point.positions,
+            optimizer=replace(training.optimizer, learning_rate=point.rung.learning_rate),
+            schedule=replace(training.schedule, kind="constant"),
+        ),
     )
+
+
+def _group(config: ScalingConfig) -> str:
+    """The group in wandb of all runs of the study."""
+    return config.base.training.wandb_group or Path(config.run).name
 
 
 def _shared_data(config: ScalingConfig) -> DataConfig:
@@ -164,19 +187,40 @@ def _shared_data(config: ScalingConfig) -> DataConfig:
 
 
 def _point(config: ScalingConfig, family: str, depth: int, seed: int) -> Point:
-    grid, micro = config.grid, config.base.training.micro_batch
-    of_rung = rung(depth, config.ladder, config.base.model)
+    grid, of_rung = config.grid, rung(depth, config.ladder, config.base.model)
     shape = shape_of(config, family, depth)
-    windows = max(1, round(of_rung.batch_tokens / grid.context / micro)) * micro
+    together = _windows_together(config, shape, f"{family} at depth {depth}")
+    windows = max(1, round(of_rung.batch_tokens / grid.context / together)) * together
     per_token = flops.paper_training(shape, 1, grid.context // shape.k)
     tokens = [budget / per_token if grid.budget == "flops" else budget for budget in sorted(grid.budgets)]
     steps = tuple(round(count / (windows * grid.context)) for count in tokens)
     if steps[0] < 1 or len(set(steps)) < len(steps):
         raise UserError(
             f"grid.budgets come to {', '.join(map(str, steps))} steps of {windows * grid.context} tokens for "
-            f"{family} at depth {depth}: raise or spread them, or lower ladder.batch_tokens."
+            f"{family} at depth {depth}: raise or spread them, or lower ladder.batch_tokens (a step takes at least "
+            f"{together} windows: base.training.micro_batch on each of base.pipeline.processes)."
         )
     return Point(family, depth, shape.k, seed, of_rung, shape, steps, windows, grid.context)
+
+
+def _windows_together(config: ScalingConfig, shape: ModelShape, name: str) -> int:
+    """The number of windows that a batch is a multiple of, for the ranks that train one model to share it evenly.
+
+    Raises:
+        UserError: if they cannot hold the model.
+    """
+    layout, ranks = config.base.parallel, config.base.pipeline.processes
+    if ranks % (layout.tensor * layout.pipeline):
+        raise UserError(
+            f"base.pipeline.processes={ranks}, the ranks that train one model, is not a multiple of base.parallel."
+            f"tensor={layout.tensor} x base.parallel.pipeline={layout.pipeline}: change one of them."
+        )
+    try:
+        check_layout(shape, config.grid.context // shape.k, layout)
+        pipeline_split(shape, config.grid.context // shape.k, layout)
+    except UserError as refusal:
+        raise UserError(f"{name} cannot be trained by the base's layout: {refusal}") from refusal
+    return config.base.training.micro_batch * layout.data_parallel(ranks) * layout.micro_batch_multiple
 
 
 def hours(config: ScalingConfig, point: Point) -> float:

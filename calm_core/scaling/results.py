@@ -1,20 +1,38 @@
 """What the runs of a study measured: one row a model and budget, kept in one parquet file."""
 
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from calm_core import config as configuration
 from calm_core import flops
 from calm_core.data.manifest import replacing
 from calm_core.errors import UserError
+from calm_core.experiment import Experiment
 from calm_core.scaling.config import ScalingConfig
 from calm_core.scaling.plan import autoencoder_flops
-from calm_core.scaling.points import Point, experiment, points
+from calm_core.scaling.points import Point, experiment, family_experiment, points
+from calm_core.training.run_folder import RunFolder
 from calm_core.training.run_log import read_metrics
 
 MEASURES = ("brier_1", "brier_2", "brier_3", "brier_4", "brier_lm", "loss")
+
+# The sections of a configuration that decide what a training comes to ...
+TOKENS = ("seed", "data", "tokenizer", "model", "training", "evaluation")
+LATENTS = (*TOKENS, "head")
+AUTOENCODER = ("seed", "data", "tokenizer", "autoencoder", "autoencoder_training")
+# ... but for these: where things lie, how work is shared out, what is kept and said of it, and the length of a training
+# at a constant rate. K is in the model's name.
+ASIDE = re.compile(
+    r"data\.(k|tokenizer|tokens|autoencoder|chunks|verify|workers|device)|training\.(steps|milestones)"
+    r"|\w+\.(micro_batch|deterministic|log_every|eval_every|save_every|background_saves|keep|resume|bad_steps"
+    r"|hang_\w+|wandb\w*)"
+)
+ASIDE_OF_TOKENS = re.compile(r"data\.(latents|packing)")
 
 Row = dict[str, Any]
 
@@ -24,16 +42,62 @@ def collect(config: ScalingConfig) -> list[Row]:
 
     flops are of training in the paper's accounting, without the autoencoder, whose FLOPs (spent once for all models of
     a K) are a column of their own. A measure that a model does not have is None.
+
+    Raises:
+        UserError: if a model or an autoencoder was trained by other settings than the study's, or models were scored
+            under measures that do not compare.
     """
-    rows = []
-    for point in points(config):
+    rows, planned = [], points(config)
+    require_as_planned(config, planned)
+    for point in planned:
         metrics = experiment(config, point).paths.calm_run / "metrics.jsonl"
         evaluations = {record["step"]: record for record in read_metrics(metrics, "eval")}
         spent = 0.0 if point.shape.head.reads_tokens else autoencoder_flops(config, point.k)
         for budget, step in enumerate(point.budget_steps):
             if step in evaluations:
                 rows.append(_row(point, budget, step, spent, evaluations[step]))
+    _require_comparable(rows)
     return rows
+
+
+def require_as_planned(config: ScalingConfig, chosen: Collection[Point]) -> None:
+    """Refuse what was trained by other settings, of these models and their autoencoders: it is none of this study.
+
+    Learning rate, batch and the like do not keep a run from going on, so it would not refuse them itself.
+
+    Raises:
+        UserError: naming the first model, its setting, and the mend.
+    """
+    for k in sorted({point.k for point in chosen if not point.shape.head.reads_tokens}):
+        planned = family_experiment(config, k)
+        _require_same(f"the autoencoder of K={k}", planned.paths.autoencoder_run, planned, AUTOENCODER)
+    for point in chosen:
+        planned = experiment(config, point)
+        sections = TOKENS if point.shape.head.reads_tokens else LATENTS
+        _require_same(point.name, planned.paths.calm_run, planned, sections)
+
+
+def _require_same(name: str, folder: Path, planned: Experiment, sections: Collection[str]) -> None:
+    run = RunFolder(folder)
+    if not run.metrics.exists():
+        return
+    saved = configuration.load(Experiment, run.config, [])
+    for key, old, new in configuration.differences(configuration.to_dict(saved), configuration.to_dict(planned)):
+        of_tokens = sections is TOKENS and ASIDE_OF_TOKENS.fullmatch(key)
+        if key.partition(".")[0] in sections and not ASIDE.fullmatch(key) and not of_tokens:
+            raise UserError(
+                f"{name} was trained with {key}={old}, and the study now gives {new}: restore it, or move {folder} "
+                "away and run again."
+            )
+
+
+def _require_comparable(rows: list[Row]) -> None:
+    for row in rows:
+        if row["measure"] != rows[0]["measure"]:
+            raise UserError(
+                f"{row['model']} was scored as {row['measure']} and {rows[0]['model']} as {rows[0]['measure']}, which "
+                "do not compare: move the folder of the one that is unlike the others away and run again."
+            )
 
 
 def results_path(config: ScalingConfig) -> Path:
@@ -69,6 +133,7 @@ def _row(point: Point, budget: int, step: int, autoencoder: float, evaluation: d
         "parameters": sum(flops.parameters(point.shape).values()),
         "size": point.size,
         "budget": budget,
+        "measure": evaluation.get("measure"),
         "step": step,
         "tokens": tokens,
         "flops": point.training_flops(tokens),

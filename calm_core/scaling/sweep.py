@@ -1,81 +1,144 @@
 """The run of a study: what is shared first, then every model; each is an ordinary experiment in its own folder."""
 
 import sys
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from calm_core import config as configuration
+from calm_core.cluster.jobfile import JobFile
 from calm_core.data.manifest import MANIFEST
 from calm_core.errors import ExitCode, UserError
-from calm_core.pipeline.stages import config_path, run_stages
+from calm_core.experiment import Experiment
+from calm_core.pipeline.stages import ROOT, config_path, run_stages
 from calm_core.scaling.config import ScalingConfig
-from calm_core.scaling.points import experiment, family_experiment, points, shared_experiment
+from calm_core.scaling.points import Point, base_path, experiment, family_experiment, points, shared_experiment
+from calm_core.scaling.results import require_as_planned
 
 SHARED = ("train_tokenizer", "tokenize_corpus")
 FAMILY = ("train_autoencoder", "evaluate_autoencoder", "build_chunks")
 MODEL = ("train_calm",)
 LIST = "models.txt"
+LAUNCHER = ROOT / "launchers" / "sweep.slurm"
+AT_ONCE = 4  # tasks of the array
 
 
 def prepare(config: ScalingConfig) -> int:
     """Make what the models share: tokenizer, tokens, and the autoencoder and chunks of each K. Finished parts stay.
 
-    Then every model is a configuration of its own, and RUN/models.txt lists them: what an array of jobs works on.
+    Then every model is a configuration of its own, and RUN/models.txt lists them: what an array of jobs works on. One
+    K that fails is named at the end and stops no other.
 
     Returns:
-        The exit code of the first part that fails, or OK.
-    """
-    for part, names in [
-        (shared_experiment(config), SHARED),
-        *((family_experiment(config, k), FAMILY) for k in config.grid.k),
-    ]:
-        if code := run_stages(part, names):
-            return code
-    _write_list(config)
-    return ExitCode.OK
-
-
-def _write_list(config: ScalingConfig) -> None:
-    paths = []
-    for point in points(config):
-        of_point = experiment(config, point)
-        Path(of_point.run).mkdir(parents=True, exist_ok=True)
-        configuration.save(of_point, config_path(of_point))
-        paths.append(config_path(of_point).absolute())
-    (Path(config.run) / LIST).write_text("".join(f"{path}\n" for path in paths))
-
-
-def train_points(config: ScalingConfig) -> int:
-    """Train the models one after another, or the one that `config.task` names.
-
-    Finished ones are skipped, half-done ones resume, and one that fails is named at the end and stops no other.
-
-    Returns:
-        OK, FAILED if one failed, or STOPPED as soon as one was asked to stop.
+        OK, FAILED if a K failed, STOPPED as soon as one was asked to stop; or the exit code of tokenizer and tokens.
 
     Raises:
-        UserError: if there is no model of this number, or what they share is not there.
+        UserError: if a model or an autoencoder has been trained by other settings.
+    """
+    if code := _prepare_tokens(config):
+        return code
+    failed = _prepare_families(config)
+    print(f"for an array of jobs: {array_command(config)}")
+    return _ending(failed)
+
+
+def run(config: ScalingConfig) -> int:
+    """Prepare and train the models one after another; or train the one that `config.task` names, prepared before.
+
+    Finished ones are skipped, half-done ones resume. One that fails is named at the end and stops no other; neither
+    does a K that cannot be prepared, whose models are left out and named.
+
+    Returns:
+        OK, FAILED if anything failed, STOPPED as soon as one was asked to stop; or the exit code of tokenizer and
+        tokens, which all need.
+
+    Raises:
+        UserError: if there is no model of this number, if what it needs is not there, or if a model or an autoencoder
+            has been trained by other settings.
     """
     planned = points(config)
     if config.task >= len(planned):
         raise UserError(f"task={config.task} is none of the {len(planned)} models: give 0 to {len(planned) - 1}.")
-    _require_prepared(config)
-    failed = []
-    for number, point in enumerate(planned):
-        if config.task not in (-1, number):
-            continue
-        print(f"model {number} of {len(planned)}: {point.name}", flush=True)
-        code = run_stages(experiment(config, point), MODEL)
+    if config.task >= 0:
+        chosen = planned[config.task]
+        require_as_planned(config, [chosen])
+        _require_prepared(experiment(config, chosen))
+        return _ending(_train(config, [chosen]))
+    if code := _prepare_tokens(config):
+        return code
+    unprepared = _prepare_families(config)
+    if ExitCode.STOPPED in unprepared.values():
+        return _ending(unprepared)
+    failed = _train(config, [point for point in planned if point.family not in unprepared])
+    return _ending({**unprepared, **failed}, [point.name for point in planned if point.family in unprepared])
+
+
+def array_command(config: ScalingConfig) -> str:
+    """How the listed models are trained by an array of jobs, each on the ranks that its batch is made for."""
+    ranks, here = config.base.pipeline.processes, JobFile.read(LAUNCHER)
+    nodes, rest = divmod(ranks, here.tasks)
+    size = [f"--ntasks-per-node={ranks}", f"--gpus-per-node={ranks}"] if rest else [f"--nodes={nodes}"]
+    words = [f"--array=1-{len(points(config))}%{AT_ONCE}", *([] if ranks == here.nodes * here.tasks else size)]
+    return f"sbatch {' '.join(words)} {LAUNCHER.relative_to(ROOT)} {Path(config.run) / LIST}"
+
+
+def _prepare_tokens(config: ScalingConfig) -> int:
+    require_as_planned(config, points(config))
+    Path(config.run).mkdir(parents=True, exist_ok=True)
+    configuration.save(config.base, base_path(config))
+    return run_stages(shared_experiment(config), SHARED)
+
+
+def _prepare_families(config: ScalingConfig) -> dict[str, int]:
+    failed = _each({f"k{k}": family_experiment(config, k) for k in config.grid.k}, FAMILY)
+    _write_list(config, failed)
+    return failed
+
+
+def _write_list(config: ScalingConfig, unprepared: Collection[str]) -> None:
+    """A configuration a line; a model that cannot be trained yet is a comment, so that all lines keep their numbers."""
+    lines = []
+    for point in points(config):
+        of_point = experiment(config, point)
+        Path(of_point.run).mkdir(parents=True, exist_ok=True)
+        configuration.save(of_point, config_path(of_point))
+        ready = point.family not in unprepared
+        lines.append(f"{'' if ready else '# not prepared: '}{config_path(of_point).absolute()}\n")
+    (Path(config.run) / LIST).write_text("".join(lines))
+
+
+def _train(config: ScalingConfig, chosen: Iterable[Point]) -> dict[str, int]:
+    return _each({point.name: experiment(config, point) for point in chosen}, MODEL)
+
+
+def _each(parts: Mapping[str, Experiment], names: Collection[str]) -> dict[str, int]:
+    """Run the stages of these names of each part, until one is asked to stop; the exit codes of those that fail."""
+    failed = {}
+    for number, (name, part) in enumerate(parts.items(), 1):
+        print(f"{name}: {number} of {len(parts)}", flush=True)
+        if code := run_stages(part, names):
+            failed[name] = code
         if code == ExitCode.STOPPED:
-            return code
-        if code:
-            failed.append(f"{point.name} (exit code {code})")
-    if failed:
-        print(f"failed, run again to retry: {', '.join(failed)}", file=sys.stderr)
+            break
+    return failed
+
+
+def _ending(failed: Mapping[str, int], left_out: Collection[str] = ()) -> int:
+    """Say what failed and what was left out; the exit code."""
+    said = [f"{name} (exit code {code})" for name, code in failed.items() if code != ExitCode.STOPPED]
+    if said:
+        print(f"failed, run again to retry: {', '.join(said)}", file=sys.stderr)
+    if left_out:
+        print(f"not trained, as their autoencoder or chunks failed: {', '.join(left_out)}", file=sys.stderr)
+    if ExitCode.STOPPED in failed.values():
+        return ExitCode.STOPPED
     return ExitCode.FAILED if failed else ExitCode.OK
 
 
-def _require_prepared(config: ScalingConfig) -> None:
-    shared = shared_experiment(config).paths.tokens
-    for store in (shared, *(family_experiment(config, k).paths.chunks for k in config.grid.k)):
-        if not (store / MANIFEST).exists():
-            raise UserError(f"{store} is not there yet: make it by `scaling_laws.py prepare`.")
+def _require_prepared(model: Experiment) -> None:
+    paths = model.paths
+    needed = [paths.tokens]
+    if not model.head.reads_tokens:
+        needed = [paths.autoencoder, paths.tokens if model.data.latents == "encode" else paths.chunks]
+    for made in needed:
+        if not (made / MANIFEST).exists():
+            raise UserError(f"{made} is not there yet: make it by `scaling_laws.py prepare`.")

@@ -1,15 +1,34 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from calm_core import config as configuration
 from calm_core import flops
+from calm_core.cluster.jobfile import JobFile
+from calm_core.cluster.layout import describe_layout
+from calm_core.data.manifest import format_version, write_json
 from calm_core.errors import UserError
 from calm_core.model.config import BackboneConfig
+from calm_core.parallel.checkpoint_folder import list_checkpoints, retire
+from calm_core.parallel.config import ParallelConfig
+from calm_core.pipeline.config import PipelineConfig
 from calm_core.scaling.config import DEFAULT_CONFIG, GridConfig, LadderConfig, ScalingConfig
 from calm_core.scaling.ladder import rung
-from calm_core.scaling.plan import plan_table
-from calm_core.scaling.points import experiment, points
+from calm_core.scaling.plan import autoencoder_flops, plan_table
+from calm_core.scaling.points import experiment, family_experiment, hours, points, shared_experiment
+from calm_core.scaling.sweep import LAUNCHER
+
+
+def on_ranks(study: ScalingConfig, ranks: int, **layout: int) -> ScalingConfig:
+    pipeline, parallel = PipelineConfig(processes=ranks), ParallelConfig(**layout)
+    return replace(study, base=replace(study.base, pipeline=pipeline, parallel=parallel))
+
+
+def warmed_up(study: ScalingConfig, warmup: int) -> ScalingConfig:
+    training = study.base.training
+    schedule = replace(training.schedule, warmup=warmup)
+    return replace(study, base=replace(study.base, training=replace(training, schedule=schedule)))
 
 
 def test_the_papers_medium_model_is_a_rung() -> None:
@@ -41,6 +60,36 @@ def test_an_experiment_is_its_point(study: ScalingConfig) -> None:
     assert len({experiment(study, point).run for point in points(study)}) == 12
 
 
+def test_runs_of_a_study_are_told_apart_from_its_base_and_grouped(study: ScalingConfig) -> None:
+    autoencoder = family_experiment(study, 2)
+    for point in points(study):
+        made = experiment(study, point)
+        assert made.config_file == autoencoder.config_file == str(Path(study.run) / "base.yaml")
+        assert made.training.wandb_group == autoencoder.autoencoder_training.wandb_group == "study"
+        if point.family == "k2":
+            assert made.autoencoder == autoencoder.autoencoder
+
+
+def test_no_checkpoint_of_a_budget_is_deleted(study: ScalingConfig, tmp_path: Path) -> None:
+    point = points(study)[0]
+    training = experiment(study, replace(point, budget_steps=(400, 2000, 8000, 16000))).training
+    saved = {*range(training.save_every, training.steps, training.save_every), *training.milestones, training.steps}
+    assert len(saved) <= 8 + 4
+    for step in sorted(saved):
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}" / "manifest.json").touch()
+        retire(tmp_path / f"step-{step}", training.keep)
+    assert {"step-400", "step-2000", "step-8000", "step-16000"} <= {path.name for path in list_checkpoints(tmp_path)}
+
+
+def test_the_ranks_of_the_array_share_every_batch(study: ScalingConfig) -> None:
+    job = JobFile.read(LAUNCHER)
+    for layout in ({}, {"tensor": 2}, {"pipeline": 2, "virtual": 2}):
+        for point in points(on_ranks(study, job.nodes * job.tasks, **layout)):
+            made = experiment(on_ranks(study, job.tasks, **layout), point)
+            assert describe_layout(made, "train_calm", job.nodes, job.tasks).startswith("8 ranks")
+
+
 def test_size_leaves_out_what_the_vocabulary_makes(study: ScalingConfig) -> None:
     wider = replace(study, base=replace(study.base, data=replace(study.base.data, vocabulary=64_000)))
     for small, large in zip(*(sorted(points(c), key=lambda p: p.name) for c in (study, wider)), strict=True):
@@ -54,12 +103,52 @@ def test_the_shipped_study_is_planned() -> None:
     text = plan_table(config)
     assert "k4-d5-s0" in text
     assert "autoencoder of K=2, trained once" in text
+    one, two = (points(on_ranks(config, ranks)) for ranks in (1, 2))
+    assert [point.global_batch for point in one] == [point.global_batch for point in two]
+
+
+def test_the_hours_hold_the_autoencoders(study: ScalingConfig) -> None:
+    shared = sum(autoencoder_flops(study, k) for k in study.grid.k) / study.hardware.flops_per_hour
+    models = sum(hours(study, point) for point in points(study))
+    assert f"{models:.3g}" != f"{models + shared:.3g}"
+    assert f", {models + shared:.3g} hours on 8 devices" in plan_table(study)
+
+
+def test_a_budget_within_the_warm_up_is_told(study: ScalingConfig) -> None:
+    first = sorted(point.budget_steps[0] for point in points(study))
+    assert "warning" not in plan_table(warmed_up(study, (first[0] - 1) // 2))
+    *_, line = plan_table(warmed_up(study, -(-first[0] // 2))).splitlines()
+    assert line.startswith("warning: the first budget comes within twice the warm-up")
+    assert line.count("-s0") == sum(step <= 2 * -(-first[0] // 2) for step in first)
+
+
+def test_a_second_epoch_is_told(study: ScalingConfig) -> None:
+    study = warmed_up(study, 0)
+    most, *_ = sorted(points(study), key=lambda point: -point.tokens(point.steps))
+    tokens = most.tokens(most.steps)
+    for there, told in ((tokens, False), (tokens // 2, True)):
+        header = {"kind": "tokens", "format_version": format_version("tokens")}
+        store = shared_experiment(study).paths.tokens
+        store.mkdir(parents=True, exist_ok=True)
+        write_json(store / "manifest.json", header | {"splits": {"train": {"tokens": there}}})
+        assert (f"{most.name} (2)" in plan_table(study)) == told
+        assert ("warning: more than one epoch" in plan_table(study)) == told
 
 
 def test_bad_studies_end_in_a_sentence(study: ScalingConfig) -> None:
     with pytest.raises(UserError, match=r"grid\.budgets come to 0"):
         points(replace(study, grid=replace(study.grid, budgets=[1e6])))
-    with pytest.raises(UserError, match="not a multiple of K=3"):
-        GridConfig(k=[3], context=512)
+    with pytest.raises(UserError, match="not a multiple of K=4"):
+        GridConfig(k=[4], context=510)
+    with pytest.raises(UserError, match="holds 16, which does not divide 8"):
+        GridConfig(k=[16], context=512)
+    with pytest.raises(UserError, match=r"base\.data\.packing=align"):
+        points(replace(study, base=replace(study.base, data=replace(study.base.data, packing="align"))))
+    with pytest.raises(UserError, match=r"base\.pipeline\.processes=2, the ranks .* base\.parallel\.tensor=4"):
+        points(on_ranks(study, 2, tensor=4))
+    with pytest.raises(UserError, match=r"ar at depth 4 cannot be trained .* the 4 key/value heads"):
+        points(on_ranks(study, 8, tensor=8))
+    with pytest.raises(UserError, match=r"ar at depth 4 cannot be trained .* model\.layers=4"):
+        points(on_ranks(study, 8, pipeline=8))
     with pytest.raises(UserError, match=r"base\.head\.kind=softmax"):
         points(replace(study, base=replace(study.base, head=replace(study.base.head, kind="softmax"))))

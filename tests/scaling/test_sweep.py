@@ -1,20 +1,29 @@
-"""A whole study through the real command: prepared, killed, resumed, one member failing, fitted, drawn."""
+"""Studies as they run: what fails beside what goes on; and one through the real command, killed and resumed."""
 
 import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launching import ROOT, finish
+from launching import ROOT, finish, running
 
 from calm_core import config as configuration
-from calm_core.errors import ExitCode
+from calm_core.errors import ExitCode, UserError
 from calm_core.experiment import Experiment
+from calm_core.parallel.checkpoint_folder import list_checkpoints
+from calm_core.pipeline.config import PipelineConfig
+from calm_core.scaling import sweep
+from calm_core.scaling.config import ScalingConfig
+from calm_core.scaling.points import experiment, family_experiment, points, shared_experiment
 from calm_core.scaling.results import read_results
+from calm_core.training.run_log import read_metrics
 
 STUDY = """
 run: {folder}/study
 ladder: {{depths: [1], aspect: 16, head_width: 16, reference_depth: 2, learning_rate: 1.0e-2, batch_tokens: 256}}
-grid: {{k: [4], context: 32, latent_per_token: 2, budget: tokens, budgets: [1024, 2048]}}
+grid: {{k: [4], context: 32, latent_per_token: 2, budget: tokens, budgets: [1024, 102400]}}
 fit: {{measures: [brier_1, cross_entropy], draws: 20}}
 base:
   data: {{corpus: ["{folder}/corpus/*.txt"], held_out: 0.2}}
@@ -22,10 +31,118 @@ base:
   autoencoder: {{hidden: 16}}
   autoencoder_training: {{steps: 20, global_batch: 8, micro_batch: 8, positions: 8, precision: fp32, wandb: disabled}}
   head: {{noise: 8, samples: 4, target_samples: 8}}
-  training: {{micro_batch: 4, precision: fp32, log_every: 1, schedule: {{warmup: 2}}, wandb: disabled}}
+  training: {{micro_batch: 4, precision: fp32, save_every: 1, schedule: {{warmup: 2}}, wandb: disabled}}
   evaluation: {{windows: 8, samples: 4, micro_batch: 4}}
   pipeline: {{processes: 1}}
 """
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, codes: Mapping[str, int]) -> list[str]:
+    """Let the parts of a study, named by their folders, end with these codes or well; those that run, in order."""
+    ran: list[str] = []
+
+    def run_stages(part: Experiment, names: tuple[str, ...]) -> int:
+        ran.append(Path(part.run).name)
+        return codes.get(ran[-1], ExitCode.OK)
+
+    monkeypatch.setattr(sweep, "run_stages", run_stages)
+    return ran
+
+
+def names(study: ScalingConfig, *families: str) -> list[str]:
+    return [point.name for point in points(study) if point.family in families]
+
+
+def made(folder: Path) -> None:
+    """Let this part be there."""
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").touch()
+
+
+def test_a_k_that_fails_stops_no_other(
+    study: ScalingConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = pretend(monkeypatch, {"k2": ExitCode.USAGE})
+    assert sweep.run(study) == ExitCode.FAILED
+    assert ran == ["shared", "k2", "k4", *names(study, "ar", "k4")]
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "failed, run again to retry: k2 (exit code 2)",
+        f"not trained, as their autoencoder or chunks failed: {', '.join(names(study, 'k2'))}",
+    ]
+
+
+def test_the_list_for_an_array_leaves_out_what_is_not_prepared(
+    study: ScalingConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend(monkeypatch, {"k2": ExitCode.FAILED})
+    assert sweep.prepare(study) == ExitCode.FAILED
+    lines = (Path(study.run) / "models.txt").read_text().splitlines()
+    for line, point in zip(lines, points(study), strict=True):
+        path, _, comment = line.partition("#")
+        assert bool(path) == (point.family != "k2")
+        assert point.name in path + comment
+        if path:
+            assert configuration.load(Experiment, Path(path), []) == experiment(study, point)
+    assert configuration.load(Experiment, Path(study.run) / "base.yaml", []) == study.base
+    assert "for an array of jobs: sbatch --array=1-12%4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asked", ["k2", "ar-d6-s0"])
+def test_a_request_to_stop_ends_the_study(
+    study: ScalingConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: str
+) -> None:
+    ran = pretend(monkeypatch, {asked: ExitCode.STOPPED})
+    assert sweep.run(study) == ExitCode.STOPPED
+    assert ran[-1] == asked
+    assert "failed" not in capsys.readouterr().err
+
+
+def test_without_tokens_nothing_goes_on(study: ScalingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = pretend(monkeypatch, {"shared": ExitCode.USAGE})
+    assert sweep.run(study) == sweep.prepare(study) == ExitCode.USAGE
+    assert ran == ["shared", "shared"]
+
+
+def test_a_model_that_fails_stops_no_other(
+    study: ScalingConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = pretend(monkeypatch, {"k2-d4-s0": ExitCode.FAILED, "ar-d8-s0": ExitCode.WATCHDOG})
+    assert sweep.run(study) == ExitCode.FAILED
+    assert ran[3:] == [point.name for point in points(study)]
+    said = capsys.readouterr().err
+    assert "k2-d4-s0 (exit code 1)" in said
+    assert "ar-d8-s0 (exit code 76)" in said
+
+
+def test_one_model_wants_its_own_inputs_alone(study: ScalingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = pretend(monkeypatch, {})
+    numbers = {point.name: number for number, point in enumerate(points(study))}
+    baseline, calm = replace(study, task=numbers["ar-d4-s0"]), replace(study, task=numbers["k4-d4-s0"])
+    with pytest.raises(UserError, match=r"shared/tokens is not there yet: make it by `scaling_laws\.py prepare`"):
+        sweep.run(baseline)
+    made(shared_experiment(study).paths.tokens)
+    assert sweep.run(baseline) == ExitCode.OK
+    with pytest.raises(UserError, match="k4/autoencoder/frozen is not there yet"):
+        sweep.run(calm)
+    made(family_experiment(study, 4).paths.autoencoder)
+    with pytest.raises(UserError, match="k4/chunks is not there yet"):
+        sweep.run(calm)
+    encoding = replace(study.base, data=replace(study.base.data, latents="encode"))
+    assert sweep.run(replace(calm, base=encoding)) == ExitCode.OK
+    made(family_experiment(study, 4).paths.chunks)
+    assert sweep.run(calm) == ExitCode.OK
+    assert ran == ["ar-d4-s0", "k4-d4-s0", "k4-d4-s0"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [(8, ""), (16, "--nodes=2 "), (2, "--ntasks-per-node=2 --gpus-per-node=2 ")],
+)
+def test_the_array_has_the_ranks_of_the_study(study: ScalingConfig, ranks: int, options: str) -> None:
+    study = replace(study, base=replace(study.base, pipeline=PipelineConfig(processes=ranks)))
+    listed = f"{study.run}/models.txt"
+    assert sweep.array_command(study) == f"sbatch --array=1-12%4 {options}launchers/sweep.slurm {listed}"
 
 
 @pytest.mark.slow
@@ -34,30 +151,45 @@ def test_a_study_from_text_to_figures(tiny: Path) -> None:
     path = tiny / "study.yaml"
     path.write_text(STUDY.format(folder=tiny))
 
+    def command(action: str, *arguments: str) -> list[str]:
+        return [sys.executable, str(ROOT / "pretrain" / "scaling_laws.py"), action, str(path), *arguments]
+
     def study(action: str, *arguments: str, code: int = 0) -> str:
-        command = [sys.executable, str(ROOT / "pretrain" / "scaling_laws.py"), action, str(path), *arguments]
-        ended, output = finish(command, 300)
+        ended, output = finish(command(action, *arguments), 300)
         assert ended == code, output
         return output
 
     assert "ar-d1-s0" in study("plan")
     assert "make it by `scaling_laws.py prepare`" in study("run", "task=0", code=ExitCode.USAGE)
-    study("prepare")
-    listed = [Path(line) for line in (tiny / "study" / "models.txt").read_text().splitlines()]
-    assert len(listed) == 2
-    assert all(configuration.load(Experiment, line, []).training.milestones for line in listed)
 
-    blocked = tiny / "study" / "points" / "k4-d1-s0" / "calm"  # a folder that holds something else than a run
+    blocked = tiny / "study" / "k4" / "autoencoder"  # a folder that holds something else than a run
     blocked.mkdir(parents=True)
     (blocked / "notes.txt").write_text("mine")
-    assert "failed, run again to retry: k4-d1-s0" in study("run", code=ExitCode.FAILED)
+    baseline = tiny / "study" / "points" / "ar-d1-s0" / "calm"
+    with running(command("run")) as process:  # killed with all its children
+        while len(list_checkpoints(baseline / "checkpoints")) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+    saved = int(list_checkpoints(baseline / "checkpoints")[-1].name.removeprefix("step-"))
+    assert saved < 800  # of its steps
+
+    again = study("run", code=ExitCode.FAILED)
+    assert f"resumed from {baseline}/checkpoints/step-{saved}\n" in again
+    assert "failed, run again to retry: k4 (exit code 2)" in again
+    assert "not trained, as their autoencoder or chunks failed: k4-d1-s0" in again
+    starts = [event["step"] for event in read_metrics(baseline / "metrics.jsonl", "event") if event["event"] == "start"]
+    assert starts == [0, saved]
+    assert {"step-8", "step-800"} <= {checkpoint.name for checkpoint in list_checkpoints(baseline / "checkpoints")}
+
     (blocked / "notes.txt").unlink()
-    again = study("run")
-    assert "finished before" in again
+    _, of_baseline = study("run").split("ar-d1-s0: ")
+    assert "train_calm: finished before" in of_baseline.split("k4-d1-s0: ")[0]
 
     assert "4 of 4 points measured" in study("fit")
     rows = read_results(tiny / "study" / "results.parquet")
-    assert {(row["model"], row["tokens"]) for row in rows} >= {("ar-d1-s0", 1024), ("k4-d1-s0", 2048)}
+    assert {(row["model"], row["tokens"]) for row in rows} == {
+        (model, tokens) for model in ("ar-d1-s0", "k4-d1-s0") for tokens in (1024, 102400)
+    }
     assert all(row["cross_entropy"] is not None for row in rows if row["family"] == "ar")
     study("plot")
     assert (tiny / "study" / "figures" / "compute_brier_1.svg").exists()
