@@ -17,7 +17,7 @@ from calm_core.data.manifest import read_json, write_json
 from calm_core.errors import ExitCode
 from calm_core.experiment import Experiment
 from calm_core.pipeline.ledger import Ledger, stamp
-from calm_core.pipeline.stages import ROOT, Stage, config_path, inputs_of, stages
+from calm_core.pipeline.stages import ROOT, Stage, config_path, inputs_of, require_named, stages
 
 LAUNCHERS = {
     "train_tokenizer": "tokenize",
@@ -27,7 +27,6 @@ LAUNCHERS = {
     "train_calm": "calm_m",
 }  # the rest: "evaluate"
 SHARED = ("tokenize_corpus", "build_chunks")  # stages that the tasks of an array can share
-ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY")
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,11 @@ def submit(experiment: Experiment, config: Path, dry_run: bool) -> int:
     """Check all jobs, then submit them, each after the one before; or print them.
 
     Raises:
-        UserError: if one of them cannot run; none is submitted then.
+        UserError: if one of them cannot run; none is submitted then. Or if Slurm does not answer: submit again.
     """
-    jobs = list(links(experiment, config, unfinished(experiment)))
+    todo = unfinished(experiment)
+    require_named(todo)
+    jobs = list(links(experiment, config, todo))
     for link in jobs:
         options = [*site_options(), *link.options]
         print(f"{link.name}: sbatch {' '.join([*options, str(link.launcher), *link.arguments])}")
@@ -108,7 +109,7 @@ def _submit(experiment: Experiment, jobs: list[Link]) -> None:
     before = ""
     for link in jobs:
         job = submitted.get(link.name, "")
-        if not job or slurm.fields("job", job).get("JobState", "COMPLETED") in ENDED:
+        if not job or not slurm.is_queued(job):
             after = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"] if before else []
             array = any(option.startswith("--array") for option in link.options)
             output = f"--output={folder.resolve()}/%x-{'%A_%a' if array else '%j'}.out"

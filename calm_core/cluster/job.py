@@ -7,7 +7,6 @@ ended whether the job goes back into the queue. It runs outside a container and 
 import argparse
 import fcntl
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -15,12 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from calm_core.cluster.policy import bad_nodes, decide, first_failure, fruitless_attempts
+from calm_core.cluster.policy import bad_nodes, decide, first_failure, fruitless_attempts, unmet
 from calm_core.cluster.records import StageRecords, endings, progress_of, write_record
-from calm_core.cluster.slurm import Job
+from calm_core.cluster.slurm import Job, SlurmError
 from calm_core.cluster.steps import Steps, last_lines, say
 from calm_core.data.manifest import read_json
-from calm_core.errors import ExitCode
+from calm_core.errors import ExitCode, UserError
 from calm_core.pipeline.ledger import Ledger, stamp
 
 ROOT = Path(__file__).parents[2]
@@ -37,17 +36,31 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--finish", action="store_true", help="put together what the tasks of an array have made")
     parser.add_argument("experiment", nargs="*", help="[CONFIG.yaml] [key=value ...]")
     parsed = parser.parse_intermixed_args(arguments)
-    job = Job.of(os.environ)
-    given = parsed.experiment
-    if parsed.list:
-        given = line_of(place(parsed.list), job)
-        if not given:
-            say(f"nothing to do: line {job.array[0]} of {parsed.list} holds no configuration")
-            return ExitCode.OK
+    try:
+        attempt = begin(Job.of(os.environ), parsed)
+    except SlurmError as silence:
+        say(str(silence))
+        return ExitCode.FAILED
+    except UserError as refusal:
+        say(f"refused: {refusal}")
+        return ExitCode.USAGE
+    return attempt.run() if attempt else ExitCode.OK
+
+
+def begin(job: Job, parsed: argparse.Namespace) -> "Attempt | None":
+    """The attempt that the arguments ask for; None where the list has nothing for this task.
+
+    Raises:
+        UserError: if the job is not the array that it should be.
+    """
+    given = line_of(place(parsed.list), job) if parsed.list else parsed.experiment
+    if parsed.list and not given:
+        say(f"nothing to do: line {job.array[0]} of {parsed.list} holds no configuration")
+        return None
     if not given or "=" in given[0]:
         given = [parsed.config, *given]
     given[0] = place(given[0])
-    return Attempt(job, parsed.stage, given, parsed.finish, shared=not parsed.list).run()
+    return Attempt(job, parsed.stage, given, parsed.finish, shared=not parsed.list)
 
 
 def place(path: str) -> str:
@@ -57,11 +70,15 @@ def place(path: str) -> str:
 
 
 def line_of(path: str, job: Job) -> list[str]:
-    """The words of the line of a list that is this task's, counted from 1; none for a comment or beyond the end."""
+    """The words of the line of a list that is this task's, counted from 1; none for a comment or beyond the end.
+
+    Raises:
+        UserError: if the job is no array whose tasks are lines.
+    """
     lines = Path(path).read_text().splitlines()
     task = job.array[0] if job.array else 0
     if task < 1:
-        raise SystemExit(f"{path} is a list of configurations: submit with --array=1-{len(lines)}")
+        raise UserError(f"{path} is a list of configurations: submit with --array=1-{len(lines)}.")
     return lines[task - 1].partition("#")[0].split() if task <= len(lines) else []
 
 
@@ -71,11 +88,10 @@ class Attempt:
     def __init__(self, job: Job, stage: str, experiment: list[str], finish: bool, shared: bool) -> None:
         self._job, self._stage, self._experiment = job, stage, experiment
         self._options = ["--finish"] if finish else []
-        self._task = None
+        self._task, self._share = None, (0, 1)
         if shared and job.array:
-            task, first, count = job.array
-            self._task = task
-            self._options = ["--shard", f"{task - first}/{count}"]
+            self._task, self._share = job.array[0], job.share
+            self._options = ["--shard", "{}/{}".format(*self._share)]
         self._limit = int(os.environ.get("CALM_RESTARTS") or 3)
         self._steps = Steps(job, os.environ | {"MASTER_ADDR": job.address, "MASTER_PORT": str(job.port)})
 
@@ -85,40 +101,45 @@ class Attempt:
         say(f"{self._stage}: job {job.id}, restart {job.restart}, {len(job.nodes)} nodes {','.join(job.nodes)}")
         verdicts = self._check()
         if self._steps.asked:
-            return self._give_way(ExitCode.STOPPED)
-        plan = next((verdict["plan"] for verdict in verdicts.values() if "plan" in verdict), None)
-        if verdicts and plan is None:  # by all of them: a node that alone cannot read a file is a bad node
-            say(f"refused: {next(iter(verdicts.values()))['refusal']}")
+            return self._give_way(ExitCode.STOPPED, "Slurm needs the nodes")
+        if not verdicts:
+            return self._give_way(ExitCode.FAILED, "no node has answered: see the lines above, and launchers/site.env")
+        plan = next((verdict["plan"] for verdict in verdicts.values() if verdict["plan"]), None)
+        if plan is None:  # by all of them: a node that alone cannot read a file is a bad node
+            say(f"refused: {next(iter(verdicts.values()))['problems'][0]}")
             return ExitCode.USAGE
         bad = bad_nodes(job.nodes, verdicts)
         for node, problem in bad.items():
             say(f"bad node {node}: {problem}")
-        if len(bad) == len(job.nodes):
-            say("no node is sound: the cause is not in the nodes; the lines above, launchers/site.env")
-            return ExitCode.FAILED
-        self._plan = plan
+        self._plan = {**plan, "share": self._share}
         self._records = StageRecords.of(Path(plan["run"]), self._stage, self._task)
-        self._folder = self._records.attempt(f"{job.id}.{job.restart}")
-        return self._start(bad)
-
-    def _start(self, bad: dict[str, str]) -> int:
-        plan = self._plan
-        if plan["training"] and Path(plan["product"]).exists():
-            say(f"finished before: {plan['product']} is there")
-            self._note("finished")
-            return ExitCode.OK
+        try:
+            self._folder = self._records.attempt(f"{job.id}.{job.restart}")
+        except OSError as error:
+            return self._give_way(ExitCode.FAILED, f"no records can be kept here: {error}")
         if (fruitless := self._fruitless()) > self._limit:
             return self._end(ExitCode.FAILED, f"given up after {fruitless} attempts without progress")
-        self._note("start", step=progress_of(plan), nodes=self._job.nodes)
+        self._note("start", step=progress_of(self._plan), nodes=job.nodes)
         if bad:
             self._note("bad nodes", nodes=bad)
             return self._judge(ExitCode.FAILED, exclude=bad)
+        if problem := unmet(verdicts):
+            say(f"no all-reduce among nodes that are each sound, so that none can be named: {problem}")
+            self._note("no all-reduce", problem=problem)
+            return self._judge(ExitCode.FAILED)
+        return self._start()
+
+    def _start(self) -> int:
+        """Run the stage's script. Whether it has been finished before is the script's to say: it knows its inputs."""
+        plan = self._plan
         if plan["layout"]:
             say(plan["layout"])
         write_record(self._folder, ROOT, plan, self._job.nodes)
         self._await_lock()
-        began = time.time()
+        began, before, there = time.time(), progress_of(plan), Path(plan["product"]).exists()
         code = self._train()
+        if code == ExitCode.OK and plan["training"] and there and progress_of(plan) == before:
+            say(f"finished before: {plan['product']} is there")
         if code == ExitCode.OK and self._task is None and plan["inputs"]:
             ledger = Ledger(Path(plan["run"]) / "stages.json")
             products = [Path(product) for product in plan["products"]]
@@ -138,7 +159,7 @@ class Attempt:
             # By name: on NFS the listing of a folder may be older than the files in it.
             files = {node: Path(folder, f"{node}.json") for node in job.nodes}
             verdicts = {node: read_json(path) for node, path in files.items() if path.exists()}
-        if len(verdicts) < len(job.nodes):
+        if printed and bad_nodes(job.nodes, verdicts):
             print(last_lines(printed, LINES), flush=True)
         return verdicts
 
@@ -179,23 +200,28 @@ class Attempt:
     def _requeue(self, code: int, exclude: list[str]) -> int:
         try:
             self._job.requeue()
-        except subprocess.CalledProcessError as refusal:
-            if self._steps.decided:  # in this very moment
-                return ExitCode.STOPPED
-            return self._end(code, f"Slurm does not requeue it: {refusal.stderr.strip()}")
+        except SlurmError as refusal:
+            if not self._steps.decided:  # else it is in the queue already, or cancelled in this very moment
+                return self._end(code, f"Slurm does not requeue it: {refusal}")
         try:
             if exclude:
                 self._job.exclude(exclude)
-        except subprocess.CalledProcessError as refusal:
-            say(f"Slurm does not exclude {', '.join(exclude)}: {refusal.stderr.strip()}")
+        except SlurmError as refusal:
+            say(f"Slurm does not exclude {', '.join(exclude)}: {refusal}")
         return ExitCode.STOPPED
 
-    def _give_way(self, code: int) -> int:
-        """Slurm wants the nodes before anything has started."""
+    def _give_way(self, code: int, reason: str) -> int:
+        """Back into the queue before there are records of the job; by itself as often as it may fail to progress."""
         if self._steps.decided:
             return code
-        say("requeued before the start: Slurm needs the nodes")
-        self._job.requeue()
+        if not self._steps.asked and self._job.restart >= self._limit:
+            say(f"ended with code {code}: {reason}")
+            return code
+        say(f"requeued before the start: {reason}")
+        try:
+            self._job.requeue()
+        except SlurmError as refusal:
+            say(f"Slurm does not requeue it: {refusal}")
         return code
 
     def _end(self, code: int, reason: str) -> int:

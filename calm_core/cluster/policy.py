@@ -60,20 +60,20 @@ def first_failure(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | N
 
 
 def bad_nodes(nodes: Sequence[str], verdicts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The nodes that training must not have, and why, by what each found of itself and of its way to the others.
+    """The nodes that training must not have, and why, by what each found of itself and by who came to meet the others.
 
-    One node that fails keeps all from meeting: none is blamed for that while another has a fault of its own.
+    One node that fails keeps all from meeting: none is blamed for that while another has a fault of its own, and an
+    all-reduce that fails among nodes that have all come blames none.
     """
     bad = {node: "no answer" for node in nodes if node not in verdicts}
     bad |= {node: "; ".join(v["problems"]) for node, v in verdicts.items() if v["problems"]}
     if bad:
         return bad
     absent = [node for verdict in verdicts.values() for node in verdict["absent"]]
-    if absent:
-        blamed = nodes[:1] if len(absent) == len(nodes) - 1 > 1 else absent
-        return dict.fromkeys(blamed, "not reached by the others")
-    return {
-        node: f"no all-reduce with the others: {verdict['apart']}"
-        for node, verdict in verdicts.items()
-        if verdict["apart"]
-    }
+    blamed = nodes[:1] if len(absent) == len(nodes) - 1 > 1 else absent
+    return dict.fromkeys(blamed, "not reached by the others")
+
+
+def unmet(verdicts: Mapping[str, Mapping[str, Any]]) -> str:
+    """What went wrong in the all-reduce among the nodes, in the words of one of them; '' if nothing did."""
+    return next((verdict["apart"] for verdict in verdicts.values() if verdict["apart"]), "")

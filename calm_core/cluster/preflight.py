@@ -1,15 +1,16 @@
 """The check before a job starts, on each of its nodes: is the configuration sound, is the node?
 
 One process a node under srun: `python -m calm_core.cluster.preflight STAGE --verdicts FOLDER --nodes A,B --tasks N
---address A --port P CONFIG [key=value ...]`. Each writes FOLDER/NODE.json. What is to be run is part of it, so that the
-job itself, which runs outside a container, needs neither torch nor the configuration.
+--address A --port P CONFIG [key=value ...]`. Each writes FOLDER/NODE.json, as far as it has come: a check that hangs is
+known by that. What is to be run is part of it, so that the job itself, which runs outside a container, needs neither
+torch nor the configuration.
 """
 
 import argparse
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("experiment", nargs="+", help="CONFIG.yaml [key=value ...]")
     parsed = parser.parse_args(arguments)
+    path = parsed.verdicts / f"{os.environ['SLURMD_NODENAME']}.json"
     try:
         plan = plan_stage(parsed.stage, parsed.nodes.count(",") + 1, parsed.tasks, *parsed.experiment)
-        verdict = {"plan": plan, **_examine(Path(plan["run"]), parsed)}
+        verdicts = examine(Path(plan["run"]), parsed)
     except UserError as refusal:
-        verdict = {"refusal": str(refusal), "problems": [str(refusal)], "apart": "", "absent": []}
-    write_json(parsed.verdicts / f"{os.environ['SLURMD_NODENAME']}.json", verdict)
+        plan, verdicts = None, [{"problems": [str(refusal)], "apart": "", "absent": []}]
+    for verdict in verdicts:
+        write_json(path, {"plan": plan, **verdict})
 
 
 def plan_stage(name: str, nodes: int, tasks: int, path: str, *overrides: str) -> dict[str, Any]:
@@ -87,17 +90,19 @@ def _inputs(experiment: Experiment, plan: list[Stage]) -> str:
         return ""
 
 
-def _examine(run: Path, parsed: argparse.Namespace) -> dict[str, Any]:
-    """What is wrong with this node, and with its way to the others."""
+def examine(run: Path, parsed: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What is wrong with this node, and with its way to the others; before each part what holds if that never ends."""
     from calm_core.cluster.health import Limits, meet, problems_of_node
 
     limits = Limits.of(os.environ)
+    yield {"problems": ["its check came to no end"], "apart": "", "absent": []}
     problems = problems_of_node(int(os.environ.get("SLURM_GPUS_ON_NODE", "0")), [run], limits)
+    yield {"problems": problems, "apart": "it came to no end", "absent": []}
     # All take part, sound or not: the others must not take this node for one that cannot be reached.
     apart, absent = meet(
         int(os.environ["SLURM_PROCID"]), parsed.nodes.split(","), parsed.address, parsed.port, limits.seconds
     )
-    return {"problems": problems, "apart": apart, "absent": absent}
+    yield {"problems": problems, "apart": apart, "absent": absent}
 
 
 def _software() -> dict[str, str]:

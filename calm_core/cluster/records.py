@@ -19,6 +19,7 @@ from calm_core.parallel.checkpoint_folder import list_checkpoints
 
 # Of the environment, what decides how a job runs; nothing that may hold a secret.
 RECORDED = ("SLURM_", "NCCL_", "CALM_", "CUDA_", "OMP_", "GLOO_", "TORCH_", "UCX_", "FI_")
+BUILDING = "building"  # the journal of `data.builder`, which needs packages that the host may lack
 
 
 class StageRecords:
@@ -64,7 +65,7 @@ def write_record(attempt: Path, root: Path, plan: Mapping[str, Any], nodes: tupl
     """What ran, in what: code version, configuration, software, nodes, environment."""
     (attempt / "config.yaml").write_text(plan["config"])
     content = {
-        **{name: plan[name] for name in ("command", "product", "training", "steps", "software")},
+        **{name: plan[name] for name in ("command", "product", "training", "steps", "share", "software")},
         "code": _code_version(root),
         "host": platform.platform(),
         "nodes": list(nodes),
@@ -74,11 +75,16 @@ def write_record(attempt: Path, root: Path, plan: Mapping[str, Any], nodes: tupl
 
 
 def progress_of(plan: Mapping[str, Any]) -> int:
-    """How far a stage has come, in a number that grows: the newest checkpoint's step, or files of the product."""
+    """How far a stage has come, in a number that grows: the newest checkpoint's step, or what is done of its product.
+
+    The journal of a store that is being built says what is done; of an array's task, its share alone counts.
+    """
     if plan["training"]:
         found = list_checkpoints(Path(plan["training"]) / "checkpoints")
         return int(found[-1].name.removeprefix("step-")) if found else 0
-    return sum(1 for path in Path(plan["product"]).parent.rglob("*") if path.is_file())
+    product, (index, count) = Path(plan["product"]), plan.get("share", (0, 1))
+    parts = [int(path.name.partition("-")[0]) for path in (product.parent / BUILDING).glob("*-*.json")]
+    return sum(part % count == index for part in parts) + product.exists()
 
 
 def _code_version(root: Path) -> str:

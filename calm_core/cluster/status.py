@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from calm_core.cluster.policy import fruitless_attempts
 from calm_core.cluster.records import StageRecords, progress_of
 from calm_core.data.manifest import read_json
 from calm_core.errors import UserError
-from calm_core.training.run_log import read_metrics
+
+FAILURES = ("failure", "bad nodes", "no all-reduce")
 
 
 def describe(run: Path) -> Iterator[str]:
@@ -38,14 +40,11 @@ def _describe_stage(records: StageRecords) -> Iterator[str]:
     journal = records.journal()
     job, last = journal[-1]["job"], journal[-1]
     starts = [event for event in journal if event["event"] == "start" and event["job"] == job]
-    known = slurm.fields("job", job)
-    state = known.get("JobState", "no longer known to Slurm")
-    where = f" on {known['NodeList']}" if state == "RUNNING" else ""
-    yield f"{records.folder.name}: {state}{where}, job {job}"
+    yield f"{records.folder.name}: {_state(job)}, job {job}"
     record = records.folder / "latest" / "record.json"
     if record.exists():
         yield from _describe_training(read_json(record), starts, job, journal)
-    failures = [event for event in journal if event["event"] in ("failure", "bad nodes") and event["job"] == job]
+    failures = [event for event in journal if event["event"] in FAILURES and event["job"] == job]
     if failures:
         yield f"    last error: {_error(failures[-1])}, {_ago(failures[-1]['time'])} ago"
     if last["event"] in ("over", "requeue"):
@@ -62,19 +61,38 @@ def _describe_training(
     if not record["training"]:
         yield f"    {restarts}"
         return
-    metrics = read_metrics(Path(record["training"]) / "metrics.jsonl", "train")
-    if metrics:
-        now = metrics[-1]
+    if now := _last_step(Path(record["training"]) / "metrics.jsonl"):
+        loss = "not finite" if now["loss"] is None else f"{now['loss']:.4f}"
         yield (
-            f"    step {now['step']} of {record['steps']}, checkpoint {step}, loss {now['loss']:.4f}, "
+            f"    step {now['step']} of {record['steps']}, checkpoint {step}, loss {loss}, "
             f"{now['tokens_per_second']:,.0f} tokens/s"
         )
     yield f"    {restarts}"
 
 
+def _state(job: str) -> str:
+    try:
+        known = slurm.fields("job", job)
+    except slurm.SlurmError:
+        return "Slurm does not answer"
+    state = known.get("JobState", "no longer known to Slurm")
+    return f"{state} on {known['NodeList']}" if state == "RUNNING" else state
+
+
+def _last_step(metrics: Path) -> dict[str, Any] | None:
+    """The last record of a training step; `training.run_log` reads them too, but with torch."""
+    for line in reversed(metrics.read_text().splitlines() if metrics.exists() else ()):
+        with suppress(ValueError):  # a line cut short by a crash
+            if (record := json.loads(line))["kind"] == "train":
+                return record
+    return None
+
+
 def _error(event: dict[str, Any]) -> str:
     if event["event"] == "bad nodes":
         return "; ".join(f"{node}: {problem}" for node, problem in event["nodes"].items())
+    if event["event"] == "no all-reduce":
+        return f"no all-reduce among the nodes: {event['problem']}"
     return f"{event['who']} ended with code {event['code']}, {event['log']}"
 
 

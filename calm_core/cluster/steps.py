@@ -11,7 +11,7 @@ from tempfile import TemporaryFile
 from types import FrameType
 from typing import IO
 
-from calm_core.cluster.slurm import Job
+from calm_core.cluster.slurm import Job, SlurmError
 
 BEAT = 0.5  # seconds between looks at the signals
 MARGIN = 10.0  # seconds before the time limit at which a job that has not ended in good order is requeued as it is
@@ -37,8 +37,11 @@ class Steps:
 
     @property
     def decided(self) -> bool:
-        """Whether Slurm is ending the job by itself: cancelled, or already back in the queue."""
-        return self._job.fields().get("JobState") != "RUNNING"
+        """Whether Slurm is ending the job by itself: cancelled, or already back in the queue. No answer is no."""
+        try:
+            return self._job.fields().get("JobState") != "RUNNING"
+        except SlurmError:
+            return False
 
     def command(self, tasks_per_node: int, options: Sequence[str], module: str, *arguments: str) -> list[str]:
         """srun of a Python module, `tasks_per_node` tasks on every node; 0: one task on the first node."""
@@ -66,16 +69,16 @@ class Steps:
     def run(self, command: Sequence[str], on_asked: Callable[[], None]) -> int:
         """Run a step to its end; srun's exit code.
 
-        What Slurm asks for is passed on as SIGUSR1, once, after a call of `on_asked`; what it does itself is not.
+        What Slurm asks for is passed on as SIGUSR1, once, and `on_asked` called; what it does itself is not passed on.
         """
         process, deadline, passed_on = self._start(command), float("inf"), False
         while process.poll() is None and time.time() < deadline:
             if self.asked and not passed_on:
                 passed_on = True
-                on_asked()
                 if not self.decided:  # else Slurm has told the ranks, and puts an end to them itself
                     process.send_signal(signal.SIGUSR1)
                     deadline = _end_of(self._job) - MARGIN
+                on_asked()
             time.sleep(BEAT)
         return process.returncode if process.returncode is not None else -signal.SIGKILL
 
@@ -99,8 +102,8 @@ def last_lines(text: str, count: int) -> str:
 
 
 def _end_of(job: Job) -> float:
-    """When Slurm will end the job, in seconds since 1970."""
+    """When Slurm will end the job, in seconds since 1970, as far as it says so."""
     try:
         return datetime.fromisoformat(job.fields()["EndTime"]).timestamp()
-    except (KeyError, ValueError):  # without a time limit
+    except (SlurmError, KeyError, ValueError):  # ValueError: without a time limit
         return float("inf")

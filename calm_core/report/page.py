@@ -27,7 +27,7 @@ pre { white-space: pre-wrap; background: #f7f7f7; padding: 0.6em; } .note { colo
 SCRIPT = """
 const figures = JSON.parse(document.getElementById("figures").textContent);
 for (const [id, figure] of Object.entries(figures))
-  Plotly.newPlot(id, figure.data, figure.layout, {responsive: true, displaylogo: false});
+  Plotly.newPlot(id, figure.data, figure.layout, {responsive: true, displaylogo: false, displayModeBar: "hover"});
 """
 
 
@@ -42,6 +42,7 @@ class Trace:
         error: half the height of a band around the line; None where it is unknown.
         group: traces of a group have one colour.
         points: draw markers.
+        line: join them; where not, errors are bars.
         text: what hovering says of each point beside its values.
     """
 
@@ -51,6 +52,7 @@ class Trace:
     error: Sequence[float | None] | None = None
     group: str = ""
     points: bool = False
+    line: bool = True
     text: Sequence[str] | None = None
 
 
@@ -163,15 +165,17 @@ def _plotly(figure: Figure) -> dict[str, Any]:
     data = []
     for trace in figure.traces:
         colour = _PALETTE[colours.index(trace.group or trace.name) % len(_PALETTE)]
-        if trace.error is not None:
+        if trace.error is not None and trace.line:
             data.append(_band(trace, colour))
         line: dict[str, Any] = {
             "name": trace.name,
             "x": list(trace.x),
             "y": list(trace.y),
-            "mode": "lines+markers" if trace.points or len(trace.x) == 1 else "lines",
+            "mode": _mode(trace),
             "line": {"color": colour},
         }
+        if trace.error is not None and not trace.line:
+            line |= {"error_y": {"type": "data", "array": list(trace.error)}, "marker": {"color": colour}}
         data.append(line if trace.text is None else line | {"text": list(trace.text)})
     layout = {
         "title": {"text": figure.title, "font": {"size": 14}, "x": 0.01, "xanchor": "left"},
@@ -185,6 +189,12 @@ def _plotly(figure: Figure) -> dict[str, Any]:
     if len(values) == 1 and (value := values.pop()):  # plotly.js gives a constant a range of its own size: from 0 then
         layout["yaxis"] |= {"range": sorted((0.0, 2.0 * value))}
     return {"data": data, "layout": layout}
+
+
+def _mode(trace: Trace) -> str:
+    if not trace.line:
+        return "markers"
+    return "lines+markers" if trace.points or len(trace.x) == 1 else "lines"
 
 
 def _band(trace: Trace, colour: str) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def _of_jobs(run: Training) -> Iterator[Happening]:
         stage = journal.parent.name
         if ("autoencoder" in stage) != (run.folder.name == "autoencoder"):
             continue
-        trained = stage.startswith(f"train_{run.folder.name}")  # other stages count files as their steps
+        trained = stage.startswith(f"train_{run.folder.name}")  # other stages count other things
         for event in read_records(journal):
             step = event.get("step", "") if trained else ""
             yield Happening(event["time"], step, f"{stage}: {event['event']}", _details(event))

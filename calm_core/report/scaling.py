@@ -44,10 +44,11 @@ def write_scaling_page(config: ScalingConfig) -> Path:
 
 def _figures(config: ScalingConfig, rows: list[Row], laws: dict[str, Any], measure: str) -> list[Figure]:
     title = measure_title(measure)
-    compute = [_trace(of_family(rows, f), "flops", measure, family_name(f)) for f in families(config)]
+    compute = [_trace(of_family(rows, f), "flops", measure, family_name(f), line=False) for f in families(config)]
     for family in families(config):
         curve = law_curve(laws["compute"][family], measure, [row["flops"] for row in of_family(rows, family)])
-        compute += [Trace(f"law of {family_name(family)}", *(x.tolist() for x in curve))] if curve else []
+        name = family_name(family)
+        compute += [Trace(f"law of {name}", *(x.tolist() for x in curve), group=name)] if curve else []
     if measure == "brier_lm":
         compute += [Trace(name, *points, points=True) for name, points in PUBLISHED.items()]
     figures = [Figure(f"compute-{measure}", f"{title} against training FLOPs", "FLOPs", compute, log_x=True)]
@@ -73,12 +74,14 @@ def _figures(config: ScalingConfig, rows: list[Row], laws: dict[str, Any], measu
     return [*figures, Figure(f"k-{measure}", f"{title} over K at equal FLOPs", "K", equal, log_x=True)]
 
 
-def _trace(rows: list[Row], x: str, measure: str, name: str) -> Trace:
-    """Points with a band of two standard errors; hovering names the model."""
+def _trace(rows: list[Row], x: str, measure: str, name: str, line: bool = True) -> Trace:
+    """Points with two standard errors; hovering names the model."""
     ordered = sorted(rows, key=lambda row: row[x])
     errors = [2 * row[f"{measure}_error"] if row[f"{measure}_error"] else None for row in ordered]
     hover = [f"{row['model']}, {row['tokens']:,} tokens" for row in ordered]
-    return Trace(name, [r[x] for r in ordered], [r[measure] for r in ordered], errors, points=True, text=hover)
+    return Trace(
+        name, [r[x] for r in ordered], [r[measure] for r in ordered], errors, points=True, line=line, text=hover
+    )
 
 
 def _points(rows: list[Row]) -> Table:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from calm_core.data.manifest import read_json, replacing
 from calm_core.errors import UserError
@@ -70,9 +71,10 @@ def _isoflop(config: ScalingConfig, rows: list[Row], measure: str) -> Figure:
     """The measure against size, a curve for each budget; a panel for each family."""
     shown = [family for family in families(config) if any(row["family"] == family for row in rows)]
     figure = Figure(figsize=(4.5 * len(shown), 4), layout="constrained")
-    for family, axes in zip(shown, figure.subplots(1, len(shown), squeeze=False, sharey=True)[0], strict=True):
+    for family, axes in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
         style(axes, family_name(family), "N, parameters without token tables", measure_title(measure))
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         own = of_family(rows, family)
         for budget in sorted({row["budget"] for row in own}):
             at = sorted((row for row in own if row["budget"] == budget), key=lambda row: row["size"])

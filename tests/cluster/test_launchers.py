@@ -1,6 +1,7 @@
 """Every launcher as it is shipped: sound shell, a configuration that is there, a layout that divides."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,14 @@ def test_an_impossible_size_is_refused_with_the_nearest_that_works() -> None:
         describe_layout(xl, job.stage, 63, 1)
 
 
+@pytest.mark.parametrize(("tensor", "data", "accumulated"), [(2, 256, 1), (4, 128, 2), (8, 64, 4)])
+def test_the_largest_model_divides_by_other_tensor_parallelism(tensor: int, data: int, accumulated: int) -> None:
+    job = JobFile.read(ROOT / "launchers" / "calm_xl.slurm")
+    xl = config.load(Experiment, ROOT / job.config, [f"parallel.tensor={tensor}"])
+    line = f"512 ranks = tensor {tensor} x pipeline 1 x data {data}; global batch 256 = {data} x micro-batch 1 x "
+    assert describe_layout(xl, job.stage, job.nodes, job.tasks) == f"{line}{accumulated} accumulated"
+
+
 def test_options_of_sbatch_take_the_place_of_the_file_s() -> None:
     job = JobFile.read(ROOT / "launchers" / "calm_xl.slurm").with_options(["--nodes=32", "--exclusive"])
     assert (job.nodes, job.tasks) == (32, 8)
@@ -71,6 +80,11 @@ def test_options_of_sbatch_take_the_place_of_the_file_s() -> None:
 def test_an_unknown_launcher_is_refused() -> None:
     with pytest.raises(UserError, match=r"choose one of ar_l, .*calm_xl"):
         JobFile.read(ROOT / "launchers" / "calm_xxl.slurm")
+
+
+def test_the_job_and_the_status_need_no_torch() -> None:
+    code = "import sys, calm_core.cluster.job, calm_core.cluster.status; print({'torch', 'numpy'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "set()\n"
 
 
 def test_tools_read_relative_paths_as_jobs_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from calm_core.cluster.policy import bad_nodes, decide, first_failure, fruitless_attempts
+from calm_core.cluster.policy import bad_nodes, decide, first_failure, fruitless_attempts, unmet
 from calm_core.errors import ExitCode
 
 SOUND = {"problems": [], "apart": "", "absent": []}
@@ -73,4 +73,11 @@ def test_no_node_is_blamed_for_the_fault_of_another() -> None:
     assert bad_nodes(nodes, {"a": alone, "b": alone, "c": alone | {"problems": ["x", "y"]}}) == {"c": "x; y"}
     assert list(bad_nodes(nodes, {"a": alone | {"absent": ["b"]}, "b": alone, "c": alone})) == ["b"]
     assert list(bad_nodes(nodes, {"a": alone | {"absent": ["b", "c"]}, "b": alone, "c": alone})) == ["a"]
-    assert list(bad_nodes(nodes, dict.fromkeys(nodes, alone))) == ["a", "b", "c"]
+    assert bad_nodes(nodes[:1], {"a": alone | {"problems": ["x"]}}) == {"a": "x"}
+
+
+def test_an_all_reduce_that_fails_among_sound_nodes_names_none() -> None:
+    verdicts = {"a": SOUND, "b": SOUND | {"apart": "timed out"}}
+    assert bad_nodes(("a", "b"), verdicts) == {}
+    assert unmet(verdicts) == "timed out"
+    assert unmet({"a": SOUND, "b": SOUND}) == ""

@@ -3,15 +3,15 @@
 It needs root and the packages of `PACKAGES`, and neither systemd nor cgroups nor GPUs. All nodes are this host, each
 with a port of its own (Slurm's "multiple slurmd"), and promise more cores than there are. Nothing is enforced. Several
 clusters can run at once: their ports differ, and so do the numbers of their jobs, on which the jobs' own ports depend.
+A second process sees to it that nothing outlives the one that uses the cluster, however that ends.
 """
 
-import ctypes
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,7 +22,6 @@ import psutil
 
 PACKAGES = "munge slurmctld slurmd slurm-client"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-PR_SET_PDEATHSIG = 1
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 # A requeued job becomes eligible two minutes later; told to start before its remains are gone, it fails.
 SETTLED = 2.5
@@ -93,6 +92,8 @@ class Cluster:
     def __init__(self, nodes: int, cpus: int = 8, kill_wait: int = 30) -> None:
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self._root = Path(mkdtemp(prefix="calm-slurm-", dir="/tmp"))  # short: a socket lies in it
+        guard = [sys.executable, __file__, str(self._root)]
+        self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)
         self.environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(self._root / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen] = {}
         self._pending_since: dict[str, float] = {}
@@ -121,9 +122,8 @@ class Cluster:
             self.clear()
         for name in reversed(self._daemons):
             _end(self._daemons[name])
-        for process in self.processes(steps=True):
-            process.kill()
-        shutil.rmtree(self._root)
+        self._guard.stdin.close()
+        self._guard.wait()
 
     def run(self, *command: object, check: bool = True) -> str:
         """The output of a client's command; on a busy machine it may fail for a while."""
@@ -177,19 +177,22 @@ class Cluster:
         """State of a job, such as RUNNING or COMPLETED."""
         return self.job(job)["JobState"]
 
-    def processes(self, steps: bool = False) -> list[psutil.Process]:
-        """The processes that jobs of this cluster have started and that are alive, with slurmstepds if `steps`."""
+    def processes(self) -> list[psutil.Process]:
+        """The processes that jobs of this cluster have started and that are alive."""
         found = []
-        for process in psutil.process_iter():
+        for process in remains(self._root):
             with suppress(psutil.Error):
-                environment = process.environ()
-                started = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"] and (
-                    "SLURM_JOB_ID" in environment and "SLURMD_NODENAME" in environment
-                )
-                if process.status() != psutil.STATUS_ZOMBIE and (
-                    started or (steps and process.name() == "slurmstepd" and self._holds(process))
-                ):
+                if {"SLURM_JOB_ID", "SLURMD_NODENAME"} <= set(process.environ()):
                     found.append(process)
+        return found
+
+    def end_processes(self) -> list[list[str]]:
+        """Kill what jobs have left behind; the command lines of it."""
+        found = []
+        for process in self.processes():
+            with suppress(psutil.Error):
+                found.append(process.cmdline())
+                process.kill()
         return found
 
     def clear(self) -> None:
@@ -232,7 +235,6 @@ class Cluster:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
             )
 
     def _wait_up(self, condition: Callable[[], bool]) -> None:
@@ -255,9 +257,6 @@ class Cluster:
             if time.monotonic() - self._pending_since[job] > SETTLED:
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
-    def _holds(self, process: psutil.Process) -> bool:
-        return any(file.path.startswith(str(self._root)) for file in process.open_files())
-
 
 _PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 
@@ -273,10 +272,6 @@ def _free_ports(count: int) -> list[int]:
     raise OSError("no free ports")
 
 
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def _end(process: subprocess.Popen) -> None:
     process.terminate()
     try:
@@ -284,3 +279,32 @@ def _end(process: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def remains(root: Path) -> list[psutil.Process]:
+    """Every process of a cluster that is alive: daemons, steps, jobs."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            ours = process.environ().get("SLURM_CONF") == str(root / "slurm.conf") or (
+                process.name() == "slurmstepd"
+                and any(file.path.startswith(f"{root}/") for file in process.open_files())
+            )
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _sweep(root: Path) -> None:
+    """Kill what is left of a cluster, and remove its folder."""
+    while found := remains(root):
+        for process in found:
+            with suppress(psutil.Error):
+                process.kill()
+        time.sleep(0.1)
+    shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    sys.stdin.read()  # until the one that holds the other end lets go of it, or is no more
+    _sweep(Path(sys.argv[1]))

@@ -32,9 +32,8 @@ def cluster(slurm: Cluster, tmp_path: Path) -> Iterator[Cluster]:
     """The cluster with nothing on it, and a site file of this test's; afterwards no process may be left."""
     _use_site(slurm, tmp_path)
     yield slurm
-    left = [] if slurm.busy() else [process.cmdline() for process in slurm.processes()]
     slurm.clear()
-    assert not left
+    assert not slurm.end_processes()
 
 
 @pytest.fixture
