@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--chunks", type=int, default=8192, help="most chunks an autoencoder is scored on (default: %(default)s)"
     )
     parser.add_argument(
-        "--text", type=Path, help="txt, jsonl or parquet file to score on instead of held-out documents"
+        "--text",
+        type=Path,
+        help="txt, jsonl or parquet file to score on instead of held-out documents; needs no training data",
     )
     parser.add_argument("--tokens", type=Path, help="token store to score an autoencoder on that lies outside its run")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers; an autoencoder's plot goes beside it")

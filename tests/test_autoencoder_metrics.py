@@ -1,7 +1,8 @@
 import torch
+from live_bytes import LiveBytes, storages
 
 from calm_core.autoencoder import Autoencoder, AutoencoderConfig, kl_divergence
-from calm_core.autoencoder_metrics import autoencoder_metrics
+from calm_core.autoencoder_metrics import autoencoder_metrics, decoded
 
 
 class Code(Autoencoder):
@@ -9,13 +10,16 @@ class Code(Autoencoder):
 
     def __init__(self):
         super().__init__(AutoencoderConfig(hidden=2, latent=3), vocab_size=10, k=2)
+        token = torch.arange(10.0)
+        self.embedding.weight.data = torch.stack([2 * token, -token.square()], dim=-1)
 
     def encode(self, tokens):
         mean = torch.cat([tokens.float(), torch.zeros_like(tokens[..., :1]).float()], dim=-1)
         return mean, torch.tensor([-5.0, 0.0, -1.0]).expand(mean.shape)
 
-    def decode(self, latents):
-        return -(latents[..., :2, None] - torch.arange(10.0)).abs()
+    def decode_hidden(self, latents):
+        """The logit of token v is x² - (x - v)² at the latent's x."""
+        return torch.stack([latents[..., :2], torch.ones_like(latents[..., :2])], dim=-1)
 
 
 def test_each_number_is_what_it_says():
@@ -36,11 +40,23 @@ def test_each_number_is_what_it_says():
 
 def test_errors_are_counted_at_their_position():
     class Wrong(Code):
-        def decode(self, latents):
-            logits = super().decode(latents)
-            return torch.stack([logits[..., 0, :], -logits[..., 1, :]], dim=-2)
+        def decode_hidden(self, latents):
+            return super().decode_hidden(latents) * torch.tensor([1.0, -1.0]).unsqueeze(-1)
 
     tokens = torch.randint(2, 8, (100, 2), generator=torch.Generator().manual_seed(0))
     metrics = autoencoder_metrics(Wrong(), tokens, torch.Generator().manual_seed(1))
     assert metrics.position_accuracy == [1.0, 0.0]
     assert metrics.token_accuracy == 0.5
+
+
+def test_tokens_are_those_of_all_logits_which_are_never_held_at_once():
+    torch.manual_seed(0)
+    model = Autoencoder(AutoencoderConfig(hidden=8, latent=4, init_std=0.5), vocab_size=40_000, k=2)
+    latents, older = torch.randn(3, 200, 4), storages()
+    with torch.no_grad():
+        expected = model.decode_tokens(latents)
+        with LiveBytes(older) as live:
+            found = decoded(model, latents)
+    assert torch.equal(found, expected)
+    assert expected.unique().numel() > 100
+    assert live.peak < 3 * 200 * 2 * 40_000 * 4 / 5  # a fifth of what float32 logits take

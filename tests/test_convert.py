@@ -1,6 +1,8 @@
 """Exchange with the public reference implementation: what is read is written back, what is wrong is named."""
 
 import json
+import re
+import runpy
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden_numbers import GOLDEN, assert_close
+from launching import ROOT
 from reference_folders import CONFIGS, calm, part, write
 from safetensors.torch import load_file
 from torch import Tensor
@@ -240,6 +243,30 @@ def test_an_imported_model_speaks(alone: None, tiny: Path, tmp_path: Path) -> No
     assert loaded.positions == 32
     [completion] = generate(loaded, ["tone"], GenerationOptions(max_tokens=8))
     assert completion.tokens
+
+
+def test_an_imported_model_is_scored_on_a_text_without_training_data(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with distributed(ParallelConfig()):
+        from calm_core.evaluation.checkpoint import BASELINES
+
+        imported(tiny, tmp_path)
+    text, output = tmp_path / "text.jsonl", tmp_path / "out.json"
+    documents = [path.read_text() for path in sorted(tiny.glob("corpus/1*.txt"))]
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    evaluate = runpy.run_path(str(ROOT / "pretrain" / "evaluate.py"))["main"]
+    evaluate([str(tmp_path / "run"), "--text", str(text), "--samples", "4", "--output", str(output)])
+    found, shown = json.loads(output.read_text()), capsys.readouterr().out
+    assert found["documents"] > 5
+    assert -1 <= found["brier_1"] <= 1
+    assert found["loss"] > 0
+    assert {found[name] for name in BASELINES} == {None}
+    assert str(tmp_path / "run" / "chunks") in found["baselines_reason"]
+    assert re.search(r"^Brier-4 .*%.* -  +-$", shown, re.MULTILINE)
+    assert f"no baselines: {found['baselines_reason']}" in shown
+    with pytest.raises(UserError, match="holds no finished store of chunks"):
+        evaluate([str(tmp_path / "run")])
 
 
 def test_training_starts_from_imported_weights_and_does_not_resume_them(

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calm_core.brier import MAX_TOKENS
 from calm_core.data.store import Store
 from calm_core.data.windows import Windows
 from calm_core.evaluation.draws import branching_cache
@@ -29,24 +30,27 @@ from calm_core.progress import Progress
 from calm_core.training.chunk_batch import read_batch
 from calm_core.training.evaluation_config import EvaluationConfig
 
+BASELINES = [
+    f"{of}_brier_{n}{e}" for of in ("bigram", "unigram") for n in range(1, MAX_TOKENS + 1) for e in ("", "_error")
+]
 BIGRAM_CHUNKS = 1 << 22  # of the training split that the bigram baseline is counted on: all of a small corpus
 
 
 @torch.no_grad()
 def evaluate_checkpoint(
-    loaded: Loaded, train: Store, held_out: Store, seed: int, config: EvaluationConfig
+    loaded: Loaded, train: Store | None, held_out: Store, seed: int, config: EvaluationConfig
 ) -> dict[str, Any]:
     """Score a model on `config.windows` windows of a store (0: all), evenly spread over it.
 
     Beside what an evaluation in training has: the bigram baseline, and the two diagnostics of `conditioning`. The name
     of the measure says context and alignment of the scored positions: scores under other names are not comparable.
+    The baselines are those of the tokens in `train`, and None without.
     """
     windows = Windows(held_out, loaded.positions)
     count = min(config.windows or len(windows), len(windows))
     chosen = np.linspace(0, len(windows) - 1, count).astype(np.int64)
-    subject = HeldOut(windows, loaded.autoencoder, train.token_counts(), seed, config)
-    tokens = train.read(0, min(len(train), BIGRAM_CHUNKS), ("tokens",))["tokens"]
-    bigram = BigramModel(torch.from_numpy(tokens.reshape(-1).astype(np.int64)), train.vocab_size)
+    counts, bigram = (None, None) if train is None else (train.token_counts(), _bigram_model(train))
+    subject = HeldOut(windows, loaded.autoencoder, counts, seed, config)
     device, parts = next(loaded.model.parameters()).device, []
     with Progress("evaluating", count, "windows") as progress:
         for some in np.array_split(chosen, range(config.micro_batch, count, config.micro_batch)):
@@ -55,12 +59,13 @@ def evaluate_checkpoint(
             scored = scored_batch(loaded.model, hidden, batch, subject)
             if cache is not None:
                 roll_out(loaded.model, scored, cache)
-            previous = batch.tokens[:, scored.places, -1].T  # [P, B]
-            terms = bigram_brier_terms(bigram, previous, scored.truth.cpu())
-            found = {**scores(scored), **baseline("bigram", terms), **conditioning(scored)}
+            found = {**scores(scored), **conditioning(scored)}
+            if bigram is not None:
+                previous = batch.tokens[:, scored.places, -1].T  # [P, B]
+                found |= baseline("bigram", bigram_brier_terms(bigram, previous, scored.truth.cpu()))
             parts.append(clustered(found, scored))
             progress.advance(len(some))
-    return {"windows": count, **subject.description(), **summarize(parts)}
+    return {"windows": count, **subject.description(), **dict.fromkeys(BASELINES), **summarize(parts)}
 
 
 def roll_out(model: CalmModel, scored: ScoredBatch, cache: BranchingCache) -> None:
@@ -89,6 +94,11 @@ def conditioning(scored: ScoredBatch) -> dict[str, Tensor]:
         draws = scored.noise.normal("evaluation/posterior", len(latents), *latents.shape[2:])
         result["spread_samples"], result["spread_posterior"] = _spread(latents), _spread(mean + std * draws)
     return result
+
+
+def _bigram_model(train: Store) -> BigramModel:
+    tokens = train.read(0, min(len(train), BIGRAM_CHUNKS), ("tokens",))["tokens"]
+    return BigramModel(torch.from_numpy(tokens.reshape(-1).astype(np.int64)), train.vocab_size)
 
 
 def _spread(points: Tensor) -> Tensor:

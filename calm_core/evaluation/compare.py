@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from calm_core.data.opening import chunk_rows, token_rows
+from calm_core.autoencoder import Autoencoder
+from calm_core.data.opening import Rows, chunk_rows, token_rows
 from calm_core.data.store import Store, TokenStore
 from calm_core.errors import UserError
 from calm_core.evaluation.checkpoint import evaluate_checkpoint
@@ -31,7 +32,8 @@ def compare(
 
     Args:
         paths: checkpoints `step-N` or run folders; CALM of any K and head, AR.
-        text: file to score on; None means the held-out documents of each run, which must then be the same ones.
+        text: file to score on; None means the held-out documents of each run, which must then be the same ones. With
+            it a checkpoint can be scored whose training data is gone, or never was there: it then has no baselines.
         context: tokens before and at the scored places; 0 means the most that all of them were trained on.
         seed: of the draws.
         config: how much is scored.
@@ -48,16 +50,16 @@ def compare(
     for number, checkpoint in enumerate(checkpoints):
         loaded = load_for_inference(checkpoint.path, device)
         loaded = replace(loaded, positions=context // loaded.shape.k)
-        train, held_out = _stores(checkpoint, loaded, text, scratch / str(number))
-        for name, found in (("tokenizer", loaded.tokenizer.content_hash), ("held-out text", _tokens_hash(held_out))):
+        train, held_out, reason = _stores(checkpoint, loaded, text, scratch / str(number))
+        for name, found in _to_agree(loaded, held_out).items():
             if scored_on.setdefault(name, found) != found:
                 raise UserError(
                     f"{checkpoint.path} has another {name} than {checkpoints[0].path}: its scores would not compare; "
-                    + ("evaluate it by itself." if name == "tokenizer" else "give one text to both by --text.")
+                    + ("give one text to both by --text." if name == "held-out text" else "evaluate it by itself.")
                 )
         about = {"checkpoint": str(checkpoint.path), "k": loaded.shape.k, "head": loaded.shape.head.kind}
-        found = evaluate_checkpoint(loaded, train, held_out, seed, config)
-        results.append({**about, "step": checkpoint.step, "context": context, **found})
+        scored_as = {"step": checkpoint.step, "context": context, "baselines_reason": reason}
+        results.append({**about, **scored_as, **evaluate_checkpoint(loaded, train, held_out, seed, config)})
     return results
 
 
@@ -83,20 +85,36 @@ def common_context(checkpoints: Sequence[Checkpoint], context: int) -> int:
     return context
 
 
-def _stores(checkpoint: Checkpoint, loaded: Loaded, text: Path | None, scratch: Path) -> tuple[Store, Store]:
-    """What the checkpoint was trained on, for the baselines, and what it is scored on."""
-    experiment, autoencoder = experiment_of(checkpoint), loaded.autoencoder
-    if autoencoder is None:
-        rows = token_rows(experiment.data, experiment.paths)
-    else:
-        rows = chunk_rows(experiment.data, experiment.paths, autoencoder)
+def _stores(
+    checkpoint: Checkpoint, loaded: Loaded, text: Path | None, scratch: Path
+) -> tuple[Store | None, Store, str | None]:
+    """What the checkpoint was trained on, for the baselines; what it is scored on; why the first is None, if it is."""
     if text is None:
-        return rows.train.first, rows.held_out
+        rows = _rows(checkpoint, loaded.autoencoder)
+        return rows.train.first, rows.held_out, None
+    try:
+        train, reason = _rows(checkpoint, loaded.autoencoder).train.first, None
+    except UserError as missing:
+        train, reason = None, f"the training documents are not at hand: {missing}"
+    if loaded.autoencoder is None:
+        return train, tokens_of_text(text, loaded.tokenizer, scratch), reason
+    packing = experiment_of(checkpoint).data.packing
+    return train, chunks_of_text(text, loaded.tokenizer, loaded.autoencoder, scratch, packing), reason
+
+
+def _rows(checkpoint: Checkpoint, autoencoder: Autoencoder | None) -> Rows:
+    """The documents of the run that left a checkpoint."""
+    experiment = experiment_of(checkpoint)
     if autoencoder is None:
-        return rows.train.first, tokens_of_text(text, loaded.tokenizer, scratch)
-    return rows.train.first, chunks_of_text(text, loaded.tokenizer, autoencoder, scratch, rows.held_out.packing)
+        return token_rows(experiment.data, experiment.paths)
+    return chunk_rows(experiment.data, experiment.paths, autoencoder)
 
 
-def _tokens_hash(store: Store) -> str:
-    """Of the token store that a store is or was made from."""
-    return store.content_hash if isinstance(store, TokenStore) else store.manifest["made_from"]["tokens"]
+def _to_agree(loaded: Loaded, held_out: Store) -> dict[str, Any]:
+    """What must be the same where scores are to be compared, by name."""
+    tokens = held_out.content_hash if isinstance(held_out, TokenStore) else held_out.manifest["made_from"]["tokens"]
+    return {
+        "tokenizer": loaded.tokenizer.content_hash,
+        "held-out text": tokens,
+        "packing of documents": (held_out.packing, held_out.k if held_out.packing == "align" else None),
+    }

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from calm_core.autoencoder import Autoencoder
+from calm_core.autoencoder_metrics import decoded
 from calm_core.evaluation.places import chunks_to_draw
 from calm_core.model.cache import BranchingCache
 from calm_core.model.calm import CalmModel
@@ -48,7 +49,7 @@ class Draws:
         return self._by_place(torch.stack(self._log_probabilities, -1)) if self._log_probabilities else None
 
     def _add(self, hidden: Tensor, drawn: Tensor) -> None:
-        tokens = _decode(self._autoencoder, drawn)
+        tokens = drawn if self._autoencoder is None else decoded(self._autoencoder, drawn)
         said = gathered_positions(tokens, self._model.config)
         if self._model.shape.head.reads_tokens:
             self._log_probabilities.append(self._model.head.log_probabilities(hidden, said.squeeze(-1)))
@@ -63,11 +64,3 @@ class Draws:
 def branching_cache(k: int) -> BranchingCache | None:
     """What the hidden states of windows are computed with for a roll-out; None where one chunk has four tokens."""
     return BranchingCache() if chunks_to_draw(k) > 1 else None
-
-
-def _decode(autoencoder: Autoencoder | None, latents: Tensor, at_once: int = 4096) -> Tensor:
-    """Latents `[..., l]` -> tokens `[..., K]`; without an autoencoder they are tokens already."""
-    if autoencoder is None:
-        return latents
-    tokens = [autoencoder.decode_tokens(part) for part in latents.flatten(0, -2).split(at_once)]
-    return torch.cat(tokens).view(*latents.shape[:-1], -1)

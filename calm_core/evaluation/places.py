@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from calm_core.brier import MAX_TOKENS
+from calm_core.data.packing import Packing
 from calm_core.errors import UserError
 
 # Scored chunks begin at token offsets divisible by this, so that models of every K score the same places.
@@ -39,9 +40,13 @@ def scored_positions(positions: int, k: int, places: int = 0) -> Tensor:
     return found[torch.linspace(0, len(found) - 1, count, dtype=torch.float64).long()]
 
 
-def measure(context: int, k: int) -> str:
-    """The name of BrierLM under a context of so many tokens: scores of other names are not comparable."""
-    return f"brier_lm@ctx{context}/stride{math.lcm(STRIDE, k)}"
+def measure(context: int, k: int, packing: Packing = "pack") -> str:
+    """The name of BrierLM under a context of so many tokens: scores of other names are not comparable.
+
+    Documents that are padded to whole chunks make windows that begin at other tokens for every K.
+    """
+    aligned = f"/align{k}" if packing == "align" else ""
+    return f"brier_lm@ctx{context}/stride{math.lcm(STRIDE, k)}{aligned}"
 
 
 def chunks_to_draw(k: int) -> int:

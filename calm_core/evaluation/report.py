@@ -25,6 +25,7 @@ def checkpoint_table(result: Mapping[str, Any]) -> str:
             *table(["score", "model", "bigram", "unigram"], rows),
             f"{result['measure']}: {_brier_lm(result)}",
             *_reason(result),
+            *_no_baselines(result),
             f"variance of one place's Brier-1: {within} from the draws, {between} from the places",
             f"collision rate of the next token: {_percent(result, 'collision_1')}",
             f"loss: {_value(result, 'loss')}; with shuffled hidden states: {_value(result, 'loss_shuffled')}",
@@ -34,8 +35,8 @@ def checkpoint_table(result: Mapping[str, Any]) -> str:
 
 
 def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Checkpoints scored under one context, one a line, and the baselines of the first."""
-    first = results[0]
+    """Checkpoints scored under one context, one a line, and the baselines of the first that has them."""
+    first = next((result for result in results if not _no_baselines(result)), results[0])
     depths = _depths(first)
     rows = [
         [
@@ -58,6 +59,7 @@ def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
             *table(["checkpoint", "K", "head", *(f"Brier-{n}" for n in depths), "BrierLM", "loss"], rows),
             f"BrierLM is {', '.join(sorted(strides))}; losses compare between checkpoints of one K and head alone",
             *reasons,
+            *_no_baselines(first),
         ]
     )
 
@@ -115,7 +117,14 @@ def _reason(result: Mapping[str, Any]) -> list[str]:
     return [f"no BrierLM: {result['brier_lm_reason']}"] if result["brier_lm"] is None else []
 
 
+def _no_baselines(result: Mapping[str, Any]) -> list[str]:
+    """Why there are no baselines, if there are none."""
+    return [f"no baselines: {result['baselines_reason']}"] if result["unigram_brier_1"] is None else []
+
+
 def _percent(result: Mapping[str, Any], name: str) -> str:
+    if result[name] is None:
+        return "-"
     error = result[f"{name}_error"]
     return f"{result[name]:.3%}" + (f" ± {error:.3%}" if error is not None else "")
 

@@ -48,14 +48,14 @@ class HeldOut:
     Attributes:
         windows: of the held-out split.
         autoencoder: turns sampled latents into tokens; None where the head says tokens itself.
-        counts: of each token in the training split `[V]`, for the unigram baseline.
+        counts: of each token in the training split `[V]`, for the unigram baseline; None: there is none.
         seed: of the evaluation's noise.
         config: how much of it.
     """
 
     windows: Windows
     autoencoder: Autoencoder | None
-    counts: np.ndarray
+    counts: np.ndarray | None
     seed: int
     config: EvaluationConfig
 
@@ -75,9 +75,9 @@ class HeldOut:
 
     def description(self) -> dict[str, Any]:
         """What was measured: the name of BrierLM, places of a window, draws of a place and the chunks of each."""
-        k = self.windows.store.k
+        k, packing = self.windows.store.k, self.windows.store.packing
         return {
-            "measure": measure(self.windows.positions * k, k),
+            "measure": measure(self.windows.positions * k, k, packing),
             "places_per_window": len(self.positions),
             "samples": self.config.samples,
             "rollout_chunks": chunks_to_draw(k),
@@ -143,21 +143,20 @@ def scores(scored: ScoredBatch) -> dict[str, Tensor]:
     """At this rank's share of the places `[P', B]` each: Brier-1..4 and, of each, its square and the variance that the
     draws account for; collision rate, unigram baseline, and the loss of the head.
     """
-    model, draws = scored.model, scored.draws
+    model, draws, counts = scored.model, scored.draws, scored.held_out.counts
     truth = own_positions(scored.truth, model.config)
     if draws.log_probability is None:
         brier, within = brier_terms(draws.tokens, truth), within_variance(draws.tokens, truth)
     else:
         brier = autoregressive_brier_terms(_log_probability_of_truth(scored), draws.log_probability)
         within = autoregressive_within_variance(draws.log_probability)
-    unigram = unigram_brier_terms(torch.from_numpy(scored.held_out.counts), truth.cpu())
     loss = model.head.loss(scored.hidden, scored.target, scored.noise).loss
     return {
         **_numbered("brier", brier.score),
         **_numbered("square", brier.score.square()),
         **_numbered("variance_within", within),
         "collision_1": brier.collision[..., 0],
-        **_numbered("unigram_brier", unigram.score),
+        **({} if counts is None else baseline("unigram", unigram_brier_terms(torch.from_numpy(counts), truth.cpu()))),
         "loss": at_places(loss, scored),
     }
 

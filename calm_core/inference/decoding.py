@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from calm_core.autoencoder import Autoencoder
-from calm_core.inference.output_layer import log_probability, most_probable
+from calm_core.output_layer import log_probability, most_probable
 from calm_core.temperature import occurrences
 
 UNDECODED = -1

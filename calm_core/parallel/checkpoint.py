@@ -20,7 +20,7 @@ from calm_core.model.parameters import global_shape, named_parameters, pieces
 from calm_core.parallel.checkpoint_folder import Checkpoint, DamagedError, damaged_files
 from calm_core.parallel.engine import Engine
 from calm_core.parallel.fragments import KINDS, WEIGHT, box_of, flat_parts, fragments
-from calm_core.parallel.saver import Saver
+from calm_core.parallel.saver import Saver, told_apart
 from calm_core.parallel.tensor_folder import TensorFolder
 from calm_core.parallel.together import on_every_rank
 
@@ -79,9 +79,13 @@ def verify(checkpoint: Checkpoint) -> None:
 
     Raises:
         DamagedError: naming the first file that is missing or changed.
+        UserError: if a file must not be read.
     """
     share = slice(dist.get_rank(), None, dist.get_world_size())
-    if damaged := sorted(chain.from_iterable(on_every_rank(lambda: damaged_files(checkpoint, share)))):
+    compare = told_apart(
+        lambda: damaged_files(checkpoint, share), f"{checkpoint.path} could not be read", "make its files readable"
+    )
+    if damaged := sorted(chain.from_iterable(on_every_rank(compare))):
         raise DamagedError(f"{damaged[0]} is missing or its bytes have changed: use another checkpoint.")
 
 

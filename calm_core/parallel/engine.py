@@ -116,18 +116,26 @@ class Engine:
             **how,
         )
 
-    def local_gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """Where DeepSpeed accumulates this rank's gradient: a float32 buffer for bf16 weights, `.grad` for float32."""
-        return parameter.grad if self.dtype == torch.float32 else getattr(parameter, "_hp_grad", None)
+    def local_gradient(self, parameter: nn.Parameter) -> Tensor:
+        """Where DeepSpeed accumulates this rank's gradient (a view): a float32 buffer for bf16 weights, else `.grad`.
+
+        Raises:
+            RuntimeError: there is none, because no loss has reached the parameter, or DeepSpeed keeps it elsewhere.
+        """
+        name = "grad" if self.dtype == torch.float32 else "_hp_grad"  # DeepSpeed's own, which may move
+        gradient = getattr(parameter, name, None)
+        if gradient is None:
+            raise RuntimeError(f"a parameter of shape {tuple(parameter.shape)} has no gradient in `{name}`")
+        return gradient.view_as(parameter)
 
     def _complete_shared_gradients(self) -> None:
         """Sum the gradients of replicated parameters over ranks that each saw a part of the sequence."""
         if not self.topology.layout.sequence:
             return
         shared = [p for c in self.chunks for p in c.parameters() if getattr(p, "sequence_parallel", False)]
-        gradients = [g for g in map(self.local_gradient, shared) if g is not None]
-        if not gradients:
+        if not shared:
             return
+        gradients = [self.local_gradient(parameter) for parameter in shared]
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat, group=parallel_state.get_tensor_model_parallel_group())
         for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):

@@ -1,12 +1,14 @@
 """Saving while training goes on: a copy on the host, written by a thread, completed when every rank has written."""
 
+import errno
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,10 @@ from calm_core.parallel.fragments import KINDS, HostCopy, fragments
 from calm_core.parallel.tensor_folder import INDEX, Entry, write_file, write_index
 from calm_core.parallel.together import on_every_rank, on_first_rank
 
+# Of failures of a file system those that the user can mend: room, quota, and what may be written or read.
+FOR_THE_USER = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+T = TypeVar("T")
 Written = tuple[str, str, list[Entry]]  # what a rank has written: the file's name, its content hash, its boxes
 
 
@@ -50,7 +56,7 @@ class Saver:
     once all ranks have written theirs. Until then it does not exist: a process that dies leaves the one before. The
     copy takes 12 bytes of host memory for each parameter that this rank's optimizer holds.
 
-    A failure to write comes out of `poll` or `wait`, on every rank.
+    A failure to write comes out of `poll` or `wait`, on every rank: a `UserError` if the user can mend it.
     """
 
     def __init__(self, folder: Path, engine: Engine, keep: int) -> None:
@@ -77,7 +83,7 @@ class Saver:
             raise RuntimeError(f"checkpoint {self._pending.step} is still being written")
         began = time.perf_counter()
         final = self._folder / f"step-{step}"
-        partial = on_first_rank(lambda: begin(final))
+        partial = on_first_rank(_writing(final, lambda: begin(final)))
         flats = self._copy.take()
         contents = [
             (Entry(f"{kind}/{fragment.name}", fragment.shape, fragment.box), fragment.of(flats[fragment.group][kind]))
@@ -105,13 +111,11 @@ class Saver:
     def _complete(self, pending: _Pending) -> Saved:
         self._pending = None
         try:
-            parts = on_every_rank(pending.written.result)
-            on_first_rank(lambda: self._finish(pending, parts))
-        except UserError as error:
+            parts = on_every_rank(_writing(pending.final, pending.written.result))
+            on_first_rank(_writing(pending.final, lambda: self._finish(pending, parts)))
+        except UserError:
             on_first_rank(lambda: shutil.rmtree(pending.partial, ignore_errors=True))
-            raise UserError(
-                f"checkpoint {pending.final} could not be written ({error}): earlier checkpoints are intact."
-            ) from error
+            raise
         return Saved(pending.final, pending.step, time.perf_counter() - pending.began)
 
     def _finish(self, pending: _Pending, parts: list[Written]) -> None:
@@ -124,6 +128,27 @@ class Saver:
             {INDEX: index, **{file: checksum for file, checksum, _ in parts}},
         )
         self._thread.submit(remove, retire(pending.final, self._keep))  # no part of the save: in its own time
+
+
+def told_apart(action: Callable[[], T], problem: str, mend: str) -> Callable[[], T]:
+    """`action`, whose failures by the file system are a `UserError` if the user can mend them; others are not.
+
+    The exit code follows from it: a launcher tries again after other failures alone.
+    """
+
+    def attempt() -> T:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno in FOR_THE_USER:
+                raise UserError(f"{problem} ({error}): {mend}.") from error
+            raise RuntimeError(f"{problem} ({error})") from error
+
+    return attempt
+
+
+def _writing(final: Path, action: Callable[[], T]) -> Callable[[], T]:
+    return told_apart(action, f"checkpoint {final} could not be written", "earlier checkpoints are intact")
 
 
 def _write(path: Path, contents: list[tuple[Entry, Tensor]]) -> Written:

@@ -16,7 +16,7 @@ from calm_core.training.task import Task
 
 
 def is_finished(task: Task, config: TrainingConfig, folder: RunFolder, resolved: dict[str, Any]) -> bool:
-    """Whether the newest checkpoint of this very run has all steps.
+    """Whether the newest checkpoint of this very run has all steps, and all of its files are whole. Collective.
 
     Raises:
         UserError: if it is another run's.
@@ -26,10 +26,13 @@ def is_finished(task: Task, config: TrainingConfig, folder: RunFolder, resolved:
         return False
     try:
         newest = open_checkpoint(found[-1])
+        check_same_run(newest, task.identity, resolved)
+        if newest.step < config.steps:
+            return False
+        checkpoints.verify(newest)
     except DamagedError:
         return False
-    check_same_run(newest, task.identity, resolved)
-    return newest.step >= config.steps
+    return True
 
 
 def start(

@@ -1,9 +1,12 @@
-"""`train_calm.py` with a fault in rank 1: `faulty_rank.py hang|spike CONFIG [key=value ...]`.
+"""`train_calm.py` with a fault in rank 1: `faulty_rank.py hang|spike|die CONFIG [key=value ...]`.
 
 `hang`: it never comes back from the first micro-batch of step 3. `spike`: its loss in step 7 is fifty times too large.
-The faults count this process's micro-batches, two a step.
+`die`: it is killed when step 5 is done and step 6 has not begun. The faults count this process's micro-batches, two a
+step.
 """
 
+import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -31,6 +34,8 @@ class FaultyTask(calm.CalmTask):
         self.calls += 1
         if self.fault == "hang" and step == 3:
             wait_for_ever()
+        if self.fault == "die" and step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
         output, loss_of = super().forward_step(micro_batches, model)
         return output, spiked(loss_of) if self.fault == "spike" and step == 7 else loss_of
 

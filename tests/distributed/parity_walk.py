@@ -5,6 +5,8 @@
     HEAD/LAYOUT           ten steps with this head in this layout; OUT/NAME is the checkpoint of step 5
     HEAD/LAYOUT<LAYOUT    the last five, from the checkpoint of another layout
     HEAD/LAYOUT!RULE      ten steps without one of the rules by which ranks agree (see `parity_rules`)
+    HEAD@bf16/LAYOUT      three steps with bf16 weights and activations
+    HEAD@padded/LAYOUT    three steps on windows with chunks of nothing but padding
 """
 
 import os
@@ -29,9 +31,11 @@ from calm_core.experiment import Experiment
 from calm_core.noise import SampleNoise
 from calm_core.parallel.config import ParallelConfig
 from calm_core.parallel.topology import Topology, distributed
+from calm_core.training.chunk_batch import ChunkBatch
 from calm_core.training.launch import calm_rows, calm_task
 
 STEPS, SAVED = 10, 5
+FEW_STEPS = 3
 
 # Layout and samples per micro-batch, of 8 samples a step.
 LAYOUTS: dict[str, tuple[ParallelConfig, int]] = {
@@ -70,10 +74,10 @@ def walk(folder: Path, out: Path, names: list[str]) -> None:
     if "RANK" in os.environ:  # one world for all: its store remembers the addresses of the first
         dist.init_process_group("gloo")
     for name in names:
-        head, layout, source, rule = re.fullmatch(r"(\w+)/([^<!]+)<?([^!]*)!?(.*)", name).groups()
+        kind, layout, source, rule = re.fullmatch(r"([^/]+)/([^<!]+)<?([^!]*)!?(.*)", name).groups()
         with distributed(LAYOUTS[layout][0]) as topology, dropped(rule):
-            started = out / head / source if source else None
-            record = train(folder, head, LAYOUTS[layout][1], topology, out / name, started)
+            started = out / kind / source if source else None
+            record = train(folder, kind, LAYOUTS[layout][1], topology, out / name, started)
             gathered = [None] * topology.world if topology.rank == 0 else None
             dist.gather_object(record, gathered)
             if topology.rank == 0:
@@ -82,9 +86,9 @@ def walk(folder: Path, out: Path, names: list[str]) -> None:
 
 
 def train(
-    folder: Path, head: str, micro_batch: int, topology: Topology, saved: Path, source: Path | None
+    folder: Path, kind: str, micro_batch: int, topology: Topology, saved: Path, source: Path | None
 ) -> dict[str, Any]:
-    """Ten steps of this rank: global metrics, its own gradients before the data-parallel mean, its final weights."""
+    """The steps of this rank: global metrics, its own gradients before the data-parallel mean, its final weights."""
     from megatron.core import parallel_state
 
     from calm_core.model.parameters import initialize
@@ -94,14 +98,18 @@ def train(
     from calm_core.parallel.reduce import average_metrics
     from calm_core.training.loader import step_samples
 
+    head, _, variant = kind.partition("@")
     # The iterative heads take twenty or a hundred evaluations of their network for a sample: they are given fewer.
     windows = 2 if head in ("diffusion", "flow") else 16
     changes = [f"run={folder}", f"head.kind={head}", f"evaluation.windows={windows}"]
     experiment = config.load(Experiment, folder / "config.yaml", changes)
     training = experiment.training
     experiment = replace(experiment, parallel=topology.layout)
-    task = calm_task(experiment, calm_rows(experiment), topology.device)
-    chunks = task.build(topology, torch.float32)
+    rows = calm_rows(experiment)
+    if variant == "padded":
+        rows[0].first.manifest["packing"] = "align"  # the store knows its padding then
+    task = calm_task(experiment, rows, topology.device)
+    chunks = task.build(topology, torch.bfloat16 if variant == "bf16" else torch.float32)
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.starts_at_zero = False  # else only the last layer has a gradient at first
@@ -125,10 +133,12 @@ def train(
 
     engine._deepspeed.step = step_and_keep
     with noise_watched() as record["noise"]:
-        for step in range(SAVED if source else 0, STEPS):
+        for step in range(SAVED if source else 0, FEW_STEPS if variant else STEPS):
             count = training.global_batch // (micro_batch * topology.data_size)
             plan = step_samples(step * 8, count, micro_batch, topology.data_rank, topology.data_size)
             batches = [task.load(samples) for samples in plan]
+            if variant == "padded":
+                fill_up(batches, rows[0].first.padding)
             results = engine.forward_backward(task.forward_step, batches, shape_of_pass)
             record["loss"].append(average_metrics(results, topology)["loss"])
             update = engine.step(1e-3, admit=lambda norm: True)
@@ -145,6 +155,14 @@ def train(
     ]
     engine.close()
     return record
+
+
+def fill_up(batches: list[ChunkBatch], padding: int) -> None:
+    """Put padding for the last chunks of every window: in 16 samples from none of them to all."""
+    for batch in batches:
+        for row, sample in enumerate(batch.samples if batch.tokens is not None else ()):
+            chunks = batch.tokens.shape[1]
+            batch.tokens[row, chunks - int(sample) % 16 * chunks // 15 :] = padding
 
 
 @contextmanager

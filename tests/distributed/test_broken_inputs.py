@@ -18,6 +18,7 @@ from calm_core.errors import ExitCode
 from calm_core.experiment import Experiment
 from calm_core.parallel.checkpoint_folder import damaged_files, list_checkpoints, open_checkpoint
 from calm_core.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from calm_core.training.launch import run_calm
 
 pytestmark = pytest.mark.slow
 
@@ -60,6 +61,23 @@ def test_tokens_of_another_tokenizer(tiny: Path) -> None:
     assert "tokenizer" in output
     assert str(tiny / "others") in output
     assert not (tiny / "new" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("damage", [flip, cut])
+def test_a_finished_run_whose_last_tensors_are_damaged(
+    tiny: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train() -> str:
+        changes = [f"run={tiny}", "training.steps=2", "training.save_every=1", "training.background_saves=false"]
+        assert run_calm(config.load(Experiment, tiny / "config.yaml", changes)) == ExitCode.OK
+        return capsys.readouterr().out
+
+    train()
+    checkpoints = tiny / "calm" / "checkpoints"
+    damage(checkpoints / "step-2" / "tensors" / "rank-0.safetensors")
+    assert f"resumed from {checkpoints / 'step-1'}" in train()
+    assert damaged_files(open_checkpoint(checkpoints / "step-2"), slice(None)) == []
+    assert "finished: " in train()
 
 
 def test_a_full_disk_on_two_ranks(tiny: Path) -> None:

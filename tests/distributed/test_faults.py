@@ -78,13 +78,9 @@ def test_killed_in_the_middle_of_a_save(tiny: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["in the middle of a save", "between steps"])
-def test_one_rank_killed(tiny: Path, moment: str, capsys: pytest.CaptureFixture[str]) -> None:
-    def ready() -> bool:
-        return saving(tiny) if moment == "in the middle of a save" else len(saved_steps(tiny)) > 1 and not saving(tiny)
-
+def test_one_rank_killed_in_the_middle_of_a_save(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with running(torchrun(2, SCRIPT, *arguments(tiny, 10_000))) as process:
-        wait_for(ready, process)
+        wait_for(lambda: saving(tiny), process)
         rank_of(process, 1).kill()
         process.wait(timeout=100)
         assert process.returncode == ExitCode.FAILED
@@ -92,13 +88,22 @@ def test_one_rank_killed(tiny: Path, moment: str, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_two_ranks_asked_to_stop_save_at_the_same_step(
-    tiny: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_rank_killed_between_steps(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After step 5 and with step 4 saved; the other rank waits in step 6 until it is ended."""
+    seldom = "training.save_every=4", "training.background_saves=false"
+    code, output = finish(torchrun(2, FAULTY, "die", *arguments(tiny, 10_000), *seldom), seconds=200)
+    assert code == ExitCode.FAILED, output
+    assert [record["step"] for record in read_metrics(tiny / "calm" / "metrics.jsonl", "train")] == [1, 2, 3, 4, 5]
+    assert assert_nothing_reported_is_lost(tiny) == 4
+    assert_it_goes_on(tiny, 4, capsys)
+
+
+@pytest.mark.slow
+def test_two_ranks_asked_to_stop_save_at_the_same_step(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGTERM has the same path; it stops a single process in tests/training/test_resume.py."""
     with running(torchrun(2, SCRIPT, *arguments(tiny, 10_000), "parallel.tensor=2")) as process:
         wait_for(lambda: bool(saved_steps(tiny)), process)
-        rank_of(process, 1).send_signal(number)
+        rank_of(process, 1).send_signal(signal.SIGUSR1)
         output, _ = process.communicate(timeout=100)
     assert process.returncode == ExitCode.STOPPED, output
     assert_it_goes_on(tiny, assert_nothing_reported_is_lost(tiny), capsys)

@@ -17,6 +17,7 @@ from calm_core.errors import ExitCode, UserError
 from calm_core.experiment import Experiment
 from calm_core.tokenizer import load_tokenizer
 from calm_core.training.launch import run_calm
+from calm_core.training.run_log import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,25 @@ def test_what_does_not_compare_is_refused(runs: dict[str, Path]) -> None:
         evaluate(*runs.values(), "--context", 30)
     with pytest.raises(UserError, match="is an autoencoder, which compares with nothing"):
         evaluate(runs["ar"], runs["k2"] / "autoencoder" / "frozen")
+
+
+def test_padded_documents_are_scored_under_a_name_of_their_own(
+    runs: dict[str, Path], tiny_experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Windows of documents that each begin a chunk begin at other tokens, of a text too."""
+    frozen, tokens = (tiny_experiment / name for name in ("autoencoder/frozen", "tokens"))
+    build_chunks(tokens, load_autoencoder(frozen), tmp_path / "chunks", packing="align")
+    changes = [f"run={tmp_path}", f"data.autoencoder={frozen}", f"data.tokens={tokens}", "data.packing=align"]
+    changes += [f"data.tokenizer={tiny_experiment / 'tokenizer' / 'tokenizer.model'}"]
+    changes += ["training.steps=1", "evaluation.windows=2"]
+    assert run_calm(config.load(Experiment, tiny_experiment / "config.yaml", changes)) == ExitCode.OK
+    [trained] = read_metrics(tmp_path / "calm" / "metrics.jsonl", "eval")
+    assert trained["measure"] == "brier_lm@ctx128/stride8/align4"
+    evaluate(tmp_path, "--windows", 2)
+    assert "brier_lm@ctx128/stride8/align4: " in capsys.readouterr().out
+    for source in ([], ["--text", tiny_experiment / "corpus" / "1.txt"]):
+        with pytest.raises(UserError, match=r"has another packing of documents than .*; evaluate it by itself"):
+            evaluate(runs["k4"], tmp_path, *source, "--context", 48)
 
 
 def test_one_checkpoint_under_a_shorter_context(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

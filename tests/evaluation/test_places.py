@@ -27,9 +27,10 @@ def test_fewer_places_are_spread_over_all_of_them():
     assert scored_positions(512, 1, 3).tolist() == [every[0], every[15], every[-1]]
 
 
-def test_the_name_tells_stride_and_context():
-    assert measure(512, 4) == measure(512, 1) == "brier_lm@ctx512/stride8"
+def test_the_name_tells_stride_context_and_padding():
+    assert measure(512, 4) == measure(512, 1) == measure(512, 2, "pack") == "brier_lm@ctx512/stride8"
     assert measure(512, 3) == "brier_lm@ctx512/stride24"
+    assert measure(512, 4, "align") == "brier_lm@ctx512/stride8/align4"
 
 
 def test_a_window_without_a_place_is_refused():

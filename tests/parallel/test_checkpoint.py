@@ -1,5 +1,7 @@
 """Checkpoints against an engine of another shape or precision, on one rank."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,19 @@ def test_all_of_an_engine_comes_back_bitwise(topology: Topology, tmp_path: Path,
     one_more_steps(first, 2)
     one_more_steps(second, 2)
     assert all(map(torch.equal, state(first), state(second)))
+
+
+@pytest.mark.parametrize(("code", "kind"), [(errno.EIO, RuntimeError), (errno.EACCES, UserError)])
+def test_what_cannot_be_read_is_no_damage(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[Exception]
+) -> None:
+    def unreadable(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(checkpoint, "damaged_files", unreadable)
+    with pytest.raises(kind, match=os.strerror(code)) as refused:
+        checkpoint.verify(open_checkpoint(saved))
+    assert refused.type is kind
 
 
 def test_weights_alone(topology: Topology, saved: Path) -> None:

@@ -1,9 +1,12 @@
 """Saving while training goes on, on one rank."""
 
+import errno
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,20 +69,35 @@ def test_a_later_step_finds_it_complete(topology: Topology, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["step-4"]
 
 
-def test_what_cannot_be_written_is_known_and_the_one_before_stays(
-    topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*arguments: object) -> str:
-        raise OSError(28, "No space left on device")
+def failing(code: int) -> Callable[..., Any]:
+    """A function that ends in this error of the file system, whatever it is given."""
 
-    one = stepped(topology, torch.float32)
-    with Saver(tmp_path, one, keep=2) as saves:
-        saves.save(3, {"updates": 3})
-        saves.wait()
-        monkeypatch.setattr(saver, "write_file", full)
-        saves.save(4, {"updates": 4})
-        with pytest.raises(
-            UserError, match=r"step-4 could not be written .*No space left.*: earlier checkpoints are intact"
-        ):
-            saves.wait()
-    assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
+    def fail(*arguments: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+def saved(saves: Saver, step: int) -> Path:
+    saves.save(step, {"updates": step})
+    return saves.wait().path
+
+
+@pytest.mark.parametrize("part", ["begin", "write_file", "finish"])
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO", "ESTALE"])
+def test_what_cannot_be_written_is_known_and_the_one_before_stays(
+    topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, code: str
+) -> None:
+    """Room and permission are for the user to mend, who is told so; after another failure a retry may do."""
+    number, retry = getattr(errno, code), code in ("EIO", "ESTALE")
+    words = rf"step-4 could not be written \(.*{os.strerror(number)}\)" + ("" if retry else ": earlier .* are intact")
+    with Saver(tmp_path, stepped(topology, torch.float32), keep=2) as saves:
+        saved(saves, 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(saver, part, failing(number))
+            with pytest.raises(RuntimeError if retry else UserError, match=words):
+                saved(saves, 4)
+        assert list_checkpoints(tmp_path) == [tmp_path / "step-3"]
+        assert retry or [path.name for path in tmp_path.iterdir()] == ["step-3"]
+        assert saved(saves, 4) == tmp_path / "step-4"
+    assert {path.name for path in tmp_path.iterdir()} == {"step-3", "step-4"}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from calm_core.inference import output_layer
-from calm_core.inference.output_layer import argmax, log_probability, most_probable
+from calm_core import output_layer
+from calm_core.output_layer import argmax, log_probability, most_probable
 
 V, D = 2000, 24
 
