@@ -85,7 +85,7 @@ class RankTokenizer:
         return self._encoding.decode([token for token in ids if token < self._ranks])
 
     def _encode(self, text: str) -> np.ndarray:
-        # A list made into an array: the library's own way to one looks for special tokens, and takes half as long again.
+        # A list made into an array: the library's own way to one looks for special tokens, and is slower.
         pieces = [np.array(self._encoding.encode_ordinary(piece), np.uint32) for piece in _slices(text)]
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.uint32), *pieces])
 
