@@ -14,9 +14,14 @@ from torch.distributed.run import parse_args, run
 
 from calm_core.errors import ExitCode
 
+INTERRUPTED = 128 + signal.SIGINT  # what a shell calls it
+
 
 def main(arguments: list[str]) -> int:
-    """Run torchrun; the exit code. A SIGTERM or SIGINT is passed on, and the processes have half a minute to end."""
+    """Run torchrun; the exit code. A signal that asks it to end is passed on, with half a minute for the processes.
+
+    Those of a training save a checkpoint then: after anything but Ctrl-C the code is that of a run stopped on request.
+    """
     logging.disable(logging.ERROR)  # the processes speak for themselves
     try:
         run(parse_args(arguments))
@@ -24,7 +29,7 @@ def main(arguments: list[str]) -> int:
         _, first = failure.get_first_failure()
         return first.exitcode if first.exitcode > 0 else ExitCode.FAILED  # negative: killed by a signal
     except SignalException as stopped:
-        return 128 + int(signal.Signals(stopped.sigval))
+        return INTERRUPTED if stopped.sigval == signal.SIGINT else ExitCode.STOPPED
     return ExitCode.OK
 
 

@@ -79,6 +79,27 @@ def test_torchrun_ends_with_the_code_of_its_processes(tmp_path, code, expected):
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_torchrun_that_is_told_to_end_tells_its_processes_and_says_so(tmp_path, number, code):
+    script, told = tmp_path / "script.py", tmp_path / "told"
+    script.write_text(f"""
+import pathlib, signal, sys, time
+def end(number, frame):
+    pathlib.Path({str(told)!r}).write_text(signal.Signals(number).name)
+    sys.exit(75)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, end)
+pathlib.Path({str(tmp_path / "ready")!r}).touch()
+time.sleep(100)
+""")
+    arguments = ["--standalone", "--nproc-per-node", "1", str(script)]
+    with running([sys.executable, "-m", "calm_core.parallel.torchrun", *arguments]) as launcher:
+        await_true((tmp_path / "ready").exists)
+        os.kill(launcher.pid, number)
+        assert launcher.wait(60) == code
+    assert told.read_text() in ("SIGTERM", "SIGINT")
+
+
 def wait_for(file: Path) -> str:
     await_true(file.exists)
     return file.read_text()
