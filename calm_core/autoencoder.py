@@ -11,7 +11,9 @@ from calm_core.config import option
 from calm_core.cross_entropy import linear_cross_entropy
 from calm_core.errors import UserError
 from calm_core.noise import Noise
+from calm_core.output_layer import most_probable
 
+CHUNKS_AT_ONCE = 4096  # whose hidden states in the decoder are held at a time
 DROPPED_TOKEN = 0  # the id that stands for a dropped token; `pad` in tokenizers trained here
 
 
@@ -117,8 +119,11 @@ class Autoencoder(nn.Module):
         return F.linear(self.decode_hidden(latents), self.embedding.weight)
 
     def decode_tokens(self, latents: Tensor) -> Tensor:
-        """Latents `[..., l]` -> the most probable tokens, `[..., K]` int64."""
-        return self.decode(latents).argmax(dim=-1)
+        """Latents `[..., l]` -> the most probable tokens, `[..., K]` int64; all their logits are never held at once."""
+        tokens = []
+        for part in latents.flatten(0, -2).split(CHUNKS_AT_ONCE):
+            tokens.append(most_probable(self.decode_hidden(part).flatten(0, -2), self.embedding.weight))
+        return torch.cat(tokens).view(*latents.shape[:-1], self.k)
 
     @property
     def dtype(self) -> torch.dtype:

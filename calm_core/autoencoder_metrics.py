@@ -6,9 +6,6 @@ import torch
 from torch import Tensor
 
 from calm_core.autoencoder import Autoencoder, kl_divergence
-from calm_core.output_layer import most_probable
-
-CHUNKS_AT_ONCE = 4096  # whose hidden states in the decoder are held at a time
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ def autoencoder_metrics(
         mean, log_std = (part.float() for part in model.encode(chunk))
         draw = torch.randn(2, *mean.shape, generator=generator, device=mean.device)
         latents = torch.stack([mean, mean + log_std.exp() * draw[0], mean + sigma * draw[1]])
-        hits += (decoded(model, latents) == chunk).sum(1).cpu()
+        hits += (model.decode_tokens(latents) == chunk).sum(1).cpu()
         means.append(mean)
         log_stds.append(log_std)
     mean, log_std = torch.cat(means), torch.cat(log_stds)
@@ -73,14 +70,5 @@ def noise_curve(
         mean = model.encode(chunk)[0].float()
         draw = torch.randn(mean.shape, generator=generator, device=mean.device)
         for index, sigma in enumerate(sigmas):
-            hits[index] += (decoded(model, mean + sigma * draw) == chunk).sum().item()
+            hits[index] += (model.decode_tokens(mean + sigma * draw) == chunk).sum().item()
     return (hits / tokens.numel()).tolist()
-
-
-def decoded(model: Autoencoder, latents: Tensor) -> Tensor:
-    """Latents `[..., l]` -> the most probable tokens `[..., K]`, for more of them than their logits have room for."""
-    tokens = []
-    for part in latents.flatten(0, -2).split(CHUNKS_AT_ONCE):
-        features = model.decode_hidden(part).flatten(0, -2)
-        tokens.append(most_probable(features, model.embedding.weight))
-    return torch.cat(tokens).view(*latents.shape[:-1], model.k)

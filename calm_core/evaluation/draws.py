@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from calm_core.autoencoder import Autoencoder
-from calm_core.autoencoder_metrics import decoded
 from calm_core.evaluation.places import chunks_to_draw
 from calm_core.model.cache import BranchingCache
 from calm_core.model.calm import CalmModel
@@ -49,7 +48,7 @@ class Draws:
         return self._by_place(torch.stack(self._log_probabilities, -1)) if self._log_probabilities else None
 
     def _add(self, hidden: Tensor, drawn: Tensor) -> None:
-        tokens = drawn if self._autoencoder is None else decoded(self._autoencoder, drawn)
+        tokens = drawn if self._autoencoder is None else self._autoencoder.decode_tokens(drawn)
         said = gathered_positions(tokens, self._model.config)
         if self._model.shape.head.reads_tokens:
             self._log_probabilities.append(self._model.head.log_probabilities(hidden, said.squeeze(-1)))
