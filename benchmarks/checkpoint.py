@@ -18,12 +18,12 @@ from tempfile import TemporaryDirectory
 import torch
 
 from calm_core import config
-from calm_core.command import DEFAULT_CONFIG
-from calm_core.experiment import Experiment
-from calm_core.model.config import ModelShape
-from calm_core.parallel.config import ParallelConfig
-from calm_core.parallel.together import on_first_rank
-from calm_core.parallel.topology import Topology, distributed
+from calm_core.config.command import DEFAULT_CONFIG
+from calm_core.config.experiment import Experiment
+from calm_core.config.model_config import ModelShape
+from calm_core.config.parallel_config import ParallelConfig
+from calm_core.distributed.collectives import on_first_rank
+from calm_core.distributed.topology import Topology, distributed
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
 
 def measure(folder: Path, saves: int, topology: Topology) -> None:
     """Time steps and saves of both kinds, in turn."""
-    from calm_core.parallel.saver import Saver
+    from calm_core.checkpoint.save import Saver
 
     engine, train = demo(topology)
     steps, during, background, waiting = [], [], [], []
@@ -75,12 +75,12 @@ def save_now(saver: "Saver", step: int) -> None:  # noqa: F821 - imported late
 
 def demo(topology: Topology) -> tuple["Engine", Callable[[], None]]:  # noqa: F821 - imported late
     """The engine of the demo's model in float32, and one training step of it on random chunks."""
+    from calm_core.distributed.engine import Engine, Pass
+    from calm_core.model.backbone import transformer_config
     from calm_core.model.calm import CalmModel
     from calm_core.model.heads.protocol import Target
-    from calm_core.model.megatron import transformer_config
+    from calm_core.model.noise import SampleNoise
     from calm_core.model.parameters import initialize
-    from calm_core.noise import SampleNoise
-    from calm_core.parallel.engine import Engine, Pass
 
     demo = config.load(Experiment, DEFAULT_CONFIG, [])
     shape = ModelShape(demo.model, demo.head, demo.tokenizer.vocab_size, demo.data.k, demo.autoencoder.latent)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from calm_core.energy import energy_loss
+from calm_core.model.heads.energy_loss import energy_loss
 
 SAMPLES, DRAWS, LATENT, GROUP = 8, 100, 128, 16
 

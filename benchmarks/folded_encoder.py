@@ -12,9 +12,10 @@ import time
 
 import torch
 
-from calm_core.autoencoder import Autoencoder, AutoencoderConfig
-from calm_core.data.encoding import ENCODED_AT_ONCE
-from calm_core.folded_encoder import FoldedEncoder
+from calm_core.autoencoder.folded_encoder import FoldedEncoder
+from calm_core.autoencoder.model import Autoencoder
+from calm_core.config.model_config import AutoencoderConfig
+from calm_core.data.chunks import ENCODED_AT_ONCE
 
 VOCAB, K, CONFIG = 32_000, 4, AutoencoderConfig(hidden=512, latent=128)
 

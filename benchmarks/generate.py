@@ -18,20 +18,19 @@ from functools import partial
 
 import torch
 
-from calm_core.autoencoder import Autoencoder, AutoencoderConfig
+from calm_core.autoencoder.model import Autoencoder
+from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig, ModelShape
+from calm_core.config.parallel_config import ParallelConfig
+from calm_core.distributed.topology import distributed
 from calm_core.inference.decoding import DrawnTokens
-from calm_core.inference.load import Loaded
-from calm_core.inference.options import GenerationOptions
-from calm_core.inference.sampler import ChunkSampler, Context
+from calm_core.inference.load_model import Loaded
+from calm_core.inference.sampler import ChunkSampler, Context, GenerationOptions
+from calm_core.model.backbone import transformer_config
 from calm_core.model.cache import KeyValueCache
 from calm_core.model.calm import CalmModel
-from calm_core.model.config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.model.direct import run_directly
-from calm_core.model.megatron import transformer_config
+from calm_core.model.noise import SampleNoise
 from calm_core.model.parameters import initialize
-from calm_core.noise import SampleNoise
-from calm_core.parallel.config import ParallelConfig
-from calm_core.parallel.topology import distributed
+from calm_core.model.single_rank import run_directly
 
 K, LATENT, WIDTH, DRAWS, PREFIX = 4, 128, 256, 200, 32
 

@@ -17,15 +17,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from calm_core.autoencoder import Autoencoder, AutoencoderConfig
-from calm_core.data.blend import Blend
+from calm_core.autoencoder.model import Autoencoder
+from calm_core.config.model_config import AutoencoderConfig
+from calm_core.data.dataset import Blend, Samples, read_batch
 from calm_core.data.encoded_store import EncodedStore
-from calm_core.data.manifest import format_version, write_json
 from calm_core.data.order import SampleOrder
-from calm_core.data.samples import Samples
-from calm_core.data.shards import list_column, write_shard
-from calm_core.data.store import ChunkStore
-from calm_core.training.chunk_batch import read_batch
+from calm_core.data.store import ChunkStore, list_column, write_shard
+from calm_core.io import write_json
+from calm_core.manifest import format_version
 
 K, LATENT, VOCABULARY, HIDDEN = 4, 128, 32_000, 512
 POSITIONS, MICRO_BATCH = 2048, 4

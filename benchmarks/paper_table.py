@@ -7,8 +7,8 @@ import argparse
 from pathlib import Path
 
 from calm_core import config
-from calm_core.experiment import Experiment
-from calm_core.plan.autoencoder import autoencoder_shape
+from calm_core.config.experiment import Experiment
+from calm_core.plan.autoencoder_account import autoencoder_shape
 from calm_core.plan.dry_run import model_shape
 from calm_core.plan.paper import ROWS, comparison
 

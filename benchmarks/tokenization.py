@@ -16,12 +16,10 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
-from calm_core.data.config import DataConfig
-from calm_core.data.corpus import sources
-from calm_core.data.documents import Tally, documents
-from calm_core.data.records import records
+from calm_core.config.data_config import DataConfig
+from calm_core.data.builder import spread
+from calm_core.data.corpus import Tally, documents, records, sources
 from calm_core.data.tokens import build_tokens
-from calm_core.data.workers import spread
 from calm_core.tokenizer import load_tokenizer
 
 BLOCKS = 8  # for each process, so that none is idle for long at the end

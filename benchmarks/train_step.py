@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calm_core import flops
-from calm_core.model.config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.noise import SampleNoise
-from calm_core.parallel.config import ParallelConfig
-from calm_core.parallel.optimizer import OptimizerConfig
-from calm_core.parallel.topology import Topology, distributed
+from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
+from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import OptimizerConfig
+from calm_core.distributed.topology import Topology, distributed
+from calm_core.model.noise import SampleNoise
+from calm_core.plan import flops
 from calm_core.training.hardware import peak_flops
 
 SEQUENCES, POSITIONS = 16, 128
@@ -34,11 +34,11 @@ SHAPE = ModelShape(
 
 def ours(topology: Topology, dtype: torch.dtype, micro_batch: int) -> Callable[[], None]:
     """One step of the product: schedule, head, energy loss, ZeRO-1 AdamW."""
+    from calm_core.distributed.engine import Engine, Pass
+    from calm_core.model.backbone import transformer_config
     from calm_core.model.calm import CalmModel
     from calm_core.model.heads.protocol import Target
-    from calm_core.model.megatron import transformer_config
     from calm_core.model.parameters import initialize
-    from calm_core.parallel.engine import Engine, Pass
 
     model = CalmModel(transformer_config(SHAPE.backbone, ParallelConfig(), dtype), SHAPE)
     initialize([model], 0.02, seed=0)
@@ -180,7 +180,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with distributed(ParallelConfig()) as topology:
-        from calm_core.parallel.precision import choose_dtype
+        from calm_core.distributed.topology import choose_dtype
 
         dtype = choose_dtype(arguments.precision, topology)
         peak, source = peak_flops(topology.device, dtype)

@@ -6,13 +6,13 @@ Killed and run again it goes on where it was. Several machines share the work by
 
 import torch
 
-from calm_core import command
-from calm_core.autoencoder_artefact import load_autoencoder
+from calm_core.autoencoder.artefact import load_autoencoder
+from calm_core.config import command
+from calm_core.config.experiment import Experiment
+from calm_core.data.builder import OPTIONS, Share, carry_out
 from calm_core.data.chunks import ChunkStoreBuild
-from calm_core.data.manifest import read_manifest
-from calm_core.data.share import OPTIONS, Share, carry_out
 from calm_core.errors import UserError
-from calm_core.experiment import Experiment
+from calm_core.manifest import read_manifest
 
 SECTIONS = ("data",)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from calm_core import command
-from calm_core.autoencoder_artefact import load_autoencoder
-from calm_core.data.inspection import side_by_side, statistics
+from calm_core.autoencoder.artefact import load_autoencoder
+from calm_core.config import command
 from calm_core.data.store import ChunkStore
+from calm_core.data.verification import side_by_side, statistics
 from calm_core.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -7,11 +7,11 @@ Killed and run again it goes on where it was. Several machines share the work by
 import os
 from functools import partial
 
-from calm_core import command
-from calm_core.data.manifest import read_manifest
-from calm_core.data.share import OPTIONS, Share, carry_out
+from calm_core.config import command
+from calm_core.config.experiment import Experiment
+from calm_core.data.builder import OPTIONS, Share, carry_out
 from calm_core.data.tokens import TokenStoreBuild
-from calm_core.experiment import Experiment
+from calm_core.manifest import read_manifest
 from calm_core.tokenizer import load_tokenizer
 
 SECTIONS = ("data",)

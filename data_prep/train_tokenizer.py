@@ -2,10 +2,10 @@
 
 from dataclasses import asdict
 
-from calm_core import command
+from calm_core.config import command
+from calm_core.config.experiment import Experiment
 from calm_core.data.corpus import fingerprint, sources
 from calm_core.data.tokens import training_texts
-from calm_core.experiment import Experiment
 from calm_core.tokenizer import is_trained, train_tokenizer
 
 SECTIONS = ("data", "tokenizer")

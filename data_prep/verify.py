@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from calm_core import command
+from calm_core.config import command
 from calm_core.data.verification import faults, store_manifest
 from calm_core.errors import ExitCode
 

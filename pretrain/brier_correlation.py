@@ -3,11 +3,11 @@
 Trains the models one after another and scores each several times on the way; run again it goes on where it stopped.
 """
 
-from calm_core import command
+from calm_core.config import command
 from calm_core.errors import ExitCode
-from calm_core.evaluation import correlation
-from calm_core.evaluation.correlation import DEFAULT_CONFIG, CorrelationConfig
-from calm_core.pipeline.process import StoppedError, stoppable
+from calm_core.scaling import correlation
+from calm_core.scaling.correlation import DEFAULT_CONFIG, CorrelationConfig
+from calm_core.workflow.process import StoppedError, stoppable
 
 SECTIONS = ("base",)
 

@@ -6,9 +6,9 @@ Compares what metrics.jsonl of both records of the same steps, except speed and 
 from collections.abc import Sequence
 from pathlib import Path
 
-from calm_core import command
+from calm_core.config import command
 from calm_core.errors import ExitCode
-from calm_core.training.compare import first_difference
+from calm_core.training.run_log import first_difference
 
 
 def compare(argv: Sequence[str] | None = None) -> ExitCode:

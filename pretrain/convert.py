@@ -8,7 +8,7 @@ generate and evaluate from, or to start training from by training.init_from=DST/
 from collections.abc import Sequence
 from pathlib import Path
 
-from calm_core import command
+from calm_core.config import command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,11 +23,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     outward.add_argument("source", type=Path, metavar="SRC", help="autoencoder, checkpoint step-N, or folder of a run")
     outward.add_argument("target", type=Path, metavar="DST", help="folder to write")
     arguments = parser.parse_args(argv)
-    from calm_core.parallel.config import ParallelConfig
-    from calm_core.parallel.topology import distributed
+    from calm_core.config.parallel_config import ParallelConfig
+    from calm_core.distributed.topology import distributed
 
     with distributed(ParallelConfig()):
-        from calm_core.convert import export_reference, import_reference
+        from calm_core.reference.convert import export_reference, import_reference
 
         if arguments.way == "import":
             made = import_reference(arguments.source, arguments.target, arguments.tokenizer)

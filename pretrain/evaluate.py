@@ -6,17 +6,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from calm_core import command
-from calm_core.autoencoder_artefact import load_autoencoder
-from calm_core.data.manifest import write_json
+from calm_core.autoencoder.artefact import load_autoencoder
+from calm_core.config import command
+from calm_core.config.experiment import EvaluationConfig
 from calm_core.data.store import TokenStore
 from calm_core.errors import UserError
-from calm_core.evaluation.autoencoder import examine_autoencoder, find_autoencoder, paths_of_autoencoder
-from calm_core.evaluation.report import autoencoder_table, checkpoint_table, comparison_table
-from calm_core.evaluation.text import tokens_of_text
-from calm_core.plots import plot_noise_curve
+from calm_core.evaluation.autoencoder_health import examine_autoencoder, find_autoencoder, paths_of_autoencoder
+from calm_core.evaluation.comparison import tokens_of_text
+from calm_core.evaluation.tables import autoencoder_table, checkpoint_table, comparison_table
+from calm_core.io import write_json
+from calm_core.report.curves import plot_noise_curve
 from calm_core.tokenizer import load_tokenizer
-from calm_core.training.evaluation_config import EvaluationConfig
 
 SEED = 0  # of the noise; another one than a training's would do as well
 
@@ -81,12 +81,12 @@ def evaluate_autoencoder(folder: Path, arguments: Namespace, scratch: Path) -> d
 
 def evaluate_models(arguments: Namespace, scratch: Path) -> list[dict[str, Any]]:
     """Score checkpoints on the held-out documents of their runs, or on a text."""
-    from calm_core.parallel.config import ParallelConfig
-    from calm_core.parallel.topology import distributed
+    from calm_core.config.parallel_config import ParallelConfig
+    from calm_core.distributed.topology import distributed
 
     config = EvaluationConfig(arguments.windows, arguments.places, arguments.samples, arguments.micro_batch)
     with distributed(ParallelConfig()) as topology:
-        from calm_core.evaluation.compare import compare
+        from calm_core.evaluation.comparison import compare
 
         return compare(arguments.paths, arguments.text, arguments.context, SEED, config, topology.device, scratch)
 

@@ -7,9 +7,9 @@ from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 
-from calm_core import command
+from calm_core.config import command
 from calm_core.errors import UserError
-from calm_core.inference.options import GenerationOptions
+from calm_core.inference.sampler import GenerationOptions
 
 MEANINGS = {field.name: f"{field.metadata['meaning']} (default: %(default)s)" for field in fields(GenerationOptions)}
 
@@ -24,12 +24,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         **{field.name: getattr(arguments, field.name) for field in fields(GenerationOptions) if field.name != "stop"},
         stop=tuple(arguments.stop),
     )
-    from calm_core.inference.generate import expected_calls, generate
-    from calm_core.inference.load import load_for_inference
-    from calm_core.inference.summary import summary
-    from calm_core.parallel.config import ParallelConfig
-    from calm_core.parallel.precision import choose_dtype
-    from calm_core.parallel.topology import distributed
+    from calm_core.config.parallel_config import ParallelConfig
+    from calm_core.distributed.topology import choose_dtype, distributed
+    from calm_core.inference.generate import expected_calls, generate, summary
+    from calm_core.inference.load_model import load_for_inference
 
     with distributed(ParallelConfig()) as topology:
         dtype = choose_dtype(arguments.precision, topology)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from calm_core import command, config
-from calm_core.autoencoder_artefact import load_autoencoder
-from calm_core.data.opening import chunk_rows, token_rows
-from calm_core.data.samples import Samples
+from calm_core import config
+from calm_core.autoencoder.artefact import load_autoencoder
+from calm_core.config import command
+from calm_core.config.experiment import Experiment
+from calm_core.data.dataset import Samples, chunk_rows, token_rows
 from calm_core.errors import UserError
-from calm_core.experiment import Experiment
 from calm_core.tokenizer import load_tokenizer
-from calm_core.training.history import samples_of_step
+from calm_core.training.run_log import samples_of_step
 
 SHOWN_TOKENS = 16
 

@@ -6,11 +6,11 @@ killed and run again it goes on.
 
 from dataclasses import fields
 
-from calm_core import command
+from calm_core.config import command
+from calm_core.config.experiment import Experiment
 from calm_core.errors import ExitCode
-from calm_core.experiment import Experiment
-from calm_core.pipeline.process import StoppedError, stoppable
-from calm_core.pipeline.stages import run_stages, stages
+from calm_core.workflow.process import StoppedError, stoppable
+from calm_core.workflow.stages import run_stages, stages
 
 SECTIONS = tuple(field.name for field in fields(Experiment))
 
@@ -27,7 +27,7 @@ def run(experiment: Experiment, dry_run: bool) -> int:
     except StoppedError as stopped:
         print(f"stopped by {stopped}; run again, it goes on from here")
         return ExitCode.STOPPED
-    from calm_core.summary import format_summary, plot_experiment, write_summary
+    from calm_core.report.summary import format_summary, plot_experiment, write_summary
 
     plot_experiment(experiment)
     print(format_summary(write_summary(experiment)))

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from calm_core import command
-from calm_core.report.run import write_comparison, write_run_page
+from calm_core.config import command
+from calm_core.report.run_page import write_comparison, write_run_page
 
 
 def main(argv: Sequence[str] | None = None) -> None:

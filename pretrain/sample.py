@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from calm_core import command
-from calm_core.data.manifest import write_json
+from calm_core.config import command
+from calm_core.config.experiment import Experiment
 from calm_core.errors import ExitCode
-from calm_core.experiment import Experiment
+from calm_core.io import write_json
 
 SECTIONS = ("data", "samples")
 
@@ -17,13 +17,13 @@ def sample(experiment: Experiment, dry_run: bool) -> ExitCode:
         print(f"would continue {len(settings.prompts)} prompts at temperatures {settings.temperatures} with {run}")
         return ExitCode.OK
 
-    from calm_core.parallel.config import ParallelConfig
-    from calm_core.parallel.topology import distributed
-    from calm_core.report.run import write_run_page
+    from calm_core.config.parallel_config import ParallelConfig
+    from calm_core.distributed.topology import distributed
+    from calm_core.report.run_page import write_run_page
 
     with distributed(ParallelConfig()) as topology:
-        from calm_core.inference.load import load_for_inference
-        from calm_core.inference.samples import continue_prompts
+        from calm_core.inference.generate import continue_prompts
+        from calm_core.inference.load_model import load_for_inference
 
         samples = continue_prompts(load_for_inference(run, topology.device), settings, experiment.seed)
     path = Path(experiment.run) / "samples.json"

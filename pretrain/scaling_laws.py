@@ -12,16 +12,16 @@ plot:    the figures of results and laws below RUN/figures, and all of it on one
 import sys
 from collections.abc import Sequence
 
-from calm_core import command
+from calm_core.config import command
+from calm_core.config.scaling_config import DEFAULT_CONFIG, ScalingConfig
 from calm_core.errors import UserError
-from calm_core.scaling.config import DEFAULT_CONFIG, ScalingConfig
 
 SECTIONS = ("ladder", "grid", "fit", "hardware", "base")
 
 
 def plan(config: ScalingConfig, dry_run: bool) -> None:
     """Print the table of models and costs."""
-    from calm_core.scaling.plan import plan_table
+    from calm_core.scaling.study_plan import plan_table
 
     print(plan_table(config))
 
@@ -42,7 +42,7 @@ def run(config: ScalingConfig, dry_run: bool) -> int | None:
 
 def fit(config: ScalingConfig, dry_run: bool) -> None:
     """Collect the results, fit the laws, print them."""
-    from calm_core.scaling.report import fit_study
+    from calm_core.scaling.law_report import fit_study
 
     print(fit_study(config, write=not dry_run))
 
@@ -52,8 +52,8 @@ def plot(config: ScalingConfig, dry_run: bool) -> None:
     if dry_run:
         print(f"would draw the results of {config.run}")
         return
-    from calm_core.report.scaling import write_scaling_page
     from calm_core.scaling.figures import draw_study
+    from calm_core.scaling.study_page import write_scaling_page
 
     print("\n".join(map(str, [*draw_study(config), write_scaling_page(config)])))
 

@@ -4,9 +4,9 @@ Runs by itself or under torchrun, in any layout of tensor, pipeline, sequence an
 goes on where it stopped.
 """
 
-from calm_core import command
+from calm_core.config import command
+from calm_core.config.experiment import Experiment
 from calm_core.errors import ExitCode
-from calm_core.experiment import Experiment
 from calm_core.plan.dry_run import plan_calm
 from calm_core.training.launch import run_calm
 

@@ -7,9 +7,10 @@ import pytest
 from launching import ROOT
 
 from calm_core import config
-from calm_core.data.manifest import MANIFEST, format_version, write_json
+from calm_core.config.experiment import Experiment
 from calm_core.errors import UserError
-from calm_core.experiment import Experiment
+from calm_core.io import write_json
+from calm_core.manifest import MANIFEST, format_version
 from calm_core.plan.dry_run import plan_autoencoder, plan_calm, vocabulary
 
 FILES = sorted((ROOT / "configs").glob("*.yaml"))

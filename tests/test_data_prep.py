@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from calm_core import command
-from calm_core.autoencoder import Autoencoder, AutoencoderConfig
-from calm_core.autoencoder_artefact import save_autoencoder
+from calm_core.autoencoder.artefact import save_autoencoder
+from calm_core.autoencoder.model import Autoencoder
+from calm_core.config import command
+from calm_core.config.experiment import Experiment
+from calm_core.config.model_config import AutoencoderConfig
 from calm_core.data.store import ChunkStore, TokenStore
-from calm_core.experiment import Experiment
 from calm_core.tokenizer import load_tokenizer
 
 SCRIPTS = Path(__file__).parents[1] / "data_prep"

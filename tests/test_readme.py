@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import ROOT
 
-from calm_core.data import share
+from calm_core.data import builder as share
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)

@@ -8,16 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from calm_core import command
 from calm_core import config as configuration
 from calm_core.cluster import slurm
-from calm_core.cluster.jobfile import JobFile, enter_work_folder, sbatch, site_options
-from calm_core.cluster.submit import check
-from calm_core.data.manifest import read_json, write_json
+from calm_core.cluster.launcher import JobFile, check, enter_work_folder, sbatch, site_options
+from calm_core.config import command
+from calm_core.config.experiment import Experiment
 from calm_core.errors import ExitCode
-from calm_core.experiment import Experiment
-from calm_core.pipeline.ledger import Ledger, stamp
-from calm_core.pipeline.stages import ROOT, Stage, config_path, inputs_of, require_named, stages
+from calm_core.io import read_json, write_json
+from calm_core.workflow.stages import ROOT, Ledger, Stage, config_path, inputs_of, require_named, stages, stamp
 
 LAUNCHERS = {
     "train_tokenizer": "tokenize",
@@ -26,6 +24,7 @@ LAUNCHERS = {
     "build_chunks": "build_chunks",
     "train_calm": "calm_m",
 }  # the rest: "evaluate"
+
 SHARED = ("tokenize_corpus", "build_chunks")  # stages that the tasks of an array can share
 
 

@@ -15,15 +15,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from calm_core.cluster.policy import bad_nodes, decide, first_failure, fruitless_attempts, unmet
-from calm_core.cluster.records import StageRecords, endings, progress_of, write_record
 from calm_core.cluster.slurm import Job, SlurmError
+from calm_core.cluster.status import StageRecords, endings, progress_of, write_record
 from calm_core.cluster.steps import Steps, last_lines, say
-from calm_core.data.manifest import read_json
 from calm_core.errors import ExitCode, UserError
-from calm_core.pipeline.ledger import Ledger, stamp
+from calm_core.io import read_json
+from calm_core.workflow.stages import Ledger, stamp
 
 ROOT = Path(__file__).parents[2]
+
 LINES = 25  # of the failing rank's log that the main log repeats
+
 LOCK_MINUTES = 15.0  # a process on a node that was lost may live, and hold the run, as long as a collective may take
 
 

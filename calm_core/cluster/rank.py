@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from calm_core.data.manifest import write_json
 from calm_core.errors import ExitCode
+from calm_core.io import write_json
 
 
 def main(arguments: list[str]) -> int:

@@ -11,8 +11,11 @@ from functools import cached_property
 from calm_core.errors import UserError
 
 PATIENCE = 600.0  # seconds that Slurm may take to answer where the job depends on it: its controller may be restarting
+
 HASTE = 10.0  # the same where ranks or a person wait
+
 UNKNOWN = re.compile(r"Invalid job id|(Job|Node) \S+ not found")
+
 # What Slurm says when it has understood and will not. Whatever else goes wrong, it may answer another time.
 REFUSED = re.compile(
     "presently disabled|pending execution|already complet|permission denied|configuration is not available"

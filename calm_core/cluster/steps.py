@@ -14,6 +14,7 @@ from typing import IO
 from calm_core.cluster.slurm import Job, SlurmError
 
 BEAT = 0.5  # seconds between looks at the signals
+
 MARGIN = 10.0  # seconds before the time limit at which a job that has not ended in good order is requeued as it is
 
 

@@ -1,24 +1,25 @@
-"""Building stores: shard by shard, each one kept as soon as it is written, so that a killed build goes on."""
+"""Building stores: shard by shard, by several processes of a machine, and by several machines."""
 
+import argparse
+import multiprocessing
+import re
 import shutil
+import signal
+import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from calm_core.data.manifest import (
-    MANIFEST,
-    format_version,
-    read_json,
-    read_manifest,
-    remove_partial,
-    require_same,
-    write_json,
-)
-from calm_core.data.shards import files_of, verify_shards
+from calm_core.data.store import files_of, verify_shards
 from calm_core.errors import UserError
+from calm_core.io import read_json, remove_partial, write_json
+from calm_core.manifest import MANIFEST, format_version, read_manifest, require_same
 
 JOURNAL = "building"
+
 NAMED = 5  # unfinished parts that a refusal names
 
 
@@ -148,3 +149,143 @@ def shard_name(split: str, part: int, piece: int) -> str:
 def _totals(shards: list[Mapping[str, Any]]) -> dict[str, int]:
     """The sums of what every shard of a split counts."""
     return {name: sum(shard[name] for shard in shards) for name in ("rows", "tokens", "documents", "bytes")}
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Share `index` of `count`, counted from 0: every `count`-th part of the work from number `index` on."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, parts: Sequence[T]) -> Sequence[T]:
+        """The parts that are this share's."""
+        return parts[self.index :: self.count]
+
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        """The share that `i/n` writes, for argparse."""
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not match or int(match[1]) >= int(match[2]):
+            raise argparse.ArgumentTypeError(f"{text!r} is no share: write i/n with i from 0 to n - 1, such as 0/8")
+        return cls(int(match[1]), int(match[2]))
+
+
+WHOLE = Share()
+
+
+def carry_out(
+    builder: StoreBuilder, run: Callable[[Share], None], complete: Callable[[], Any], shard: Share | None, finish: bool
+) -> bool:
+    """Do what `--shard` and `--finish` ask for: `run` a share, or `complete` the store, or without them both.
+
+    Returns whether the store is complete.
+
+    Raises:
+        UserError: if both are given.
+    """
+    if shard and finish:
+        raise UserError("--shard and --finish are two steps: run every share first, then --finish alone.")
+    if builder.is_complete:
+        return True
+    if not finish:
+        run(shard or WHOLE)
+    if shard:
+        print(f"finished share {shard.index} of {shard.count}: {builder.folder}")
+        return False
+    complete()
+    return True
+
+
+# The options of the scripts that can share their work, as `command.run` takes them.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--shard": {
+        "type": Share.parse,
+        "metavar": "i/n",
+        "help": "do share i (from 0) of n alone, as one task of an array: $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT",
+    },
+    "--finish": {"action": "store_true", "help": "check that all shares are done, and complete the store"},
+}
+
+Task = TypeVar("Task")
+
+Result = TypeVar("Result")
+
+
+def spread(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
+    """`function` of each task, in the order they get done; `workers` processes do them, or this one if it is one.
+
+    The processes are forks: `function` may be anything, only tasks and results must pickle. Tasks are drawn as they are
+    needed, one ahead of those that are being done, and none is kept here.
+
+    Raises:
+        UserError: that a task has raised.
+        RuntimeError: with the trace of anything else that a task has raised, or that a process has died.
+    """
+    if workers == 1:
+        yield from map(function, tasks)
+        return
+    context = multiprocessing.get_context("fork")
+    processes, idle, busy, done = [], [], [], []
+    try:
+        for _ in range(workers):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(function, there, [*idle, here]), daemon=True)
+            process.start()
+            there.close()  # or the end of the process would not end the pipe
+            processes.append(process)
+            idle.append(here)
+        remaining = iter(tasks)
+        upcoming = next(remaining, None)
+        while upcoming is not None or busy:
+            while idle and upcoming is not None:
+                connection = idle.pop()
+                connection.send(upcoming)
+                busy.append(connection)
+                upcoming = next(remaining, None)
+            yield from done  # the processes are at work again while the caller looks at what they have done
+            finished = wait(busy)
+            done = [_result(connection) for connection in finished]
+            busy = [connection for connection in busy if connection not in finished]
+            idle += finished
+        yield from done
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+
+
+def _work(function: Callable[[Task], Result], connection: Connection, inherited: Iterable[Connection]) -> None:
+    """Do tasks until the other end is gone."""
+    for end in inherited:
+        end.close()  # a copy of the other end: kept here, it would outlive the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent to answer
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = function(task), None
+        except UserError as error:
+            answer = None, error
+        except Exception:
+            answer = None, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+        try:
+            connection.send(answer)
+        except BrokenPipeError:
+            return
+
+
+def _result(connection: Connection) -> Result:
+    try:
+        result, error = connection.recv()
+    except EOFError:
+        raise RuntimeError("A worker process was killed, perhaps for want of memory: use fewer workers.") from None
+    if error is not None:
+        raise error
+    return result

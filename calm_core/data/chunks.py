@@ -1,23 +1,94 @@
-"""Building chunk stores: token shards and a frozen autoencoder -> K tokens, mean and log_std of every chunk."""
+"""Chunk stores: K tokens and their latents in float16, made from token shards and a frozen autoencoder.
 
+With packing `pack` documents run on, from shard to shard too, so that chunk c of a split holds its tokens from c·K on,
+whatever the shards, and pad fills the last chunk. With `align` each document begins a chunk, and pad fills its last.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
+from torch import Tensor
 
-from calm_core.autoencoder import Autoencoder
-from calm_core.data.builder import StoreBuilder, shard_name
-from calm_core.data.encoding import encoded
-from calm_core.data.manifest import format_version, read_manifest, store_hash
-from calm_core.data.packing import Packing, chunk_offsets, chunked, tokens_before
-from calm_core.data.shards import Verify, list_column, write_shard
-from calm_core.data.share import WHOLE, Share
-from calm_core.data.store import TokenStore
+from calm_core.autoencoder.folded_encoder import FoldedEncoder
+from calm_core.autoencoder.model import Autoencoder
+from calm_core.config.data_config import Packing, Verify
+from calm_core.data.builder import WHOLE, Share, StoreBuilder, shard_name
+from calm_core.data.store import TokenStore, list_column, write_shard
 from calm_core.errors import UserError
-from calm_core.folded_encoder import FoldedEncoder
+from calm_core.manifest import format_version, read_manifest, store_hash
 from calm_core.progress import Progress
+
+
+def chunk_offsets(offsets: np.ndarray, k: int, packing: Packing) -> np.ndarray:
+    """The first chunk that begins in each document, and the number of chunks: `[documents + 1]`, like `offsets`.
+
+    A packed document may be too short for a chunk of its own: the next document has the same first chunk then.
+    """
+    if packing == "pack":
+        return -(-offsets // k)
+    return np.append(0, np.cumsum(-(-np.diff(offsets) // k)))
+
+
+def chunked(tokens: np.ndarray, offsets: np.ndarray, k: int, pad: int, packing: Packing) -> np.ndarray:
+    """The tokens `[n]` of documents that begin at `offsets` as chunks `[chunks, K]`, filled up with `pad`."""
+    starts = chunk_offsets(offsets, k, packing)
+    chunks = np.full((starts[-1], k), pad, tokens.dtype)
+    if packing == "pack":
+        chunks.reshape(-1)[: len(tokens)] = tokens
+    else:
+        shift = np.repeat(starts[:-1] * k - offsets[:-1], np.diff(offsets))
+        chunks.reshape(-1)[np.arange(len(tokens)) + shift] = tokens
+    return chunks
+
+
+def tokens_before(chunk: int, offsets: np.ndarray, k: int, packing: Packing) -> int:
+    """How many tokens of the shard are in the chunks before this one, padding not counted."""
+    if packing == "pack":
+        return min(chunk * k, int(offsets[-1]))
+    starts = chunk_offsets(offsets, k, packing)
+    document = min(int(np.searchsorted(starts, chunk, side="right")) - 1, len(starts) - 2)
+    return int(min(offsets[document] + (chunk - starts[document]) * k, offsets[document + 1]))
+
+
+def text_tokens(tokens: Tensor, pad: int | None) -> Tensor:
+    """Which tokens of the chunks `[..., K]` are text: all but the `pad` that a chunk ends in; all if `pad` is None."""
+    if pad is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    return (tokens != pad).flip(-1).cumsum(-1).flip(-1) > 0
+
+
+ENCODED_AT_ONCE = 1 << 12  # chunks: few enough for their activations to stay in cache
+
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+def encoded(
+    encoder: FoldedEncoder, chunks: np.ndarray, advance: Callable[[int], object] = lambda count: None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The posteriors of the chunks `[n, K]`: mean and log_std, `[n, l]` float16. `advance` hears of what is done.
+
+    Raises:
+        UserError: if a number is beyond the range of float16.
+    """
+    mean, log_std = (np.empty((len(chunks), encoder.latent), np.float16) for _ in range(2))
+    for begin in range(0, len(chunks), ENCODED_AT_ONCE):
+        piece = slice(begin, begin + ENCODED_AT_ONCE)
+        tokens = torch.from_numpy(chunks[piece].astype(np.int64)).to(encoder.device)
+        for name, values, out in zip(("mean", "log_std"), encoder.encode(tokens), (mean, log_std), strict=True):
+            largest = values.abs().max().item()
+            if not largest <= FLOAT16_MAX:  # not-a-number included
+                raise UserError(
+                    f"A latent's {name} is {largest:g}, beyond float16's {FLOAT16_MAX:g}: train the autoencoder again."
+                )
+            out[piece] = values.cpu().numpy()
+        advance(len(tokens))
+    return mean, log_std
+
 
 SHARD_ROWS = 1 << 20  # chunks in a shard at most: it is held in memory while it is written, 0.55 GB at l=128
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from calm_core.autoencoder import Autoencoder
-from calm_core.data.chunks import require_tokenizer, source_of_chunks
-from calm_core.data.encoding import encoded
-from calm_core.data.manifest import source_hash
-from calm_core.data.shards import Verify
+from calm_core.autoencoder.folded_encoder import FoldedEncoder
+from calm_core.autoencoder.model import Autoencoder
+from calm_core.config.data_config import Verify
+from calm_core.data.chunks import encoded, require_tokenizer, source_of_chunks
 from calm_core.data.store import TokenStore
-from calm_core.folded_encoder import FoldedEncoder
+from calm_core.manifest import source_hash
 
 
 class EncodedStore(TokenStore):

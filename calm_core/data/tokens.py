@@ -14,20 +14,29 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from calm_core.data.builder import StoreBuilder, shard_name
-from calm_core.data.config import DataConfig
-from calm_core.data.corpus import Source, fingerprint, sources
-from calm_core.data.documents import EARLY, Document, Tally, documents
-from calm_core.data.manifest import read_manifest
-from calm_core.data.records import Block, blocks, parts, records
-from calm_core.data.shards import token_dtype, write_shard
-from calm_core.data.share import WHOLE, Share
-from calm_core.data.workers import spread
+from calm_core.config.data_config import DataConfig
+from calm_core.data.builder import WHOLE, Share, StoreBuilder, shard_name, spread
+from calm_core.data.corpus import (
+    EARLY,
+    Block,
+    Document,
+    Source,
+    Tally,
+    blocks,
+    documents,
+    fingerprint,
+    parts,
+    records,
+    sources,
+)
+from calm_core.data.store import token_dtype, write_shard
 from calm_core.errors import UserError
+from calm_core.manifest import read_manifest
 from calm_core.progress import Progress
 from calm_core.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 20  # text that a process tokenizes at once
+
 TRAIN, HELD_OUT = "train", "held_out"
 
 

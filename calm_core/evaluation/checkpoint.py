@@ -6,33 +6,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calm_core.brier import MAX_TOKENS
+from calm_core.config.experiment import EvaluationConfig
+from calm_core.data.dataset import Windows, read_batch
 from calm_core.data.store import Store
-from calm_core.data.windows import Windows
-from calm_core.evaluation.draws import branching_cache
-from calm_core.evaluation.places import chunks_to_draw
+from calm_core.evaluation.brier import MAX_TOKENS
+from calm_core.evaluation.ngram import BigramModel, bigram_brier_terms
 from calm_core.evaluation.scores import (
     HeldOut,
     ScoredBatch,
     at_places,
     baseline,
+    branching_cache,
+    chunks_to_draw,
     clustered,
     scored_batch,
     scores,
     summarize,
 )
-from calm_core.inference.load import Loaded
+from calm_core.inference.load_model import Loaded
 from calm_core.model.cache import BranchingCache
 from calm_core.model.calm import CalmModel
-from calm_core.ngram import BigramModel, bigram_brier_terms
-from calm_core.noise import stream_seed
+from calm_core.model.noise import stream_seed
 from calm_core.progress import Progress
-from calm_core.training.chunk_batch import read_batch
-from calm_core.training.evaluation_config import EvaluationConfig
 
 BASELINES = [
     f"{of}_brier_{n}{e}" for of in ("bigram", "unigram") for n in range(1, MAX_TOKENS + 1) for e in ("", "_error")
 ]
+
 BIGRAM_CHUNKS = 1 << 22  # of the training split that the bigram baseline is counted on: all of a small corpus
 
 

@@ -1,5 +1,6 @@
-"""Scores of one micro-batch of held-out windows, and their means over documents."""
+"""Scores of a micro-batch of held-out windows at the scored positions, and their means over documents."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import lcm
@@ -9,8 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calm_core.autoencoder import Autoencoder
-from calm_core.brier import (
+from calm_core.autoencoder.model import Autoencoder
+from calm_core.config.data_config import Packing
+from calm_core.config.experiment import STRIDE, EvaluationConfig
+from calm_core.data.chunks import text_tokens
+from calm_core.data.dataset import ChunkBatch, Windows
+from calm_core.errors import UserError
+from calm_core.evaluation.brier import (
     MAX_TOKENS,
     BrierAccumulator,
     BrierTerms,
@@ -21,23 +27,115 @@ from calm_core.brier import (
     brier_terms,
     within_variance,
 )
-from calm_core.data.windows import Windows
-from calm_core.evaluation.draws import Draws
-from calm_core.evaluation.places import chunks_to_draw, measure, scored_positions
+from calm_core.evaluation.ngram import unigram_brier_terms
+from calm_core.model.cache import BranchingCache
 from calm_core.model.calm import CalmModel
 from calm_core.model.heads.protocol import Target
-from calm_core.model.sequence import gathered_positions, own_positions
-from calm_core.ngram import unigram_brier_terms
-from calm_core.noise import SampleNoise
-from calm_core.padding import text_tokens
-from calm_core.training.chunk_batch import ChunkBatch
-from calm_core.training.evaluation_config import EvaluationConfig
+from calm_core.model.layers import gathered_positions, own_positions
+from calm_core.model.noise import SampleNoise
+
+
+def scored_positions(positions: int, k: int, places: int = 0) -> Tensor:
+    """Positions p of a window `[P]` that are scored: by their target, chunk p + 1, and the tokens that follow.
+
+    The target begins at a token offset divisible by `STRIDE`, with at least half the window before it and four
+    tokens of the window from there on: so whatever K is, the true next tokens are in the window, and a model that rolls
+    out to foretell them stays in the context that it was trained on.
+
+    Args:
+        positions: S of the window.
+        k: K.
+        places: at most so many, evenly spread; 0 means all. The same choice for every K that divides 8.
+
+    Raises:
+        UserError: the window is too short to hold one.
+    """
+    offsets = torch.arange(1, positions) * k
+    in_second_half = (2 * offsets >= positions * k) & (offsets + MAX_TOKENS <= positions * k)
+    found = (in_second_half & (offsets % STRIDE == 0)).nonzero().flatten()
+    if not len(found):
+        raise UserError(
+            f"A window of {positions} positions of {k} tokens has no place to score, which is a token offset divisible "
+            f"by {STRIDE} with half the window before it: raise training.positions."
+        )
+    count = min(places or len(found), len(found))
+    return found[torch.linspace(0, len(found) - 1, count, dtype=torch.float64).long()]
+
+
+def measure(context: int, k: int, packing: Packing = "pack") -> str:
+    """The name of BrierLM under a context of so many tokens: scores of other names are not comparable.
+
+    Documents that are padded to whole chunks make windows that begin at other tokens for every K.
+    """
+    aligned = f"/align{k}" if packing == "align" else ""
+    return f"brier_lm@ctx{context}/stride{math.lcm(STRIDE, k)}{aligned}"
+
+
+def chunks_to_draw(k: int) -> int:
+    """How many chunks of K tokens foretell the four tokens of BrierLM."""
+    return -(-MAX_TOKENS // k)
+
+
+class Draws:
+    """N draws of the next tokens at each of P places of B windows: one chunk, or as many as four tokens take.
+
+    All draws of all places go on together, as branches of the windows in a cache. The first K tokens of a roll-out are
+    what one chunk would have been: all Brier-n of a model rest on the same draws.
+
+    Attributes:
+        latents: of the first chunk `[P', B, N, l]` of this rank's P' places; its token where the head says tokens.
+        said: the last chunk of every branch, `[B, P N, K]`: the model's next input.
+    """
+
+    def __init__(self, model: CalmModel, autoencoder: Autoencoder | None, noise: SampleNoise, hidden: Tensor, n: int):
+        """Draw the first chunks from hidden states `[P', B, d]`; `autoencoder` is None where the head says tokens."""
+        self._model, self._autoencoder, self._noise, self._samples = model, autoencoder, noise, n
+        self._tokens: list[Tensor] = []  # [P' N, B, K] each
+        self._log_probabilities: list[Tensor] = []
+        self.latents = model.head.sample(hidden, noise, n)
+        likely = model.shape.head.reads_tokens
+        self._add(hidden.repeat_interleave(n, 0) if likely else hidden, self.latents.transpose(1, 2).flatten(0, 1))
+
+    def advance(self, hidden: Tensor) -> None:
+        """Draw another chunk for each branch from the hidden states `[P' N, B, d]` that `said` led to."""
+        noise, step = self._noise, len(self._tokens)
+        after = SampleNoise(noise.seed, noise.samples, noise.device, f"{noise.purpose}/step-{step}")
+        self._add(hidden, self._model.head.sample(hidden, after, 1).squeeze(2))
+
+    @property
+    def tokens(self) -> Tensor:
+        """`[P', B, N, T]`."""
+        return self._by_place(torch.cat(self._tokens, -1))
+
+    @property
+    def log_probability(self) -> Tensor | None:
+        """Of each token given all before it `[P', B, N, T]`; None where the head has no likelihood."""
+        return self._by_place(torch.stack(self._log_probabilities, -1)) if self._log_probabilities else None
+
+    def _add(self, hidden: Tensor, drawn: Tensor) -> None:
+        tokens = drawn if self._autoencoder is None else self._autoencoder.decode_tokens(drawn)
+        said = gathered_positions(tokens, self._model.config)
+        if self._model.shape.head.reads_tokens:
+            self._log_probabilities.append(self._model.head.log_probabilities(hidden, said.squeeze(-1)))
+        self._tokens.append(tokens)
+        self.said = said.transpose(0, 1)
+
+    def _by_place(self, branches: Tensor) -> Tensor:
+        """`[P' N, B, T]` -> `[P', B, N, T]`."""
+        return branches.unflatten(0, (-1, self._samples)).transpose(1, 2)
+
+
+def branching_cache(k: int) -> BranchingCache | None:
+    """What the hidden states of windows are computed with for a roll-out; None where one chunk has four tokens."""
+    return BranchingCache() if chunks_to_draw(k) > 1 else None
+
 
 # The places are filled up to a multiple of this, so that tensor-parallel ranks can share them out and the noise of a
 # place is the same in any layout.
 SHARED_OUT = 8
 
 ClusteredScores = tuple[tuple[str, ...], tuple[Tensor, Tensor, Tensor]]
+
 """Names of the scores, and the state of a `BrierAccumulator` over them: what ranks exchange."""
 
 

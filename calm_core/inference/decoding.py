@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from calm_core.autoencoder import Autoencoder
-from calm_core.output_layer import log_probability, most_probable
-from calm_core.temperature import occurrences
+from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.output_layer import log_probability, most_probable
+from calm_core.inference.temperature import occurrences
 
 UNDECODED = -1
 

@@ -1,19 +1,34 @@
 """Generation: prompts in, text out, one chunk at a time with a key-value cache."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from calm_core.config.experiment import SamplesConfig
 from calm_core.errors import UserError
-from calm_core.inference.load import Loaded
-from calm_core.inference.options import GenerationOptions
-from calm_core.inference.prompt import prompt_tokens
-from calm_core.inference.sampler import Allowed, Chunk, ChunkSampler, Context
+from calm_core.inference.load_model import Loaded
+from calm_core.inference.sampler import Allowed, Chunk, ChunkSampler, Context, GenerationOptions
 from calm_core.inference.text import TextStream
 from calm_core.model.cache import KeyValueCache
+
+
+def prompt_tokens(
+    text: Sequence[int], k: int, bos: int, eos: int, partial: Literal["weigh", "shift"] = "weigh"
+) -> list[int]:
+    """The tokens a generation starts from: bos and the prompt, at least one whole chunk.
+
+    The model predicts a chunk from those before it, so the first chunk is never sampled. Where bos and the prompt do
+    not fill it, eos tokens come before bos: in training, too, a document begins anywhere in a chunk, after the eos of
+    another. `shift` uses the same freedom for a prompt of any length: it puts its end on the end of a chunk, so that
+    no chunk is sampled under known tokens.
+    """
+    document = [bos, *text]
+    missing = -len(document) % k if partial == "shift" else max(0, k - len(document))
+    return [eos] * missing + document
+
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -185,3 +200,32 @@ def _completion(request: _Request, options: GenerationOptions) -> Completion:
         agreed=sum(agreed) / len(agreed),
         effective_samples=request.chunks[0].effective_samples,
     )
+
+
+def continue_prompts(loaded: Loaded, config: SamplesConfig, seed: int) -> list[dict[str, Any]]:
+    """One record a temperature and prompt: both, the text, and what else a `Completion` tells.
+
+    The same seed gives the same noise, so that the texts of two checkpoints differ by their weights alone.
+    """
+    records = []
+    for temperature in config.temperatures:
+        options = GenerationOptions(max_tokens=config.max_tokens, temperature=temperature, seed=seed)
+        for completion in generate(loaded, config.prompts, options):
+            records.append({"temperature": temperature, **asdict(completion)})
+    return records
+
+
+def summary(completion: Completion, options: GenerationOptions) -> str:
+    """One line: length and end, and how far the sampling can be trusted."""
+    parts = [
+        f"{len(completion.tokens)} tokens, ended by {completion.reason}",
+        f"seed {completion.seed}",
+        f"{completion.draws / completion.chunks:.0f} draws per chunk",
+    ]
+    if completion.effective_samples is not None:
+        parts.append(f"effective sample size {completion.effective_samples:.1f} of {options.samples} at the prompt")
+    if options.method == "batch" and options.temperature < 1:
+        parts.append(f"temperature approximate, from {options.samples} draws")
+    if completion.agreed < 1:
+        parts.append(f"{completion.agreed:.0%} of the chunks as sharp as temperature {options.temperature:.3g} asks")
+    return "; ".join(parts)

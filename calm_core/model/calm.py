@@ -5,13 +5,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from calm_core.config.model_config import ModelShape
 from calm_core.model.backbone import Backbone
 from calm_core.model.cache import KeyValueCache
 from calm_core.model.compression import InputCompression
-from calm_core.model.config import ModelShape
 from calm_core.model.heads.protocol import HeadLoss, Target
 from calm_core.model.heads.registry import build_head
-from calm_core.noise import Noise
+from calm_core.model.noise import Noise
 
 
 class CalmModel(MegatronModule):

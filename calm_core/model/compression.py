@@ -6,7 +6,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from calm_core.model.config import padded_vocabulary
+from calm_core.config.model_config import padded_vocabulary
 from calm_core.model.layers import column, layer_norm, row
 
 

@@ -13,9 +13,10 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
-from calm_core.noise import stream_seed
+from calm_core.model.noise import stream_seed
 
 _LAYERS = "backbone.layers."
+
 # Matrices that hold a gate and an up projection, one below the other; each is split between ranks by itself.
 _GATED = (".mlp.linear_fc1.", ".gate_up.")
 

@@ -1,1 +1,1 @@
-"""All that knows process groups: topology, the engine (Megatron-core schedule + DeepSpeed ZeRO), checkpoints."""
+"""The old place of `calm_core.distributed.torchrun`, kept for launch scripts that name it."""

@@ -1,17 +1,52 @@
-"""The account of a training run of CALM: what each pipeline stage holds and does, and what the whole costs."""
+"""The account of a training run of CALM: what each pipeline stage holds, does and sends, and what the whole costs."""
 
 from dataclasses import dataclass
 
-from calm_core import flops
-from calm_core.activations import Load, peak
-from calm_core.memory import States, rank_parameters, states
-from calm_core.model.config import ModelShape
-from calm_core.parallel.config import ParallelConfig
-from calm_core.pipeline_split import pieces, pipeline_split, shares
-from calm_core.plan import traffic
-from calm_core.plan.config import PlanConfig
-from calm_core.plan.ranks import accumulation
-from calm_core.training.config import TrainingConfig
+from calm_core.config.experiment import PlanConfig
+from calm_core.config.model_config import ModelShape
+from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import TrainingConfig
+from calm_core.plan import flops
+from calm_core.plan.flops import training_evaluations
+from calm_core.plan.layout import accumulation
+from calm_core.plan.memory import FLOAT32, Load, States, peak, rank_parameters, states
+from calm_core.plan.pipeline_split import pieces, pipeline_split, shares
+
+
+def tensor_parallel_traffic(shape: ModelShape, load: Load) -> list[int]:
+    """Of each piece of the pipeline and each micro-batch, forward and backward, to its tensor-parallel group.
+
+    A matrix split by rows sums its output, one split by columns the gradient of its input. With sequence parallelism
+    the sum is a reduce-scatter and an all-gather, as many bytes, and the input of the columns is gathered once more in
+    the backward pass. The losses' own exchange, a number a position, is left out.
+    """
+    layout, backbone, head = load.layout, shape.backbone, shape.head
+    d, k, blocks = backbone.hidden, shape.k, head.block_count(backbone.layers)
+    samples = training_evaluations(shape)
+    rows, columns = {  # widths of the outputs and of the inputs, a position
+        "energy": (samples * (2 * blocks * d + shape.latent), blocks * (2 * samples + 1) * d + samples * d),
+        "softmax": (0, d),
+    }.get(head.kind, (blocks * d, blocks * d))
+    entrance = (d, 0) if head.reads_tokens else (k * d + d, k * d)
+    layer = (2 * d * (2 if layout.recompute == "full" else 1), 2 * d)
+    return [_sent(load, *widths) for widths in (entrance, *[layer] * backbone.layers, (rows, columns))]
+
+
+def data_parallel_traffic(parameters: int, data_size: int, width: int) -> tuple[int, int]:
+    """Of a rank in a step: summing the float32 gradients, and gathering the new weights of `width` bytes."""
+    return tuple(bytes_each * parameters * (data_size - 1) // data_size for bytes_each in (2 * FLOAT32, width))
+
+
+def pipeline_traffic(shape: ModelShape, load: Load) -> int:
+    """Of each micro-batch at each border between stages, in each direction: hidden states, or their gradient."""
+    return load.own_rows * shape.backbone.hidden * load.width
+
+
+def _sent(load: Load, rows: int, columns: int) -> int:
+    size, tensor = load.rows * load.width, load.layout.tensor
+    again = columns if load.layout.sequence else 0
+    return size * (2 * (rows + columns) + again) * (tensor - 1) // tensor
+
 
 SECONDS_A_DAY = 86_400
 
@@ -116,9 +151,9 @@ def _stage(shape: ModelShape, load: Load, split: list[int], stage: int, micro_ba
     def own(whole: list[int]) -> int:
         return sum(sum(part) for part in pieces(whole, split)[stage :: layout.pipeline])
 
-    sent = traffic.tensor_parallel(shape, load)
+    sent = tensor_parallel_traffic(shape, load)
     parameters = own(rank_parameters(shape, layout.tensor))
-    gradients_sent, weights_sent = traffic.data_parallel(parameters, data_size, load.width)
+    gradients_sent, weights_sent = data_parallel_traffic(parameters, data_size, load.width)
     parts = layout.pipeline * layout.virtual
     borders = sum((part > 0) + (part < parts - 1) for part in range(stage, parts, layout.pipeline))
     return Stage(
@@ -131,5 +166,5 @@ def _stage(shape: ModelShape, load: Load, split: list[int], stage: int, micro_ba
         head_sent=own([0] * (len(sent) - 1) + sent[-1:]) * micro_batches,
         gradients_sent=gradients_sent,
         weights_sent=weights_sent,
-        borders_sent=borders * traffic.pipeline(shape, load) * micro_batches if layout.pipeline > 1 else 0,
+        borders_sent=borders * pipeline_traffic(shape, load) * micro_batches if layout.pipeline > 1 else 0,
     )

@@ -3,14 +3,14 @@
 import os
 
 from calm_core import config as configuration
-from calm_core.data.manifest import MANIFEST, read_manifest
+from calm_core.config.experiment import Experiment
+from calm_core.config.model_config import ModelShape
 from calm_core.errors import ExitCode, UserError
-from calm_core.experiment import Experiment
-from calm_core.model.config import ModelShape
+from calm_core.manifest import MANIFEST, read_manifest
 from calm_core.plan import table
 from calm_core.plan.account import account
-from calm_core.plan.autoencoder import describe
-from calm_core.plan.ranks import rank_groups
+from calm_core.plan.autoencoder_account import describe
+from calm_core.plan.layout import rank_groups
 
 
 def plan_calm(experiment: Experiment, sections: tuple[str, ...]) -> ExitCode:

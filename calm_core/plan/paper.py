@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from calm_core import flops
-from calm_core.flops import AutoencoderShape
-from calm_core.model.config import ModelShape
+from calm_core.config.model_config import ModelShape
+from calm_core.plan import flops
+from calm_core.plan.flops import AutoencoderShape
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ ROWS = {
     "calm_l": Row("CALM-L", 735e6, 7.7e20, 4.6e8),
     "calm_xl": Row("CALM-XL", 1.82e9, 19.5e20, 9.4e8),
 }
+
 TOLERANCE = 0.05  # of FLOPs, beyond which the table says what assumption is missing
 
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 
-from calm_core import flops
-from calm_core.parallel.config import ParallelConfig
+from calm_core.config.experiment import PlanConfig
+from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import TrainingConfig
+from calm_core.plan import flops
 from calm_core.plan.account import Account, Stage
-from calm_core.plan.config import PlanConfig
-from calm_core.training.config import TrainingConfig
 
 GIB = 2**30
 

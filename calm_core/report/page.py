@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from calm_core.data.manifest import replacing
+from calm_core.io import replacing
 from calm_core.training.run_log import finite
 
 STYLE = """
@@ -24,6 +24,7 @@ table { border-collapse: collapse; font-size: 0.92em; } td, th { padding: 2px 12
 th { border-bottom: 1px solid #aaa; } tr.marked td { background: #fff4d6; }
 pre { white-space: pre-wrap; background: #f7f7f7; padding: 0.6em; } .note { color: #666; }
 """
+
 SCRIPT = """
 const figures = JSON.parse(document.getElementById("figures").textContent);
 for (const [id, figure] of Object.entries(figures))

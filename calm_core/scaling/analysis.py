@@ -8,22 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from calm_core import flops
-from calm_core.scaling.config import ScalingConfig
-from calm_core.scaling.laws import (
-    Array,
-    JointLaw,
-    PowerLaw,
-    TooFewError,
-    bootstrap,
-    fit_joint,
-    fit_power_law,
-    interval,
-)
+from calm_core.config.scaling_config import ScalingConfig
+from calm_core.plan import flops
+from calm_core.scaling.laws import Array, JointLaw, PowerLaw, TooFewError, bootstrap, fit_joint, fit_power_law, interval
 from calm_core.scaling.points import BASELINE, families, model_size, shape_of
 from calm_core.scaling.results import Row
 
 DEEPEST = 256  # the ladder's rungs that a prediction looks at
+
 BEST = {"cross_entropy": 0.0, "brier_lm": 100.0}  # of what a measure says; of Brier-n it is 1
 
 

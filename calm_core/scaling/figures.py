@@ -9,13 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from calm_core.data.manifest import read_json, replacing
+from calm_core.config.scaling_config import ScalingConfig
 from calm_core.errors import UserError
-from calm_core.plots import style
+from calm_core.io import read_json, replacing
+from calm_core.report.curves import style
 from calm_core.scaling.analysis import law_curve
-from calm_core.scaling.config import ScalingConfig
+from calm_core.scaling.law_report import LAWS
 from calm_core.scaling.points import BASELINE, families
-from calm_core.scaling.report import LAWS
 from calm_core.scaling.results import Row, read_results, results_path
 
 # The paper's models (its table 1): training FLOPs and BrierLM on WikiText-103, CALM at K=4.
@@ -23,6 +23,7 @@ PUBLISHED = {
     "Transformer (paper)": ([6.6e20, 11.9e20, 22.5e20], [6.05, 7.07, 8.98]),
     "CALM K=4 (paper)": ([3.7e20, 7.7e20, 19.5e20], [5.72, 6.58, 8.53]),
 }
+
 TITLES = {"cross_entropy": "cross-entropy, nats a token", "brier_lm": "BrierLM"}
 
 

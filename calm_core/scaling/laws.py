@@ -17,9 +17,10 @@ from scipy.optimize import least_squares, nnls
 Array = NDArray[np.float64]
 
 EXPONENTS = np.geomspace(0.02, 2.0, 13)  # where the search begins
-K_EXPONENTS = np.linspace(-0.5, 1.5, 5)
-MOST = 4.0  # a larger exponent is a step, not a law
 
+K_EXPONENTS = np.linspace(-0.5, 1.5, 5)
+
+MOST = 4.0  # a larger exponent is a step, not a law
 
 EDGE = 1e-4  # as near to an end of its range a parameter counts as lying there, relative to 1 or to the losses
 

@@ -1,20 +1,51 @@
-"""The models of a study: their names, shapes, budgets, and the experiment that trains each."""
+"""The models of a study: their shapes and budgets, and the experiment that trains each."""
 
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from calm_core import flops
-from calm_core.data.config import DataConfig
+from calm_core.config.data_config import DataConfig
+from calm_core.config.experiment import Experiment
+from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
+from calm_core.config.scaling_config import LadderConfig, ScalingConfig
 from calm_core.errors import UserError
-from calm_core.experiment import Experiment
-from calm_core.model.config import HeadConfig, ModelShape
-from calm_core.model.layout import check_layout
-from calm_core.pipeline_split import pipeline_split
-from calm_core.scaling.config import ScalingConfig
-from calm_core.scaling.ladder import Rung, rung
+from calm_core.plan import flops
+from calm_core.plan.layout import check_layout
+from calm_core.plan.pipeline_split import pipeline_split
+
+FFN_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A model of the ladder.
+
+    Attributes:
+        backbone: its shape.
+        learning_rate: peak.
+        batch_tokens: tokens per step, before rounding to whole windows.
+    """
+
+    backbone: BackboneConfig
+    learning_rate: float
+    batch_tokens: float
+
+
+def rung(depth: int, ladder: LadderConfig, base: BackboneConfig) -> Rung:
+    """The model of `depth` layers by the rule of `LadderConfig`; what the rule does not name is as in `base`."""
+    heads = max(1, round(ladder.aspect * depth / ladder.head_width))
+    hidden = heads * ladder.head_width
+    ffn = max(1, round(ladder.ffn_ratio * hidden / FFN_MULTIPLE)) * FFN_MULTIPLE
+    relative = depth / ladder.reference_depth
+    return Rung(
+        replace(base, layers=depth, hidden=hidden, ffn=ffn, heads=heads, kv_groups=0),
+        ladder.learning_rate * relative**ladder.learning_rate_exponent,
+        ladder.batch_tokens * relative**ladder.batch_exponent,
+    )
+
 
 BASELINE = "ar"
+
 FURTHER_SAVES = 8  # checkpoints at intervals, beside those of the budgets, at most
 
 

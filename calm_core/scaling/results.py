@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from calm_core import config as configuration
-from calm_core import flops
-from calm_core.data.manifest import replacing
+from calm_core.config.experiment import Experiment
+from calm_core.config.scaling_config import ScalingConfig
 from calm_core.errors import UserError
-from calm_core.experiment import Experiment
-from calm_core.scaling.config import ScalingConfig
-from calm_core.scaling.plan import autoencoder_flops
+from calm_core.io import replacing
+from calm_core.plan import flops
 from calm_core.scaling.points import Point, experiment, family_experiment, points
+from calm_core.scaling.study_plan import autoencoder_flops
 from calm_core.training.run_folder import RunFolder
 from calm_core.training.run_log import read_metrics
 
@@ -23,8 +23,11 @@ MEASURES = ("brier_1", "brier_2", "brier_3", "brier_4", "brier_lm", "loss")
 
 # The sections of a configuration that decide what a training comes to ...
 TOKENS = ("seed", "data", "tokenizer", "model", "training", "evaluation")
+
 LATENTS = (*TOKENS, "head")
+
 AUTOENCODER = ("seed", "data", "tokenizer", "autoencoder", "autoencoder_training")
+
 # ... but for these: where things lie, how work is shared out, what is kept and said of it, and the length of a training
 # at a constant rate. K is in the model's name.
 ASIDE = re.compile(
@@ -32,6 +35,7 @@ ASIDE = re.compile(
     r"|\w+\.(micro_batch|deterministic|log_every|eval_every|save_every|background_saves|keep|resume|bad_steps"
     r"|hang_\w+|wandb\w*)"
 )
+
 ASIDE_OF_TOKENS = re.compile(r"data\.(latents|packing)")
 
 Row = dict[str, Any]

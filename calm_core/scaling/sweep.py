@@ -5,20 +5,25 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from calm_core import config as configuration
-from calm_core.cluster.jobfile import JobFile
-from calm_core.data.manifest import MANIFEST
+from calm_core.cluster.launcher import JobFile
+from calm_core.config.experiment import Experiment
+from calm_core.config.scaling_config import ScalingConfig
 from calm_core.errors import ExitCode, UserError
-from calm_core.experiment import Experiment
-from calm_core.pipeline.stages import ROOT, config_path, run_stages
-from calm_core.scaling.config import ScalingConfig
+from calm_core.manifest import MANIFEST
 from calm_core.scaling.points import Point, base_path, experiment, family_experiment, points, shared_experiment
 from calm_core.scaling.results import require_as_planned
+from calm_core.workflow.stages import ROOT, config_path, run_stages
 
 SHARED = ("train_tokenizer", "tokenize_corpus")
+
 FAMILY = ("train_autoencoder", "evaluate_autoencoder", "build_chunks")
+
 MODEL = ("train_calm",)
+
 LIST = "models.txt"
+
 LAUNCHER = ROOT / "launchers" / "sweep.slurm"
+
 AT_ONCE = 4  # tasks of the array
 
 

@@ -2,6 +2,6 @@
 
 from calm_core.tokenizer.load import load_tokenizer
 from calm_core.tokenizer.protocol import Tokenizer
-from calm_core.tokenizer.training import TokenizerConfig, is_trained, train_tokenizer
+from calm_core.tokenizer.training import is_trained, train_tokenizer
 
-__all__ = ["Tokenizer", "TokenizerConfig", "is_trained", "load_tokenizer", "train_tokenizer"]
+__all__ = ["Tokenizer", "is_trained", "load_tokenizer", "train_tokenizer"]

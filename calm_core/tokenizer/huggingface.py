@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from calm_core.data.manifest import hash_bytes
 from calm_core.errors import UserError
-from calm_core.tokenizer.long_text import encode_long
+from calm_core.io import hash_bytes
+from calm_core.tokenizer.protocol import encode_long
 
 NAMES = "tokenizer_config.json"  # beside the tokenizer.json, where a model is published: the names of bos, eos, pad
+
 # The usual names, where there is no such file.
 BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[BOS]")
+
 EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "[EOS]")
+
 PAD = ("<pad>", "<|pad|>", "<|finetune_right_pad_id|>", "[PAD]")
 
 

@@ -22,10 +22,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         from calm_core.tokenizer.huggingface import HuggingFaceTokenizer
 
         return HuggingFaceTokenizer(content, path)
-    from calm_core.tokenizer.tiktoken_ranks import LINE, RankTokenizer
+    from calm_core.tokenizer.tiktoken import LINE, RankTokenizer
 
     if LINE.match(content):
         return RankTokenizer(content, path)
-    from calm_core.tokenizer.sentencepiece_model import SentencePieceTokenizer
+    from calm_core.tokenizer.sentencepiece import SentencePieceTokenizer
 
     return SentencePieceTokenizer(content, path)

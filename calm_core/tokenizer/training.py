@@ -3,45 +3,23 @@
 import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
-from calm_core.config import option
-from calm_core.data.manifest import (
-    MANIFEST,
-    format_version,
-    read_manifest,
-    replacing,
-    require_same,
-    write_json,
-)
+from calm_core.config.data_config import TokenizerConfig
 from calm_core.errors import UserError
+from calm_core.io import replacing, write_json
+from calm_core.manifest import MANIFEST, format_version, read_manifest, require_same
 from calm_core.tokenizer.protocol import Tokenizer
-from calm_core.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from calm_core.tokenizer.sentencepiece import SentencePieceTokenizer
 
 TRAINING_PIECE = 2000  # characters: the trainer's time grows with the length of what it sees at once
+
 KIND = "tokenizer"
+
 ERRORS_ONLY = 2  # sentencepiece's log level
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """The tokenizer that is trained on the corpus."""
-
-    vocab_size: int = option(32_000, "V, tokens in the vocabulary, the 4 special and 256 byte tokens among them")
-    character_coverage: float = option(0.9995, "share of the corpus's characters with a token; the rest become bytes")
-    training_megabytes: int = option(256, "text that the tokenizer learns from, spread over the files of the corpus")
-
-    def __post_init__(self) -> None:
-        if self.vocab_size < 261:
-            raise UserError(f"tokenizer.vocab_size={self.vocab_size} is too small: special tokens and bytes take 260.")
-        if not 0.98 <= self.character_coverage <= 1.0:
-            raise UserError(f"tokenizer.character_coverage={self.character_coverage} is outside 0.98 to 1.")
-        if self.training_megabytes < 1:
-            raise UserError(f"tokenizer.training_megabytes={self.training_megabytes} must be at least 1.")
 
 
 def is_trained(path: Path, made_from: Mapping[str, Any]) -> bool:

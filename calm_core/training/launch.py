@@ -4,23 +4,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from calm_core.autoencoder import Autoencoder
-from calm_core.autoencoder_artefact import load_autoencoder, save_autoencoder
-from calm_core.data.blend import Blend
-from calm_core.data.manifest import MANIFEST
-from calm_core.data.opening import chunk_rows, token_rows
+from calm_core.autoencoder.artefact import load_autoencoder, save_autoencoder
+from calm_core.autoencoder.model import Autoencoder
+from calm_core.config.experiment import Experiment
+from calm_core.config.model_config import ModelShape
+from calm_core.config.parallel_config import ParallelConfig
+from calm_core.data.dataset import Blend, chunk_rows, token_rows
 from calm_core.data.store import Store
+from calm_core.distributed.collectives import on_first_rank
+from calm_core.distributed.topology import distributed
 from calm_core.errors import ExitCode
-from calm_core.experiment import Experiment
-from calm_core.model.config import ModelShape
-from calm_core.parallel.config import ParallelConfig
-from calm_core.parallel.together import on_first_rank
-from calm_core.parallel.topology import distributed
+from calm_core.manifest import MANIFEST
 from calm_core.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from calm_core.parallel.engine import Engine
-    from calm_core.training.calm import CalmTask
+    from calm_core.distributed.engine import Engine
+    from calm_core.training.calm_task import CalmTask
 
 
 def run_autoencoder(experiment: Experiment) -> ExitCode:
@@ -28,7 +27,7 @@ def run_autoencoder(experiment: Experiment) -> ExitCode:
     paths, data = experiment.paths, experiment.data
     train, held_out = token_rows(data, paths)
     with distributed(ParallelConfig()) as topology:
-        from calm_core.training.autoencoder import AutoencoderTask
+        from calm_core.training.autoencoder_task import AutoencoderTask
         from calm_core.training.loop import train as run
         from calm_core.training.run_folder import RunFolder
 
@@ -61,7 +60,7 @@ def calm_task(
     experiment: Experiment, rows: tuple[Blend, Store, Autoencoder | None], device: torch.device
 ) -> "CalmTask":
     """What there is to train, on the rows that `calm_rows` opened."""
-    from calm_core.training.calm import CalmTask
+    from calm_core.training.calm_task import CalmTask
 
     train, held_out, autoencoder = rows
     first, samples = train.first, experiment.samples

@@ -8,23 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from calm_core import config as configuration
+from calm_core.checkpoint.save import Saver
+from calm_core.config.training_config import TrainingConfig
+from calm_core.distributed.collectives import average_metrics, on_first_rank
+from calm_core.distributed.engine import Engine, Pass
+from calm_core.distributed.optimizer import learning_rate_factor
+from calm_core.distributed.topology import Topology
 from calm_core.errors import ExitCode, UserError
-from calm_core.parallel.engine import Engine, Pass
-from calm_core.parallel.reduce import average_metrics
-from calm_core.parallel.saver import Saver
-from calm_core.parallel.together import on_first_rank
-from calm_core.parallel.topology import Topology
-from calm_core.training.config import TrainingConfig
-from calm_core.training.deterministic import deterministic
+from calm_core.training.hardware import deterministic
 from calm_core.training.loader import Loader, step_samples
 from calm_core.training.profiler import StepProfiler
-from calm_core.training.progress import Progress
 from calm_core.training.reporter import Reporter
-from calm_core.training.resume import is_finished, start
+from calm_core.training.resume import Progress, is_finished, start
 from calm_core.training.run_folder import RunFolder
-from calm_core.training.schedule import learning_rate_factor
+from calm_core.training.signals import Requests
 from calm_core.training.spikes import Verdict, judge
-from calm_core.training.stop import Requests
 from calm_core.training.task import Task
 from calm_core.training.watchdog import Watchdog
 

@@ -5,8 +5,8 @@ from types import TracebackType
 
 from torch.profiler import ProfilerActivity, profile
 
-from calm_core.parallel.topology import Topology
-from calm_core.training.profile_config import ProfileConfig
+from calm_core.config.experiment import ProfileConfig
+from calm_core.distributed.topology import Topology
 
 ROWS = 30  # operators in the table
 

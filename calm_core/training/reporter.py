@@ -11,13 +11,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from calm_core.parallel.engine import Update
-from calm_core.parallel.saver import Saved
-from calm_core.parallel.topology import Topology
-from calm_core.report.run import write_run_page
-from calm_core.training.config import TrainingConfig
+from calm_core.checkpoint.save import Saved
+from calm_core.config.training_config import TrainingConfig
+from calm_core.distributed.engine import Update
+from calm_core.distributed.topology import Topology
+from calm_core.report.run_page import write_run_page
 from calm_core.training.hardware import backends, peak_flops, peak_memory
-from calm_core.training.progress import Progress
+from calm_core.training.resume import Progress
 from calm_core.training.run_folder import RunFolder
 from calm_core.training.run_log import RunLog
 from calm_core.training.spikes import Verdict

@@ -1,18 +1,57 @@
-"""Where a run starts: anew, from the weights of another, or where it stopped."""
+"""Where a run starts: anew, from the weights of another, or where it stopped; and how far it has come."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from calm_core.checkpoint import load as checkpoints
+from calm_core.checkpoint.folder import DamagedError, list_checkpoints, open_checkpoint
+from calm_core.config.training_config import TrainingConfig
+from calm_core.distributed.engine import Engine
+from calm_core.distributed.topology import Topology, choose_dtype
 from calm_core.errors import UserError
-from calm_core.parallel import checkpoint as checkpoints
-from calm_core.parallel.checkpoint_folder import DamagedError, list_checkpoints, open_checkpoint
-from calm_core.parallel.engine import Engine
-from calm_core.parallel.precision import choose_dtype
-from calm_core.parallel.topology import Topology
-from calm_core.training.config import TrainingConfig
-from calm_core.training.progress import Progress
 from calm_core.training.run_folder import RunFolder, check_same_run
+from calm_core.training.spikes import Verdict
 from calm_core.training.task import Task
+
+
+@dataclass(frozen=True)
+class Progress:
+    """All that a resume needs besides weights and moments.
+
+    Attributes:
+        step: steps done.
+        consumed: samples consumed.
+        updates: steps whose update was applied.
+        bad_in_a_row: steps with a loss or gradient that was not finite since the last update.
+        spikes: steps whose update was left out as a spike.
+        spikes_in_a_row: those of them since the last update.
+        recent: loss and gradient norm of the last applied updates, as many as spikes are measured by.
+    """
+
+    step: int = 0
+    consumed: int = 0
+    updates: int = 0
+    bad_in_a_row: int = 0
+    spikes: int = 0
+    spikes_in_a_row: int = 0
+    recent: tuple[tuple[float, float], ...] = ()
+
+    @classmethod
+    def restored(cls, values: dict[str, Any]) -> "Progress":
+        """Progress from its fields as JSON gives them back."""
+        progress = cls(**values)
+        return replace(progress, recent=tuple((loss, norm) for loss, norm in progress.recent))
+
+    def after(self, verdict: Verdict, samples: int, loss: float, norm: float, remembered: int) -> "Progress":
+        """Progress after one more step of so many samples; `remembered` updates stay in `recent`."""
+        done = replace(self, step=self.step + 1, consumed=self.consumed + samples)
+        if verdict == Verdict.NOT_FINITE:
+            return replace(done, bad_in_a_row=self.bad_in_a_row + 1)
+        if verdict == Verdict.SPIKE:
+            return replace(done, spikes=self.spikes + 1, spikes_in_a_row=self.spikes_in_a_row + 1)
+        recent = (*self.recent, (loss, norm))[-remembered:] if remembered else ()
+        return replace(done, updates=self.updates + 1, bad_in_a_row=0, spikes_in_a_row=0, recent=recent)
 
 
 def is_finished(task: Task, config: TrainingConfig, folder: RunFolder, resolved: dict[str, Any]) -> bool:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from calm_core import config
+from calm_core.checkpoint.folder import Checkpoint
 from calm_core.errors import UserError
-from calm_core.parallel.checkpoint_folder import Checkpoint
 
 _LOCK = ".lock"
+
 _BEFORE_CONFIG = {_LOCK, "logs", "save", "stop"}  # what may be there of a run that has not come to its configuration
 
 

@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from statistics import median
 
-from calm_core.config import option
-from calm_core.errors import UserError
-from calm_core.parallel.optimizer import NOT_FINITE
+from calm_core.config.training_config import SpikeConfig
+from calm_core.distributed.optimizer import NOT_FINITE
 
 # The standard deviation of a normal distribution, by its median absolute deviation.
 _DEVIATION = 1.4826
+
 # A window of equal values has no deviation, and rounding is no spike: at least this share of the median counts as one.
 _LEAST = 1e-3
 
@@ -22,32 +21,6 @@ class Verdict(IntEnum):
     NOT_FINITE = NOT_FINITE
     SPIKE = 0
     GOOD = 1
-
-
-@dataclass(frozen=True)
-class SpikeConfig:
-    """Loss spikes: what counts as one, and what becomes of its update."""
-
-    action: str = option("off", "off | skip (leave the update out, moments included) | stop (end the run)")
-    window: int = option(128, "applied updates whose median and deviation a new one is measured by")
-    deviations: float = option(
-        10.0, "a loss or gradient norm so many robust standard deviations above the median is a spike"
-    )
-    in_a_row: int = option(10, "consecutive spikes that end the run: then it is no spike but a new level")
-
-    def __post_init__(self) -> None:
-        if self.action not in ("off", "skip", "stop"):
-            raise UserError(f"spikes.action={self.action!r} is unknown: choose off, skip or stop.")
-        for name, least in (("window", 4), ("in_a_row", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"spikes.{name}={getattr(self, name)} must be at least {least}.")
-        if self.deviations <= 0:
-            raise UserError(f"spikes.deviations={self.deviations} must be above 0.")
-
-    @property
-    def remembered(self) -> int:
-        """The updates that a run remembers."""
-        return 0 if self.action == "off" else self.window
 
 
 def judge(loss: float, norm: float, recent: Sequence[tuple[float, float]], config: SpikeConfig) -> Verdict:

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from megatron.core.transformer.module import MegatronModule
 
-from calm_core.parallel.engine import Engine
-from calm_core.parallel.topology import Topology
+from calm_core.distributed.engine import Engine
+from calm_core.distributed.topology import Topology
 
 
 class Task(Protocol):

@@ -18,7 +18,9 @@ from calm_core.errors import ExitCode
 # Between the stacks and the exit: the first rank to leave breaks the connections that others hang in, and they want to
 # write their stacks first.
 GRACE = 5.0
+
 _TICK = 1.0
+
 _TITLE = re.compile(r"(\S+) (rank \d+, process \d+: nothing came after .*)")
 
 

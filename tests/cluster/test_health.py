@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calm_core.cluster.health import Limits, meet, problems_of_node
+from calm_core.cluster.preflight import Limits, meet, problems_of_node
 
 LIMITS = Limits(scratch=Path("/tmp"), scratch_gib=0, memory_gib=0, seconds=5)
 GPUS = torch.cuda.device_count()

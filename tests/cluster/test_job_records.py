@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from calm_core.cluster.policy import fruitless_attempts
-from calm_core.cluster.records import StageRecords, endings, progress_of
 from calm_core.cluster.slurm import SlurmError
-from calm_core.cluster.status import describe
+from calm_core.cluster.status import StageRecords, describe, endings, progress_of
 from calm_core.data.builder import StoreBuilder
-from calm_core.data.manifest import write_json
 from calm_core.errors import UserError
+from calm_core.io import write_json
 
 
 def plan(run: Path) -> dict:

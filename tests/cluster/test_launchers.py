@@ -8,12 +8,10 @@ import pytest
 from launching import ROOT
 
 from calm_core import config
-from calm_core.cluster.jobfile import JobFile, enter_work_folder
-from calm_core.cluster.layout import describe_layout, nearest_nodes
-from calm_core.cluster.submit import TRAININGS
+from calm_core.cluster.launcher import TRAININGS, JobFile, describe_layout, enter_work_folder, nearest_nodes
+from calm_core.config.experiment import Experiment
 from calm_core.errors import UserError
-from calm_core.experiment import Experiment
-from calm_core.pipeline.stages import stages
+from calm_core.workflow.stages import stages
 
 LAUNCHERS = sorted((ROOT / "launchers").glob("*.slurm"))
 

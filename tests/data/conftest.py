@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from calm_core.autoencoder import Autoencoder, AutoencoderConfig
+from calm_core.autoencoder.model import Autoencoder
+from calm_core.config.data_config import DataConfig, TokenizerConfig
+from calm_core.config.model_config import AutoencoderConfig
 from calm_core.data.chunks import build_chunks
-from calm_core.data.config import DataConfig
 from calm_core.data.tokens import build_tokens
-from calm_core.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
+from calm_core.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 DOCUMENTS = 60
 

@@ -1,6 +1,15 @@
-import pytest
+import gzip
+import json
+import lzma
+from itertools import pairwise
 
-from calm_core.data.corpus import fingerprint, sources
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calm_core.data.corpus import Record, Source, Tally, blocks, documents, fingerprint, parts, records, sources
 from calm_core.errors import UserError
 
 
@@ -57,3 +66,177 @@ def test_fingerprint_follows_content_and_names(tmp_path):
     path.write_bytes(b"last")
     path.rename(tmp_path / "other.jsonl")
     assert fingerprint(sources([str(tmp_path / "*.jsonl")])) != before
+
+
+LINES = "".join(json.dumps({"id": number, "text": "naïve 😀"}) + "\n" for number in range(4)).encode()
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESSIONS = [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstd)]
+
+
+def read_records_of(path, text_field="text") -> list[Record]:
+    return list(records(Source(path, path.name), text_field))
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("", bytes), *COMPRESSIONS])
+def test_json_lines_in_each_compression(tmp_path, suffix, compress):
+    path = tmp_path / f"part.jsonl{suffix}"
+    path.write_bytes(compress(LINES))
+    found = read_records_of(path)
+    assert b"".join(record.content for record in found) == LINES
+    assert [record.name for record in found] == [f"part.jsonl{suffix}:{n}" for n in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), COMPRESSIONS)
+def test_two_compressed_files_put_together_are_read_to_the_end(tmp_path, suffix, compress):
+    path = tmp_path / f"two.jsonl{suffix}"
+    path.write_bytes(compress(LINES) + compress(LINES))
+    assert len(read_records_of(path)) == 8
+
+
+@pytest.mark.parametrize(("suffix", "compress"), COMPRESSIONS)
+def test_truncated_file_is_named(tmp_path, suffix, compress):
+    path = tmp_path / f"part.jsonl{suffix}"
+    path.write_bytes(compress(LINES)[:-20])
+    with pytest.raises(UserError, match=rf"part\.jsonl\{suffix} cannot be read to its end"):
+        read_records_of(path)
+
+
+@pytest.mark.parametrize(
+    "column", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())], ids=str
+)
+def test_parquet(tmp_path, column):
+    path = tmp_path / "part.parquet"
+    texts = ["one\r\n", None, "", "naïve 😀 \0"]
+    pq.write_table(pa.table({"body": pa.array(texts).cast(column), "id": range(4)}), path)
+    found = read_records_of(path, "body")
+    assert [record.content for record in found] == [text if text is None else text.encode() for text in texts]
+    assert found[3].name == "part.parquet:4"
+    with pytest.raises(UserError, match=r"part\.parquet has no column 'text': set data\.text_field"):
+        read_records_of(path)
+    with pytest.raises(UserError, match=r"'id' of .*part\.parquet holds no text"):
+        read_records_of(path, "id")
+
+
+def test_a_text_file_is_one_record_with_every_byte(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"one\r\ntwo\xff\n")
+    assert read_records_of(tmp_path / "x.txt") == [("x.txt", "text", b"one\r\ntwo\xff\n")]
+
+
+def test_small_files_join_into_parts_and_large_ones_stand_alone(tmp_path):
+    for name, size in {"a": 4, "b": 5, "c": 3, "d": 30, "e": 10, "f": 0}.items():
+        (tmp_path / f"{name}.txt").write_bytes(b"x" * size)
+    found = parts(sources([f"{tmp_path}/*.txt"]), block_bytes=10)
+    assert [[source.name[0] for source in part] for part in found] == [["a", "b"], ["c"], ["d"], ["e", "f"]]
+
+
+@given(st.lists(st.integers(0, 30), max_size=20), st.integers(1, 40))
+def test_blocks_hold_the_records_in_order_and_at_most_their_bytes(tmp_path_factory, sizes, limit):
+    path = tmp_path_factory.mktemp("blocks") / "part.jsonl"
+    path.write_bytes(b"".join(b"x" * size + b"\n" for size in sizes))
+    found = list(blocks(7, [Source(path, path.name)], "text", limit))
+    assert [record for block in found for record in block.records] == read_records_of(path)
+    assert [(block.part, block.piece) for block in found] == [(7, piece) for piece in range(len(found))]
+    assert [block.last for block in found] == [False] * (len(found) - 1) + [True]
+    for block, following in pairwise(found):
+        assert block.bytes <= limit or len(block.records) == 1
+        assert block.bytes + len(following.records[0].content) > limit
+
+
+def read(*contents, form="json"):
+    tally = Tally()
+    made = [Record(f"part:{number}", form, content) for number, content in enumerate(contents, 1)]
+    return [document.text for document in documents(made, "text", tally)], tally
+
+
+@pytest.mark.parametrize("text", ["one\r\n two\n", "a\0b", "\ufeffmark", "naïve 😀", "  ", "\u2028", "x" * 10_000_000])
+def test_texts_are_kept_to_the_last_character(text):
+    for form, content in (
+        ("text", text.encode()),
+        ("json", json.dumps({"text": text}).encode()),
+        ("json", json.dumps({"text": text}, ensure_ascii=False).encode() + b"\r\n"),
+        ("json", b"\xef\xbb\xbf" + json.dumps({"id": 1, "text": text}).encode()),
+    ):
+        found, tally = read(content, form=form)
+        assert found == [text]
+        assert (tally.kept, tally.repaired) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "form", "text"),
+    [
+        (b"caf\xe9 noir", "text", "caf\ufffd noir"),
+        (b'{"text": "caf\xe9 noir"}', "json", "caf\ufffd noir"),
+        (b'{"text": "half \\ud83d of a pair"}', "json", "half \ufffd of a pair"),
+        (
+            b'{"text": "halves \\ude00\\ud83d swapped, \\ud83d\\ude00 whole"}',
+            "json",
+            "halves \ufffd\ufffd swapped, 😀 whole",
+        ),
+        (b'{"text": "\xed\xa0\xbd"}', "json", "\ufffd\ufffd\ufffd"),
+    ],
+)
+def test_what_is_no_character_is_replaced_and_counted(content, form, text):
+    found, tally = read(content, form=form)
+    assert found == [text]
+    assert (tally.kept, tally.repaired) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"text": "cut off', "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "is not valid JSON"),
+        (b'{"body": "text"}', "has no text in 'text'"),
+        (b'{"text": 3}', "has no text in 'text'"),
+        (b'{"text": null}', "has no text in 'text'"),
+        (b"[1]", "has no text in 'text'"),
+        (None, "has no text in 'text'"),
+    ],
+    ids=range(8),
+)
+def test_malformed_records_are_left_out_counted_and_shown(content, reason):
+    found, tally = read(b'{"text": "fine"}', content, b'{"text": "too"}')
+    assert found == ["fine", "too"]
+    assert (tally.kept, tally.malformed, tally.repaired) == (2, 1, 0)
+    assert tally.examples[0].startswith(f"part:2 {reason}")
+
+
+def test_empty_texts_and_blank_lines_are_counted():
+    found, tally = read(b'{"text": ""}', b"\n", b" \r\n", b'{"text": "a"}')
+    assert found == ["a"]
+    assert (tally.kept, tally.empty, tally.malformed) == (1, 3, 0)
+
+
+@given(st.lists(st.binary(max_size=20)))
+def test_every_record_is_one_of_kept_empty_and_malformed(contents):
+    for form in ("json", "text"):
+        found, tally = read(*contents, form=form)
+        assert tally.records == len(contents)
+        assert tally.kept == len(found)
+        for text in found:
+            text.encode()
+
+
+def test_too_many_malformed_records_are_refused_with_the_first():
+    _, tally = read(*[b'{"text": "fine"}'] * 99, b"broken")
+    tally.require(0.01)
+    tally.require(0.001, at_least=1000)
+    with pytest.raises(UserError, match=r"1 of the first 100 .*data\.max_malformed=0\.009 .*part:100 is not valid"):
+        tally.require(0.009)
+
+
+def test_tallies_add_up():
+    _, first = read(*[b"broken"] * 4, b'{"text": "\xff"}')
+    _, second = read(*[b"broken"] * 4, b"")
+    first.add(second)
+    assert (first.kept, first.repaired, first.empty, first.malformed) == (1, 1, 1, 8)
+    assert len(first.examples) == 5

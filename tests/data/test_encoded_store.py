@@ -1,14 +1,12 @@
 import numpy as np
 import pytest
 
-from calm_core.data.blend import Blend
-from calm_core.data.config import DataConfig
+from calm_core.config.data_config import DataConfig
+from calm_core.config.experiment import Experiment
+from calm_core.data.dataset import Blend, Samples, chunk_rows
 from calm_core.data.encoded_store import EncodedStore
-from calm_core.data.opening import chunk_rows
-from calm_core.data.samples import Samples
 from calm_core.data.store import ChunkStore
 from calm_core.errors import UserError
-from calm_core.experiment import Experiment
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])

@@ -7,10 +7,10 @@ import pytest
 from launching import ROOT, finish, torchrun
 
 from calm_core import config
+from calm_core.config.experiment import Experiment
 from calm_core.errors import ExitCode
-from calm_core.experiment import Experiment
-from calm_core.training.compare import first_difference
 from calm_core.training.launch import run_calm
+from calm_core.training.run_log import first_difference
 
 SCRIPT = ROOT / "pretrain" / "train_calm.py"
 TOLERANCE = 1e-5  # relative, of loss and gradient norm in float32; counts are equal at any tolerance below 1 of them

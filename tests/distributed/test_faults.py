@@ -11,14 +11,14 @@ import pytest
 from launching import ROOT, finish, running, torchrun
 
 from calm_core import config
+from calm_core.checkpoint.folder import damaged_files, list_checkpoints, open_checkpoint
+from calm_core.config.experiment import Experiment
 from calm_core.errors import ExitCode
-from calm_core.experiment import Experiment
-from calm_core.parallel.checkpoint_folder import damaged_files, list_checkpoints, open_checkpoint
 from calm_core.training.launch import run_calm
 from calm_core.training.run_log import read_metrics
 
 SCRIPT = ROOT / "pretrain" / "train_calm.py"
-FAULTY = Path(__file__).with_name("faulty_rank.py")
+FAULTY = ROOT / "tests" / "helpers" / "faulty_rank.py"
 
 
 def arguments(folder: Path, steps: int) -> list[str]:

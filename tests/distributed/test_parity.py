@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from launching import finish, launch
+from launching import ROOT, finish, launch
 from parity_record import TOLERANCES, TOLERANCES_BF16, Differences, compared
 
-WALK = Path(__file__).parent / "parity_walk.py"
+WALK = ROOT / "tests" / "helpers" / "parity_walk.py"
 HEADS = ("energy", "softmax", "diffusion", "flow")
 
 
@@ -180,7 +180,7 @@ def test_padding_makes_another_loss(walked: Walked) -> None:
 
 
 def test_the_weights_of_positions_are_the_mean_over_samples_of_the_mean_over_their_text() -> None:
-    from calm_core.training.calm import position_weights
+    from calm_core.training.calm_task import position_weights
 
     tokens = torch.ones(6, 3, 4, dtype=torch.int64)
     tokens[2:, 1] = 0

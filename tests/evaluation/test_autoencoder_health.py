@@ -6,11 +6,16 @@ from pathlib import Path
 import pytest
 
 from calm_core import config
-from calm_core.autoencoder_artefact import load_autoencoder
+from calm_core.autoencoder.artefact import load_autoencoder
+from calm_core.config.experiment import Experiment
 from calm_core.data.store import TokenStore
 from calm_core.errors import UserError
-from calm_core.evaluation.autoencoder import examine_autoencoder, find_autoencoder, paths_of_autoencoder, spread_chunks
-from calm_core.experiment import Experiment
+from calm_core.evaluation.autoencoder_health import (
+    examine_autoencoder,
+    find_autoencoder,
+    paths_of_autoencoder,
+    spread_chunks,
+)
 
 SCRIPT = Path(__file__).parents[2] / "pretrain" / "evaluate.py"
 

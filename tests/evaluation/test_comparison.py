@@ -10,11 +10,12 @@ import torch
 from launching import ROOT
 
 from calm_core import config
-from calm_core.autoencoder import Autoencoder, AutoencoderConfig
-from calm_core.autoencoder_artefact import load_autoencoder, save_autoencoder
+from calm_core.autoencoder.artefact import load_autoencoder, save_autoencoder
+from calm_core.autoencoder.model import Autoencoder
+from calm_core.config.experiment import Experiment
+from calm_core.config.model_config import AutoencoderConfig
 from calm_core.data.chunks import build_chunks
 from calm_core.errors import ExitCode, UserError
-from calm_core.experiment import Experiment
 from calm_core.tokenizer import load_tokenizer
 from calm_core.training.launch import run_calm
 from calm_core.training.run_log import read_metrics

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from calm_core.errors import UserError
 from calm_core.inference.generate import Completion, expected_calls, generate
-from calm_core.inference.load import Loaded
-from calm_core.inference.options import GenerationOptions
-from calm_core.temperature import CallLimitError
+from calm_core.inference.load_model import Loaded
+from calm_core.inference.sampler import GenerationOptions
+from calm_core.inference.temperature import CallLimitError
 
 PROMPTS = ["the quick brown fox", "", "a naïve 😀", "the lazy dog jumps"]
 

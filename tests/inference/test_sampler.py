@@ -11,14 +11,14 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-from calm_core.autoencoder import Autoencoder, AutoencoderConfig
+from calm_core.autoencoder.model import Autoencoder
+from calm_core.config.model_config import AutoencoderConfig
 from calm_core.inference.decoding import UNDECODED, DrawnTokens
-from calm_core.inference.load import Loaded
-from calm_core.inference.options import GenerationOptions
-from calm_core.inference.prompt import prompt_tokens
-from calm_core.inference.sampler import TRIALS, ChunkSampler, Context
-from calm_core.noise import Noise
-from calm_core.temperature import occurrences, sample_batch
+from calm_core.inference.generate import prompt_tokens
+from calm_core.inference.load_model import Loaded
+from calm_core.inference.sampler import TRIALS, ChunkSampler, Context, GenerationOptions
+from calm_core.inference.temperature import occurrences, sample_batch
+from calm_core.model.noise import Noise
 
 HIDDEN = torch.zeros(1, 1, 4)
 VOCABULARY, K, EOS, PAD = 4, 3, 3, 0

@@ -6,8 +6,8 @@ from golden_numbers import GOLDEN
 from safetensors.torch import load_file
 from torch import Tensor
 
-from calm_core.model.config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.reference_names import HEAD, HEAD_ALIAS
+from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
+from calm_core.reference.names import HEAD, HEAD_ALIAS
 
 
 @pytest.fixture(scope="module")

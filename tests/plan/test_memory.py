@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from launching import ROOT, finish, launch
 
-SCRIPT = ROOT / "tests" / "plan" / "memory_run.py"
+SCRIPT = ROOT / "tests" / "helpers" / "memory_run.py"
 ALONE = ["single", "full", "selective", "softmax", "flow", "diffusion"]
 TOGETHER = ["dp2", "tp2", "tp2-sp", "tp2-sp-softmax", "pp2", "pp2-virtual2"]
 

@@ -3,11 +3,11 @@
 import pytest
 from launching import ROOT
 
-from calm_core import config, flops
-from calm_core.autoencoder import AutoencoderConfig
-from calm_core.experiment import Experiment
-from calm_core.model.config import ModelShape
-from calm_core.plan.autoencoder import autoencoder_shape
+from calm_core import config
+from calm_core.config.experiment import Experiment
+from calm_core.config.model_config import AutoencoderConfig, ModelShape
+from calm_core.plan import flops
+from calm_core.plan.autoencoder_account import autoencoder_shape
 from calm_core.plan.dry_run import model_shape
 from calm_core.plan.paper import ROWS, comparison, missing_head, ours
 

@@ -11,11 +11,11 @@ import pytest
 from browser import check_that_it_draws, drawn, figures, with_script
 
 from calm_core import config as configuration
-from calm_core.cluster.records import StageRecords
+from calm_core.cluster.status import StageRecords
+from calm_core.config.experiment import Experiment
 from calm_core.errors import UserError
-from calm_core.experiment import Experiment
 from calm_core.report.page import Figure, Section, Table, Text, Trace, render
-from calm_core.report.run import write_comparison, write_run_page
+from calm_core.report.run_page import write_comparison, write_run_page
 from calm_core.training.run_log import read_metrics
 
 STEPS = range(10, 60, 10)

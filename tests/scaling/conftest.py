@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from known_law import LAW
 
-from calm_core.model.config import HeadConfig
-from calm_core.scaling.config import FitConfig, GridConfig, LadderConfig, ScalingConfig
+from calm_core.config.model_config import HeadConfig
+from calm_core.config.scaling_config import FitConfig, GridConfig, LadderConfig, ScalingConfig
 from calm_core.scaling.points import points
 from calm_core.scaling.results import Row, _row
 

@@ -7,15 +7,15 @@ import pytest
 from browser import check_that_it_draws, figures
 from known_law import LAW
 
-from calm_core import flops
-from calm_core.data.manifest import write_json
-from calm_core.report.scaling import write_scaling_page
+from calm_core.config.scaling_config import ScalingConfig
+from calm_core.io import write_json
+from calm_core.plan import flops
 from calm_core.scaling.analysis import analyse, best_of_budgets, losses
-from calm_core.scaling.config import ScalingConfig
 from calm_core.scaling.figures import draw_study
+from calm_core.scaling.law_report import LAWS, fit_study
 from calm_core.scaling.points import model_size, shape_of
-from calm_core.scaling.report import LAWS, fit_study
 from calm_core.scaling.results import Row, results_path, write_results
+from calm_core.scaling.study_page import write_scaling_page
 
 
 def test_the_law_behind_the_results_is_found(study: ScalingConfig, rows: list[Row]) -> None:

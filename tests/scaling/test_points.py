@@ -4,19 +4,18 @@ from pathlib import Path
 import pytest
 
 from calm_core import config as configuration
-from calm_core import flops
-from calm_core.cluster.jobfile import JobFile
-from calm_core.cluster.layout import describe_layout
-from calm_core.data.manifest import format_version, write_json
+from calm_core.checkpoint.folder import list_checkpoints, retire
+from calm_core.cluster.launcher import JobFile, describe_layout
+from calm_core.config.experiment import PipelineConfig
+from calm_core.config.model_config import BackboneConfig
+from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.scaling_config import DEFAULT_CONFIG, GridConfig, LadderConfig, ScalingConfig
 from calm_core.errors import UserError
-from calm_core.model.config import BackboneConfig
-from calm_core.parallel.checkpoint_folder import list_checkpoints, retire
-from calm_core.parallel.config import ParallelConfig
-from calm_core.pipeline.config import PipelineConfig
-from calm_core.scaling.config import DEFAULT_CONFIG, GridConfig, LadderConfig, ScalingConfig
-from calm_core.scaling.ladder import rung
-from calm_core.scaling.plan import autoencoder_flops, plan_table
-from calm_core.scaling.points import experiment, family_experiment, hours, points, shared_experiment
+from calm_core.io import write_json
+from calm_core.manifest import format_version
+from calm_core.plan import flops
+from calm_core.scaling.points import experiment, family_experiment, hours, points, rung, shared_experiment
+from calm_core.scaling.study_plan import autoencoder_flops, plan_table
 from calm_core.scaling.sweep import LAUNCHER
 
 

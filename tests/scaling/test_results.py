@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from calm_core import config as configuration
+from calm_core.config.experiment import Experiment
+from calm_core.config.scaling_config import ScalingConfig
 from calm_core.errors import UserError
-from calm_core.experiment import Experiment
-from calm_core.scaling.config import ScalingConfig
 from calm_core.scaling.points import Point, experiment, family_experiment, points
 from calm_core.scaling.results import collect, read_results, results_path, write_results
 

@@ -10,12 +10,11 @@ import pytest
 from launching import ROOT, finish, running
 
 from calm_core import config as configuration
+from calm_core.checkpoint.folder import list_checkpoints
+from calm_core.config.experiment import Experiment, PipelineConfig
+from calm_core.config.scaling_config import ScalingConfig
 from calm_core.errors import ExitCode, UserError
-from calm_core.experiment import Experiment
-from calm_core.parallel.checkpoint_folder import list_checkpoints
-from calm_core.pipeline.config import PipelineConfig
 from calm_core.scaling import sweep
-from calm_core.scaling.config import ScalingConfig
 from calm_core.scaling.points import experiment, family_experiment, points, shared_experiment
 from calm_core.scaling.results import read_results
 from calm_core.training.run_log import read_metrics

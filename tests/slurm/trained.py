@@ -12,7 +12,7 @@ import psutil
 from cluster import Cluster
 from launching import ROOT
 
-from calm_core.parallel.checkpoint_folder import list_checkpoints
+from calm_core.checkpoint.folder import list_checkpoints
 from calm_core.training.run_log import read_metrics
 
 FOREVER = 100_000

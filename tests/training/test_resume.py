@@ -14,9 +14,9 @@ import torch
 from damage import cut, flip
 
 from calm_core import config
+from calm_core.checkpoint.folder import list_checkpoints, open_checkpoint
+from calm_core.config.experiment import Experiment
 from calm_core.errors import ExitCode, UserError
-from calm_core.experiment import Experiment
-from calm_core.parallel.checkpoint_folder import list_checkpoints, open_checkpoint
 from calm_core.training.launch import run_autoencoder, run_calm
 from calm_core.training.run_folder import RunFolder
 from calm_core.training.run_log import read_metrics

@@ -1,12 +1,15 @@
 import json
 import math
+import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from calm_core.training.config import TrainingConfig
+from calm_core.config.training_config import TrainingConfig
+from calm_core.errors import ExitCode, UserError
 from calm_core.training.run_folder import RunFolder
-from calm_core.training.run_log import RunLog, read_metrics
+from calm_core.training.run_log import Difference, RunLog, first_difference, read_metrics, samples_of_step
 
 
 def opened(folder: Path, start: int) -> RunLog:
@@ -58,3 +61,81 @@ def test_nan_of_an_older_run_is_read_as_none(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl", "eval") == [
         {"step": 1, "kind": "eval", "loss": None, "loss_error": None}
     ]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Ten steps: 8 samples each, 6 since a resume at step 4, after attempts from steps 7 and 4 that are done again."""
+    starts = [(0, 0, 8), (7, 56, 2), (4, 32, 3), (4, 32, 6)]
+    records = [
+        {"step": step, "kind": "event", "event": "start", "samples": samples, "global_batch": batch}
+        for step, samples, batch in starts
+    ]
+    records += [{"step": step, "kind": "train"} for step in (5, 10)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("step", "samples"), [(1, range(8)), (4, range(24, 32)), (5, range(32, 38)), (10, range(62, 68))]
+)
+def test_samples_follow_the_batch_size_of_their_time(run, step, samples):
+    assert samples_of_step(run, step) == samples
+
+
+def test_steps_partition_the_samples(run):
+    together = [sample for step in range(1, 11) for sample in samples_of_step(run, step)]
+    assert together == list(range(68))
+
+
+@pytest.mark.parametrize("step", [0, -1, 11])
+def test_a_step_that_was_not_taken_is_refused(run, step):
+    with pytest.raises(UserError, match="steps 1 to 10"):
+        samples_of_step(run, step)
+
+
+SCRIPT = Path(__file__).parents[2] / "pretrain" / "compare_runs.py"
+
+
+def compare_runs(folder: Path, *records: dict[str, Any]) -> Path:
+    folder.mkdir()
+    lines = [json.dumps({"step": step, "kind": "train", **record}) for step, record in enumerate(records, 1)]
+    lines.append(json.dumps({"step": 1, "kind": "event", "event": "start"}))
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_the_first_step_and_key_that_differ(tmp_path: Path) -> None:
+    one = compare_runs(tmp_path / "a", {"loss": 3.0}, {"loss": 2.0, "norm": 1.0, "mfu": 0.1}, {"loss": 1.0})
+    other = compare_runs(tmp_path / "b", {"loss": 3.0}, {"loss": 2.0, "norm": 1.01, "mfu": 0.2})
+    assert first_difference(one, other, 0.0) == Difference(2, "train", "norm", 1.0, 1.01)
+    assert first_difference(one, other, 0.02) is None
+    assert first_difference(one, one, 0.0) is None
+
+
+def test_a_loss_that_was_not_finite_differs_from_one_that_was(tmp_path: Path) -> None:
+    one, other = compare_runs(tmp_path / "a", {"loss": None}), compare_runs(tmp_path / "b", {"loss": 1.0})
+    assert first_difference(one, other, 9.0) == Difference(1, "train", "loss", None, 1.0)
+    assert first_difference(one, one, 0.0) is None
+
+
+def test_a_key_that_one_lacks(tmp_path: Path) -> None:
+    one, other = compare_runs(tmp_path / "a", {}), compare_runs(tmp_path / "b", {"loss": 1.0})
+    assert first_difference(one, other, 0.0) == Difference(1, "train", "loss", None, 1.0)
+
+
+def test_nothing_to_compare(tmp_path: Path) -> None:
+    one, other = compare_runs(tmp_path / "a", {"loss": 1.0}), compare_runs(tmp_path / "b")
+    with pytest.raises(UserError, match="no recorded step in common"):
+        first_difference(one, other, 0.0)
+    with pytest.raises(UserError, match=r"holds no metrics\.jsonl"):
+        first_difference(one, tmp_path, 0.0)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare = runpy.run_path(str(SCRIPT))["compare"]
+    one, other = compare_runs(tmp_path / "a", {"loss": 1.0}), compare_runs(tmp_path / "b", {"loss": 1.5})
+    assert compare([str(one), str(other)]) == ExitCode.FAILED
+    assert f"step 1 (train): loss is 1.0 in {one}" in capsys.readouterr().out
+    assert compare([str(one), str(other), "--tolerance", "0.5"]) == ExitCode.OK
+    assert "no difference" in capsys.readouterr().out

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calm_core.config.training_config import SpikeConfig
 from calm_core.errors import UserError
-from calm_core.training.progress import Progress
-from calm_core.training.spikes import SpikeConfig, Verdict, judge, limit
+from calm_core.training.resume import Progress
+from calm_core.training.spikes import Verdict, judge, limit
 
 SKIP = SpikeConfig(action="skip", window=8, deviations=6.0)
 finite = st.floats(-1e6, 1e6)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from launching import finish
 
+from calm_core.config.training_config import TrainingConfig
 from calm_core.errors import ExitCode, UserError
-from calm_core.training.config import TrainingConfig
 from calm_core.training.watchdog import hangs
 
 PROGRAM = """

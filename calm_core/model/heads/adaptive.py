@@ -8,9 +8,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from calm_core.flops import TIME_FEATURES
-from calm_core.model.config import HeadConfig
+from calm_core.config.model_config import HeadConfig
 from calm_core.model.layers import column, layer_norm, linear, row
+from calm_core.plan.flops import TIME_FEATURES
 
 
 class AdaptiveNetwork(MegatronModule):

@@ -1,29 +1,188 @@
-"""The diffusion head: the next latent out of noise, in a hundred small steps back (paper, section 3.2)."""
+"""Denoising diffusion (Ho et al. 2020) with learned variances and the hybrid loss of Nichol and Dhariwal (2021).
 
+A latent x_0 is drowned in noise over T steps: x_t = sqrt(s_t) x_0 + sqrt(1 - s_t) noise, where the signal level s_t
+(alpha-bar in the papers) falls from nearly 1 to nearly 0. A network that sees x_t and t estimates the noise, and says
+how wide one step back is; a sample begins as noise and goes all steps back.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from calm_core import diffusion
-from calm_core.flops import SAMPLING_EVALUATIONS
-from calm_core.model.config import HeadConfig
+from calm_core.config.model_config import HeadConfig
 from calm_core.model.heads.adaptive import AdaptiveNetwork
 from calm_core.model.heads.protocol import HeadLoss, Target
-from calm_core.model.sequence import all_positions, own_positions
-from calm_core.noise import Noise
+from calm_core.model.layers import all_positions, own_positions
+from calm_core.model.noise import Noise
+from calm_core.plan.flops import SAMPLING_EVALUATIONS
+
+# The last step back, to x_0, is scored as the probability of a bin this wide on each side: half a grey level of
+# images scaled to [-1, 1]. The measure of the papers, kept so that losses can be compared.
+HALF_BIN = 1 / 255
+
+
+class Level(NamedTuple):
+    """Levels of steps t, shaped as t with a last dimension of 1, float64.
+
+    Attributes:
+        signal: s_t.
+        beta: share of noise added by step t, 1 - s_t / s_{t-1}.
+        log_floor: logarithm of the variance of the true step back q(x_{t-1} | x_t, x_0); at t = 0, where it is 0, that
+            of t = 1. It is the lower end of the learned variance, log beta the upper.
+        first: whether t = 0.
+    """
+
+    signal: Tensor
+    beta: Tensor
+    log_floor: Tensor
+    first: Tensor
+
+
+class Step(NamedTuple):
+    """The network's step back: x_{t-1} is normal with this mean and logarithm of the variance, `[..., l]`."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Signal levels of T steps, and the time that the network is told at each.
+
+    Attributes:
+        signal: s_t `[T]` float64, falling.
+        time: `[T]` int64; 0..T-1 unless the schedule is `respaced`.
+    """
+
+    signal: Tensor
+    time: Tensor
+
+    @classmethod
+    def cosine(cls, steps: int = 1000) -> "Schedule":
+        """s_t = f(t + 1) / f(0) with f(t) = cos^2((t/T + 0.008) / 1.008 · pi/2), no step's beta above 0.999."""
+        level = ((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2).cos().square()
+        kept = (level[1:] / level[:-1]).clamp(min=1 - 0.999)
+        return cls(kept.cumprod(0), torch.arange(steps))
+
+    def respaced(self, steps: int) -> "Schedule":
+        """`steps` of the steps, evenly spaced from the first to the last: a coarser schedule of the same levels."""
+        chosen = torch.linspace(0, len(self.signal) - 1, steps, dtype=torch.float64).round().long()
+        return Schedule(self.signal[chosen], self.time[chosen])
+
+    def at(self, t: Tensor) -> Level:
+        """The levels of the steps `t` (int64, any shape), on their device."""
+        signal = self.signal.to(t.device)
+        before = torch.cat([signal.new_ones(1), signal[:-1]])
+        beta = 1 - signal / before
+        log_floor = (beta * (1 - before) / (1 - signal))[1:].log()
+        log_floor = torch.cat([log_floor[:1], log_floor])
+        t = t.unsqueeze(-1)
+        return Level(signal[t], beta[t], log_floor[t], t == 0)
+
+
+def diffused(level: Level, x0: Tensor, noise: Tensor) -> Tensor:
+    """x_t `[..., l]` from x_0 and standard normal noise, in their precision."""
+    return level.signal.sqrt().to(x0.dtype) * x0 + (1 - level.signal).sqrt().to(x0.dtype) * noise
+
+
+def step_back(level: Level, x_t: Tensor, output: Tensor) -> Step:
+    """The step that the network's output `[..., 2 l]` describes: noise estimate, and variance between its two ends.
+
+    The second half v moves the log-variance from `log_floor` (v = -1) to log beta (v = 1).
+    """
+    noise, v = output.chunk(2, dim=-1)
+    kept, share = 1 - level.beta, (v + 1) / 2
+    mean = (x_t - (level.beta / (1 - level.signal).sqrt()).to(x_t.dtype) * noise) / kept.sqrt().to(x_t.dtype)
+    log_variance = share * level.beta.log().to(v.dtype) + (1 - share) * level.log_floor.to(v.dtype)
+    return Step(mean, log_variance)
+
+
+def bounded(level: Level, x_t: Tensor, output: Tensor, bound: float) -> Tensor:
+    """The output `[..., 2 l]`, its noise estimate moved so that the x_0 it implies is within +-bound.
+
+    x_0 = (x_t - sqrt(1 - s_t) noise) / sqrt(s_t): where nearly all is noise, an error of the estimate is multiplied by
+    up to 20,000, and the steps that follow do not find back from there.
+    """
+    noise, v = output.chunk(2, dim=-1)
+    kept, lost = level.signal.sqrt().to(x_t.dtype), (1 - level.signal).sqrt().to(x_t.dtype)
+    x0 = ((x_t - lost * noise) / kept).clamp(-bound, bound)
+    return torch.cat([(x_t - kept * x0) / lost, v], dim=-1)
+
+
+def diffusion_losses(level: Level, x0: Tensor, noise: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """(squared error of the noise, variational bound) of the network's output `[..., 2 l]` at x_t; `[...]` each.
+
+    Both are means over dimensions, the bound in bits. The training loss is their sum. The bound teaches the variance
+    alone: no gradient flows from it into the noise estimate.
+    """
+    estimate, v = output.chunk(2, dim=-1)
+    error = (noise - estimate).square().mean(-1)
+    x_t = diffused(level, x0, noise)
+    step = step_back(level, x_t, torch.cat([estimate.detach(), v], dim=-1))
+    # The mean of the true step differs from the network's by the error of the noise alone.
+    apart = (level.beta / ((1 - level.signal) * (1 - level.beta)).sqrt()).to(x0.dtype) * (noise - estimate.detach())
+    gap = level.log_floor.to(x0.dtype) - step.log_variance
+    divergence = (gap.exp() - 1 - gap + apart.square() * (-step.log_variance).exp()) / 2
+    bound = torch.where(level.first, -log_bin_probability(x0, step), divergence)
+    return error, bound.mean(-1) / math.log(2)
+
+
+def log_bin_probability(x: Tensor, step: Step) -> Tensor:
+    """log P(x - HALF_BIN < X < x + HALF_BIN) of a normal X, per dimension; beyond +-0.999 the bin has no outer end."""
+    narrow = (-step.log_variance / 2).exp()
+    below = _normal_cdf((x - step.mean - HALF_BIN) * narrow)
+    above = _normal_cdf((x - step.mean + HALF_BIN) * narrow)
+    below = torch.where(x < -0.999, torch.zeros_like(below), below)
+    above = torch.where(x > 0.999, torch.ones_like(above), above)
+    return (above - below).clamp(min=1e-12).log()
+
+
+def sample(
+    schedule: Schedule,
+    network: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    noise: Callable[[int], Tensor],
+    bound: float,
+) -> Tensor:
+    """Walk from noise to a sample.
+
+    Args:
+        schedule: the steps to take, mostly a `respaced` one.
+        network: (x_t, time as a scalar int64 tensor) -> output `[..., 2 l]`.
+        x: standard normal noise `[..., l]`.
+        noise: standard normal noise shaped as `x` for each step t > 0.
+        bound: no sample is farther from 0 in any dimension (see `bounded`).
+    """
+    for t in reversed(range(len(schedule.time))):
+        level = schedule.at(torch.tensor(t, device=x.device))
+        step = step_back(level, x, bounded(level, x, network(x, schedule.time[t].to(x.device)), bound))
+        x = step.mean if t == 0 else step.mean + (step.log_variance / 2).exp() * noise(t)
+    return x
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    """The tanh approximation of the standard normal distribution function, as the papers' losses have it."""
+    return (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
 
 # Posterior means of trained autoencoders stay within 6: the KL term pulls them towards N(0, 1).
 LATENT_BOUND = 10.0
 
 
 class DiffusionHead(MegatronModule):
-    """Learns the noise and the variance of each of 1000 steps; samples by 100 of them (see `calm_core.diffusion`)."""
+    """Learns the noise and the variance of each of 1000 steps; samples by 100 of them."""
 
     def __init__(self, config: TransformerConfig, head: HeadConfig, latent: int) -> None:
         super().__init__(config=config)
         self.latent = latent
         self.net = AdaptiveNetwork(config, head, latent, 2 * latent)
-        self.schedule = diffusion.Schedule.cosine()
+        self.schedule = Schedule.cosine()
 
     def loss(self, hidden: Tensor, target: Target, noise: Noise) -> HeadLoss:
         """Noise error plus variational bound, at one random step for one draw of the posterior per position."""
@@ -32,9 +191,9 @@ class DiffusionHead(MegatronModule):
         added = own_positions(noise.normal("diffusion/noise", positions, self.latent), self.config)
         x0 = own_positions(target.latent(noise.normal("diffusion/target", positions, self.latent)), self.config)
         level = self.schedule.at(t)
-        x_t = diffusion.diffused(level, x0, added)
+        x_t = diffused(level, x0, added)
         output = self.net(x_t.unsqueeze(2), t, self.net.condition(hidden)).squeeze(2)
-        error, bound = diffusion.diffusion_losses(level, x0, added, output)
+        error, bound = diffusion_losses(level, x0, added, output)
         return HeadLoss(error + bound, {"noise_error": error.detach(), "bound": bound.detach()})
 
     def sample(self, hidden: Tensor, noise: Noise, samples: int) -> Tensor:
@@ -49,4 +208,4 @@ class DiffusionHead(MegatronModule):
             return self.net(x, time.view(1, 1), condition)
 
         schedule = self.schedule.respaced(SAMPLING_EVALUATIONS["diffusion"])
-        return diffusion.sample(schedule, network, draw("start"), lambda t: draw(f"step-{t}"), LATENT_BOUND)
+        return sample(schedule, network, draw("start"), lambda t: draw(f"step-{t}"), LATENT_BOUND)

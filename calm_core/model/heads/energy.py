@@ -5,12 +5,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from calm_core.energy import energy_loss
-from calm_core.model.config import HeadConfig
+from calm_core.config.model_config import HeadConfig
+from calm_core.model.heads.energy_loss import energy_loss
 from calm_core.model.heads.protocol import HeadLoss, Target
-from calm_core.model.layers import column, layer_norm, linear, row
-from calm_core.model.sequence import all_positions, own_positions
-from calm_core.noise import Noise
+from calm_core.model.layers import all_positions, column, layer_norm, linear, own_positions, row
+from calm_core.model.noise import Noise
 
 
 class EnergyHead(MegatronModule):

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from calm_core.noise import Noise
+from calm_core.model.noise import Noise
 
 
 @dataclass(frozen=True)

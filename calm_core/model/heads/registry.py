@@ -2,7 +2,7 @@
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from calm_core.model.config import HeadConfig
+from calm_core.config.model_config import HeadConfig
 from calm_core.model.heads.diffusion import DiffusionHead
 from calm_core.model.heads.energy import EnergyHead
 from calm_core.model.heads.flow import FlowHead

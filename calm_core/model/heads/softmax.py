@@ -8,11 +8,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from calm_core.model.config import padded_vocabulary
+from calm_core.config.model_config import padded_vocabulary
 from calm_core.model.heads.protocol import HeadLoss, Target
-from calm_core.model.layers import column
-from calm_core.model.sequence import all_positions, own_positions
-from calm_core.noise import Noise
+from calm_core.model.layers import all_positions, column, own_positions
+from calm_core.model.noise import Noise
 
 
 class SoftmaxHead(MegatronModule):

@@ -1,0 +1,1 @@
+"""The autoencoder: K tokens to one latent vector and back."""

@@ -1,0 +1,63 @@
+"""A frozen autoencoder on disk: `manifest.json` and `model.safetensors`, bound together by a content hash."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from calm_core.autoencoder.model import Autoencoder
+from calm_core.config.model_config import AutoencoderConfig
+from calm_core.errors import UserError
+from calm_core.io import hash_file, replacing, write_json
+from calm_core.manifest import MANIFEST, format_version, read_manifest
+
+KIND = "autoencoder"
+
+WEIGHTS = "model.safetensors"
+
+
+def save_autoencoder(model: Autoencoder, folder: Path, tokenizer_hash: str, provenance: dict[str, Any]) -> str:
+    """Write the model in float32 and return the content hash of its weights.
+
+    `provenance` is kept in the manifest as it is: what the model was trained on, and how. The manifest is written last:
+    without it the folder holds no autoencoder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    weights = {name: weight.detach().float().cpu().contiguous() for name, weight in model.state_dict().items()}
+    with replacing(folder / WEIGHTS) as temporary:
+        save_file(weights, temporary)
+    content_hash = hash_file(folder / WEIGHTS)
+    manifest = {
+        "format_version": format_version(KIND),
+        "kind": KIND,
+        "k": model.k,
+        "vocab_size": model.vocab_size,
+        "config": dataclasses.asdict(model.config),
+        "tokenizer_hash": tokenizer_hash,
+        "content_hash": content_hash,
+        "provenance": provenance,
+    }
+    write_json(folder / MANIFEST, manifest)
+    return content_hash
+
+
+def load_autoencoder(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Autoencoder:
+    """The frozen autoencoder in `folder`, for inference; its hashes are `content_hash` and `tokenizer_hash`.
+
+    Raises:
+        UserError: the folder holds no finished autoencoder, or its weights are not those of the manifest.
+    """
+    manifest = read_manifest(folder, KIND)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{path} is missing: train the autoencoder again, or restore the file.")
+    if hash_file(path) != manifest["content_hash"]:
+        raise UserError(f"{path} is not the file that {folder / MANIFEST} names (content hash differs): restore it.")
+    with torch.device("meta"):
+        model = Autoencoder(AutoencoderConfig(**manifest["config"]), manifest["vocab_size"], manifest["k"])
+    model.load_state_dict(load_file(path), assign=True)
+    model.content_hash, model.tokenizer_hash = manifest["content_hash"], manifest["tokenizer_hash"]
+    return model.to(device, dtype).requires_grad_(False).eval()

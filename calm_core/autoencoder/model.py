@@ -1,0 +1,141 @@
+"""The autoencoder: K tokens to one latent vector and back (paper, section 2). Context-free: each chunk by itself."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from calm_core.autoencoder.output_layer import linear_cross_entropy, most_probable
+from calm_core.config.model_config import AutoencoderConfig
+from calm_core.model.noise import Noise
+
+CHUNKS_AT_ONCE = 4096  # whose hidden states in the decoder are held at a time
+
+DROPPED_TOKEN = 0  # the id that stands for a dropped token; `pad` in tokenizers trained here
+
+
+class SwigluBlock(nn.Module):
+    """`x + down(silu(gate(n)) * up(n))` with n = RMSNorm(x); no biases. `[..., hidden] -> [..., hidden]`."""
+
+    def __init__(self, hidden: int, ffn: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden, eps=eps)
+        self.gate = nn.Linear(hidden, ffn, bias=False)
+        self.up = nn.Linear(hidden, ffn, bias=False)
+        self.down = nn.Linear(ffn, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block."""
+        normed = self.norm(x)
+        return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder of chunks of K tokens; the output layer is the embedding, tied (paper, section 2).
+
+    Weights start from the global generator: seed it for a reproducible model.
+    """
+
+    def __init__(self, config: AutoencoderConfig, vocab_size: int, k: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size, self.k = config, vocab_size, k
+        self.content_hash, self.tokenizer_hash = "", ""  # set when read from a frozen artefact
+        hidden, latent = config.hidden, config.latent
+        shape = hidden, config.ffn_width, config.norm_eps
+        self.embedding = nn.Embedding(vocab_size, hidden)
+        self.encoder_token_block = SwigluBlock(*shape)
+        self.encoder_join = nn.Linear(k * hidden, hidden)
+        self.encoder_chunk_block = SwigluBlock(*shape)
+        self.encoder_norm = nn.RMSNorm(hidden, eps=config.norm_eps)
+        self.encoder_posterior = nn.Linear(hidden, 2 * latent)
+        self.decoder_input = nn.Linear(latent, hidden)
+        self.decoder_chunk_block = SwigluBlock(*shape)
+        self.decoder_split = nn.Linear(hidden, k * hidden)
+        self.decoder_token_block = SwigluBlock(*shape)
+        self.decoder_norm = nn.RMSNorm(hidden, eps=config.norm_eps)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=config.init_std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens `[..., K]` -> posterior mean and log standard deviation, `[..., l]` each."""
+        hidden = self.encoder_token_block(self.embedding(tokens))
+        hidden = self.encoder_chunk_block(self.encoder_join(hidden.flatten(-2)))
+        mean, log_std = self.encoder_posterior(self.encoder_norm(hidden)).chunk(2, dim=-1)
+        return mean, log_std
+
+    def decode_hidden(self, latents: Tensor) -> Tensor:
+        """Latents `[..., l]` -> what the output layer reads, `[..., K, hidden]`."""
+        return self.decode_positions(self.decode_chunk(latents), slice(None))
+
+    def decode_chunk(self, latents: Tensor) -> Tensor:
+        """The decoder's first half, over the chunk as a whole: latents `[..., l]` -> `[..., hidden]`."""
+        return self.decoder_chunk_block(self.decoder_input(latents.to(self.dtype)))
+
+    def decode_positions(self, hidden: Tensor, positions: slice) -> Tensor:
+        """The decoder's second half for some of the K tokens: `[..., hidden]` -> `[..., positions, hidden]`."""
+        weight, bias = (
+            part.unflatten(0, (self.k, -1))[positions].flatten(0, 1)
+            for part in (self.decoder_split.weight, self.decoder_split.bias)
+        )
+        split = F.linear(hidden, weight, bias).unflatten(-1, (-1, hidden.shape[-1]))
+        return self.decoder_norm(self.decoder_token_block(split))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents `[..., l]` -> logits `[..., K, V]` in the parameters' dtype."""
+        return F.linear(self.decode_hidden(latents), self.embedding.weight)
+
+    def decode_tokens(self, latents: Tensor) -> Tensor:
+        """Latents `[..., l]` -> the most probable tokens, `[..., K]` int64; all their logits are never held at once."""
+        tokens = []
+        for part in latents.flatten(0, -2).split(CHUNKS_AT_ONCE):
+            tokens.append(most_probable(self.decode_hidden(part).flatten(0, -2), self.embedding.weight))
+        return torch.cat(tokens).view(*latents.shape[:-1], self.k)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype, in which matrix products run."""
+        return self.embedding.weight.dtype
+
+
+class AutoencoderLosses(NamedTuple):
+    """The loss of a micro-batch and its detached parts, float32: `loss = K * cross_entropy + kl_weight * kl`."""
+
+    loss: Tensor
+    cross_entropy: Tensor  # nats per token
+    kl: Tensor  # nats per chunk, each dimension raised to the floor
+
+
+def autoencoder_loss(model: Autoencoder, tokens: Tensor, noise: Noise) -> AutoencoderLosses:
+    """Training loss of chunks `tokens [rows, B, K]`: rebuilding from a damaged posterior sample (paper, section 2).
+
+    Draws of `noise` decide which tokens the encoder sees as id 0, the posterior sample, and which of its dimensions the
+    decoder sees as 0, the others scaled to keep their expectation.
+    """
+    config, rows = model.config, len(tokens)
+    seen = tokens
+    if config.token_dropout > 0:
+        dropped = noise.uniform("autoencoder/token_dropout", rows, model.k) < config.token_dropout
+        seen = tokens.masked_fill(dropped, DROPPED_TOKEN)
+    mean, log_std = (_at_least_float32(part) for part in model.encode(seen))
+    latents = mean + log_std.exp() * noise.normal("autoencoder/posterior", rows, config.latent)
+    if config.latent_dropout > 0:
+        kept = noise.uniform("autoencoder/latent_dropout", rows, config.latent) >= config.latent_dropout
+        latents = latents * kept / (1 - config.latent_dropout)
+    hidden = model.decode_hidden(latents).flatten(0, -2)
+    cross_entropy = linear_cross_entropy(hidden, model.embedding.weight, tokens.flatten())
+    kl = kl_divergence(mean, log_std).clamp(min=config.kl_floor).sum(-1).mean()
+    loss = model.k * cross_entropy + config.kl_weight * kl
+    return AutoencoderLosses(loss, cross_entropy.detach(), kl.detach())
+
+
+def kl_divergence(mean: Tensor, log_std: Tensor) -> Tensor:
+    """KL divergence of N(mean, exp(log_std)^2) from N(0, 1) in nats, per dimension, elementwise."""
+    return 0.5 * (mean.square() + (2 * log_std).exp() - 1) - log_std
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,1 @@
+"""Checkpoints that any layout of ranks can read."""

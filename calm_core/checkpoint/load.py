@@ -1,0 +1,174 @@
+"""Checkpoints that any layout of ranks can read: tensors under global names, float32 weights and both Adam moments.
+
+Each rank writes what ZeRO-1 gives it (see `fragments`, `saver`); reading takes what a rank needs from whatever boxes
+there are (see `tensor_folder`). How the folder becomes a complete checkpoint: see `checkpoint_folder`.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from calm_core.checkpoint.folder import Checkpoint, DamagedError, begin, damaged_files, finish
+from calm_core.checkpoint.fragments import KINDS, WEIGHT, Box, box_of, flat_parts, fragments
+from calm_core.checkpoint.save import Saver, told_apart
+from calm_core.checkpoint.tensor_folder import INDEX, Entry, TensorFolder, write_file, write_index
+from calm_core.distributed.collectives import on_every_rank
+from calm_core.distributed.engine import Engine
+from calm_core.errors import UserError
+from calm_core.model.parameters import global_shape, named_parameters, pieces
+
+
+def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: int) -> Path:
+    """Write checkpoint `step-{step}` into `folder` and delete all but the newest `keep`. Collective.
+
+    Raises:
+        UserError: if the checkpoint cannot be written; those before it stay.
+    """
+    with Saver(folder, engine, keep) as saver:
+        saver.save(step, state)
+        return saver.wait().path
+
+
+def load(checkpoint: Checkpoint, engine: Engine) -> None:
+    """Put weights and Adam's state of a checkpoint into the engine, whatever layout wrote it. Collective.
+
+    Raises:
+        DamagedError: if a file is not as it was written; nothing is loaded.
+        UserError: if the model has another shape; likewise.
+    """
+    source = _open(checkpoint, engine.chunks, KINDS)
+    for name, parameter in named_parameters(engine.chunks):
+        parameter.data.copy_(_local(source, name, parameter))
+    flats = flat_parts(engine)
+    for fragment in fragments(engine.chunks):
+        for kind, flat in flats[fragment.group].items():
+            fragment.of(flat).copy_(source.read(f"{kind}/{fragment.name}", fragment.box).flatten())
+    updates = torch.tensor(float(checkpoint.state["updates"]))
+    for adam in engine.optimizer.optimizer.state.values():
+        adam["step"].copy_(updates)
+
+
+def load_weights(checkpoint: Checkpoint, chunks: Sequence[MegatronModule], only: str = "") -> list[str]:
+    """Put the weights alone into model chunks, in their own precision; the names of what was loaded. Collective.
+
+    Args:
+        checkpoint: where from.
+        chunks: model chunks, before an engine takes them.
+        only: load the parameters whose global name starts so, and leave the others.
+
+    Raises:
+        DamagedError: if a file is not as it was written; nothing is loaded.
+        UserError: if the model has another shape; likewise.
+    """
+    source = _open(checkpoint, chunks, (WEIGHT,), only)
+    loaded = [(name, parameter) for name, parameter in named_parameters(chunks) if name.startswith(only)]
+    for name, parameter in loaded:
+        parameter.data.copy_(_local(source, name, parameter))
+    return [name for name, _ in loaded]
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Compare every file with its checksum, the work shared by all ranks. Collective.
+
+    Raises:
+        DamagedError: naming the first file that is missing or changed.
+        UserError: if a file must not be read.
+    """
+    share = slice(dist.get_rank(), None, dist.get_world_size())
+    compare = told_apart(
+        lambda: damaged_files(checkpoint, share), f"{checkpoint.path} could not be read", "make its files readable"
+    )
+    if damaged := sorted(chain.from_iterable(on_every_rank(compare))):
+        raise DamagedError(f"{damaged[0]} is missing or its bytes have changed: use another checkpoint.")
+
+
+def full_weights(engine: Engine) -> dict[str, Tensor]:
+    """The float32 master weights of a model without tensor or pipeline parallelism, by global name. Collective."""
+    return {name: safe_get_full_fp32_param(p).cpu() for name, p in named_parameters(engine.chunks)}
+
+
+def _open(
+    checkpoint: Checkpoint, chunks: Sequence[MegatronModule], kinds: Sequence[str], only: str = ""
+) -> TensorFolder:
+    """The tensors of a checkpoint that is whole and has all that these model chunks want of it."""
+    verify(checkpoint)
+
+    def checked() -> TensorFolder:
+        source = TensorFolder(checkpoint.path / "tensors")
+        for name, parameter in named_parameters(chunks):
+            for piece in pieces(name, parameter) if name.startswith(only) else ():
+                for kind in kinds:
+                    wanted = tuple(global_shape(piece, piece.of(parameter)))
+                    _check_shape(checkpoint.path, f"{kind}/{piece.name}", source.shapes, wanted)
+        return source
+
+    found: list[TensorFolder] = []
+    on_every_rank(lambda: found.append(checked()))
+    return found[0]
+
+
+def _check_shape(path: Path, name: str, saved: dict[str, tuple[int, ...]], wanted: tuple[int, ...]) -> None:
+    if name not in saved:
+        raise UserError(f"{path} has no tensor {name}: it holds a model of another shape.")
+    if saved[name] != wanted:
+        raise UserError(
+            f"{path} holds {name} with shape {saved[name]} where this configuration wants {wanted}: "
+            "set the model's shape as in the checkpoint's configuration."
+        )
+
+
+def _local(source: TensorFolder, name: str, parameter: nn.Parameter) -> Tensor:
+    """This rank's shard of a weight, float32 on the host."""
+    parts = [source.read(f"{WEIGHT}/{piece.name}", box_of(piece, parameter)) for piece in pieces(name, parameter)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+_WEIGHT = "weight/"
+
+_FILE = "weights.safetensors"
+
+
+def write_weights(final: Path, weights: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    """Write the checkpoint folder `final` (`step-N`), whole or not at all.
+
+    Args:
+        final: where to.
+        weights: float32 tensors by their global names (`model.parameters`), gate and up projections apart.
+        state: plain values of the manifest.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    contents = [(_whole(name, tuple(weight.shape)), weight.flatten()) for name, weight in weights.items()]
+    try:
+        partial = begin(final)
+        checksum = write_file(partial / "tensors" / _FILE, contents)
+        index = write_index(partial / "tensors", [(_FILE, [entry for entry, _ in contents])])
+        finish(partial, final, state, {INDEX: index, _FILE: checksum})
+    except OSError as error:
+        raise UserError(
+            f"checkpoint {final} could not be written ({error}): free some room, or go elsewhere."
+        ) from error
+
+
+def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All weights of a checkpoint, with moments or without, float32 on the CPU, by their global names.
+
+    Raises:
+        DamagedError: if a file is not as it was written.
+    """
+    if damaged := damaged_files(checkpoint, slice(None)):
+        raise DamagedError(f"{damaged[0]} is missing or its bytes have changed: use another checkpoint.")
+    source = TensorFolder(checkpoint.path / "tensors")
+    return {name.removeprefix(_WEIGHT): source.read(name) for name in source.shapes if name.startswith(_WEIGHT)}
+
+
+def _whole(name: str, shape: tuple[int, ...]) -> Entry:
+    return Entry(_WEIGHT + name, shape, Box((0,) * len(shape), shape))

@@ -1,0 +1,124 @@
+"""The tensors of a checkpoint: safetensors files that hold boxes of global tensors, and an index of the boxes.
+
+Any number of files, one for each rank that wrote; `index.json` says which box of which tensor is in which file. Reading
+takes any box of any tensor from the boxes that there are, so the layout that reads need not be the one that wrote.
+Nothing is unpickled.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from calm_core.checkpoint.folder import DamagedError
+from calm_core.checkpoint.fragments import Box
+from calm_core.io import hash_bytes, new_hash
+
+INDEX = "index.json"
+
+_ALIGNMENT = 8
+
+_AT_ONCE = 1 << 24  # bytes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A box of a global tensor: the tensor's name and shape, and the box."""
+
+    name: str
+    shape: tuple[int, ...]
+    box: Box
+
+    @property
+    def key(self) -> str:
+        """The name of the box within its file."""
+        return f"{self.name}@{','.join(map(str, self.box.start))}"
+
+
+def write_file(path: Path, contents: Sequence[tuple[Entry, Tensor]]) -> str:
+    """Write boxes of float32 elements (each flat, on the host) as a safetensors file, synced; its content hash."""
+    header, offset = {}, 0
+    for entry, tensor in contents:
+        end = offset + 4 * tensor.numel()
+        header[entry.key] = {"dtype": "F32", "shape": entry.box.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    digest = new_hash()
+    with open(path, "wb") as file:
+        for block in (len(text).to_bytes(8, "little"), text, *(memoryview(t.numpy()).cast("B") for _, t in contents)):
+            for start in range(0, len(block), _AT_ONCE):
+                part = block[start : start + _AT_ONCE]
+                digest.update(part)
+                file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def write_index(folder: Path, files: Iterable[tuple[str, Sequence[Entry]]]) -> str:
+    """Write the index of the boxes in each file, synced; its content hash."""
+    index: dict[str, dict[str, Any]] = {}
+    for file, entries in files:
+        for entry in entries:
+            tensor = index.setdefault(entry.name, {"shape": entry.shape, "boxes": []})
+            tensor["boxes"].append([file, entry.box.start, entry.box.shape])
+    content = json.dumps(index).encode()
+    with open(folder / INDEX, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hash_bytes(content)
+
+
+class TensorFolder:
+    """Reads a folder of tensors.
+
+    Attributes:
+        shapes: of each global tensor, by name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the index; raises DamagedError if it is none."""
+        self._folder = folder
+        self._files: dict[str, Any] = {}
+        try:
+            index = json.loads((folder / INDEX).read_bytes())
+            self.shapes = {name: tuple(tensor["shape"]) for name, tensor in index.items()}
+            self._boxes = {
+                name: {Box(tuple(start), tuple(shape)): file for file, start, shape in tensor["boxes"]}
+                for name, tensor in index.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedError(f"{folder / INDEX} is no index of tensors ({error}): use another checkpoint.") from error
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        """A box of the tensor `name`, all of it by default: float32 on the host.
+
+        Raises:
+            DamagedError: if the files do not hold all of it.
+        """
+        box = box or Box((0,) * len(self.shapes[name]), self.shapes[name])
+        wanted, missing = torch.empty(box.shape), box.numel
+        for stored, file in self._boxes[name].items():
+            if common := box.overlap(stored):
+                wanted[common.within(box)] = self._part(file, Entry(name, (), stored).key, common.within(stored))
+                missing -= common.numel
+        if missing:
+            raise DamagedError(f"{self._folder} does not hold all of {name}: use another checkpoint.")
+        return wanted
+
+    def _part(self, file: str, key: str, part: tuple[slice, ...]) -> Tensor:
+        path = self._folder / Path(file).name
+        try:
+            if file not in self._files:
+                self._files[file] = safe_open(path, framework="pt")
+            return self._files[file].get_slice(key)[part]
+        except (OSError, SafetensorError) as error:
+            raise DamagedError(f"{path} is not readable ({error}): use another checkpoint.") from error

@@ -1,0 +1,154 @@
+"""One experiment, one YAML file: every script reads the sections it needs from the same configuration."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from calm_core.config.data_config import DataConfig, TokenizerConfig
+from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig
+from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.schema import option
+from calm_core.config.training_config import TrainingConfig
+from calm_core.errors import UserError
+
+# Scored chunks begin at token offsets divisible by this, so that models of every K score the same places.
+STRIDE = 8
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    """Prompts that a trained model continues, and a model in training if asked to."""
+
+    prompts: list[str] = option(["The state of the Union is", ""], "texts to continue; empty begins a document")
+    temperatures: list[float] = option([1.0, 0.5], "temperatures of the samples, each 1/n")
+    max_tokens: int = option(80, "tokens of each sample, at most")
+    while_training: bool = option(
+        False, "continue the prompts at each evaluation too, where every rank holds the whole model"
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise UserError(f"samples.max_tokens={self.max_tokens} must be at least 1.")
+        for temperature in self.temperatures:
+            if not 0 < temperature <= 1:
+                raise UserError(f"samples.temperatures holds {temperature}: choose values above 0 and at most 1.")
+
+    def require_whole_model(self, tensor: int, pipeline: int) -> None:
+        """Refuse samples in training where no rank holds the whole model.
+
+        Raises:
+            UserError: naming the mend.
+        """
+        if self.while_training and tensor * pipeline > 1:
+            raise UserError(
+                "samples.while_training=true needs ranks that hold the whole model, but parallel.tensor or "
+                "parallel.pipeline spreads it: set it to false, and continue prompts from checkpoints by "
+                "pretrain/sample.py."
+            )
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """How the stages are started."""
+
+    processes: int = option(2, "processes of each training; at most one per GPU where there are GPUs")
+    nodes: int = option(0, "on a cluster: nodes that train CALM; 0 means those of its launcher")
+    shares: int = option(1, "on a cluster: tasks of an array that tokenize, and that encode chunks, together")
+
+    def __post_init__(self) -> None:
+        for name in ("processes", "shares"):
+            if getattr(self, name) < 1:
+                raise UserError(f"pipeline.{name}={getattr(self, name)} must be at least 1.")
+        if self.nodes < 0:
+            raise UserError(f"pipeline.nodes={self.nodes} is no number of nodes: 0 means those of the launcher.")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation of a model by its samples."""
+
+    windows: int = option(64, "held-out windows scored during training; 0 means all of them")
+    places: int = option(32, "scored places of a window, evenly spread over those there are; 0 means all of them")
+    samples: int = option(16, "N, draws of the next tokens at each place; roll-outs where a chunk has fewer than 4")
+    micro_batch: int = option(8, "windows per forward pass")
+
+    def __post_init__(self) -> None:
+        # The variance that comes from the draws takes four of them to tell.
+        if self.samples < 4 or self.micro_batch < 1 or self.windows < 0 or self.places < 0:
+            raise UserError("evaluation wants samples >= 4, micro_batch >= 1, windows >= 0 and places >= 0.")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Which steps to profile."""
+
+    steps: list[int] = option([], "first and last training step to profile, such as [10, 12]; [] profiles none")
+
+    def __post_init__(self) -> None:
+        if self.steps and not (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]):
+            raise UserError(f"profile.steps={self.steps} is no range: give the first and the last step, as [10, 12].")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """The machine that `--dry-run` counts with; a run itself takes what it finds."""
+
+    world: int = option(0, "ranks; 0 means those of this launch, or the fewest that the layout needs")
+    device_memory_gib: float = option(80.0, "memory of one device")
+    peak_tflops: float = option(989.0, "peak of one device in TFLOP/s: 989 is an H100's in bf16, 312 an A100's")
+    mfu: float = option(0.4, "model FLOPs utilisation that the days are estimated at")
+
+    def __post_init__(self) -> None:
+        if self.world < 0:
+            raise UserError(f"plan.world={self.world} is no number of ranks.")
+        for name in ("device_memory_gib", "peak_tflops"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"plan.{name}={getattr(self, name)} must be above 0.")
+        if not 0 < self.mfu <= 1:
+            raise UserError(f"plan.mfu={self.mfu} is no share of the peak: choose above 0 and at most 1.")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where the artefacts of an experiment are."""
+
+    tokenizer: Path
+    tokens: Path
+    autoencoder_run: Path
+    autoencoder: Path
+    chunks: Path
+    calm_run: Path
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that a run from text to text depends on."""
+
+    run: str = option("runs/demo", "folder of the experiment; its parts are below it unless data.* says otherwise")
+    config_file: str = option("", "the file that the experiment was first read from; scripts fill it in")
+    seed: int = option(0, "seed of initial weights, sample order and noise")
+    data: DataConfig = option(DataConfig, "corpus and stores")
+    tokenizer: TokenizerConfig = option(TokenizerConfig, "training of the tokenizer")
+    autoencoder: AutoencoderConfig = option(AutoencoderConfig, "shape of the autoencoder")
+    autoencoder_training: TrainingConfig = option(TrainingConfig, "training of the autoencoder")
+    model: BackboneConfig = option(BackboneConfig, "shape of the backbone")
+    head: HeadConfig = option(HeadConfig, "generative head")
+    parallel: ParallelConfig = option(ParallelConfig, "layout over ranks")
+    training: TrainingConfig = option(TrainingConfig, "training of CALM")
+    evaluation: EvaluationConfig = option(EvaluationConfig, "evaluation on held-out documents")
+    samples: SamplesConfig = option(SamplesConfig, "texts that show what the model says")
+    profile: ProfileConfig = option(ProfileConfig, "profile of training steps")
+    pipeline: PipelineConfig = option(PipelineConfig, "all stages as one command")
+    plan: PlanConfig = option(PlanConfig, "the machine that --dry-run of a training counts with")
+
+    @property
+    def paths(self) -> Paths:
+        """The artefacts' places: below `run`, or where `data` puts them."""
+        run, data = Path(self.run), self.data
+        return Paths(
+            tokenizer=Path(data.tokenizer or run / "tokenizer" / "tokenizer.model"),
+            tokens=Path(data.tokens or run / "tokens"),
+            autoencoder_run=run / "autoencoder",
+            autoencoder=Path(data.autoencoder or run / "autoencoder" / "frozen"),
+            chunks=Path(data.chunks or run / "chunks"),
+            calm_run=run / "calm",
+        )

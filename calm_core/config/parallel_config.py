@@ -1,0 +1,67 @@
+"""How a run is laid out over ranks: tensor, pipeline, sequence and data parallelism."""
+
+from dataclasses import dataclass
+
+from calm_core.config.schema import option
+from calm_core.errors import UserError
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layout. Data parallelism takes what tensor and pipeline parallelism leave of the world."""
+
+    tensor: int = option(1, "ranks that share every layer's matrices (tensor parallelism)")
+    pipeline: int = option(1, "stages that share the layers (pipeline parallelism, 1F1B)")
+    virtual: int = option(1, "model chunks per stage; above 1 the pipeline schedule is interleaved")
+    sequence: bool = option(False, "split activations along the sequence between the tensor-parallel ranks")
+    zero: int = option(1, "DeepSpeed ZeRO stage of the optimizer; 1 is the one supported")
+    recompute: str = option("none", "activations recomputed in backward: none | selective (attention) | full (layers)")
+    split: list[int] = option([], "layers of each stage, pipeline x virtual numbers; [] balances the stages by FLOPs")
+    timeout_minutes: float = option(20.0, "a collective that takes longer than this ends the run")
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "virtual"):
+            if getattr(self, name) < 1:
+                raise UserError(f"parallel.{name}={getattr(self, name)} must be at least 1.")
+        if self.timeout_minutes <= 0:
+            raise UserError(f"parallel.timeout_minutes={self.timeout_minutes} must be above 0.")
+        if self.zero != 1:
+            raise UserError(
+                f"parallel.zero={self.zero} is not supported: the pipeline schedule accumulates whole gradients, "
+                "which only ZeRO stage 1 allows; set parallel.zero=1."
+            )
+        if self.sequence and self.tensor == 1:
+            raise UserError(
+                "parallel.sequence=true needs parallel.tensor of at least 2: there is nobody to share with."
+            )
+        if self.virtual > 1 and self.pipeline == 1:
+            raise UserError(
+                "parallel.virtual above 1 interleaves pipeline stages: set parallel.pipeline of at least 2."
+            )
+        parts = self.pipeline * self.virtual
+        if self.split and (len(self.split) != parts or min(self.split) < 0 or 0 in self.split[1:-1]):
+            raise UserError(
+                f"parallel.split={self.split} must be parallel.pipeline x parallel.virtual = {parts} numbers of "
+                "layers, in the order of the pipeline; only the first and the last may be 0."
+            )
+        if self.recompute not in ("none", "selective", "full"):
+            raise UserError(f"parallel.recompute={self.recompute!r} is unknown: choose none, selective or full.")
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """The micro-batches of a pass come in multiples of this: an interleaved schedule takes them by the stages."""
+        return self.pipeline if self.virtual > 1 else 1
+
+    def data_parallel(self, world_size: int) -> int:
+        """Data-parallel size for a world of `world_size` ranks.
+
+        Raises:
+            UserError: if tensor x pipeline does not divide the world.
+        """
+        model_parallel = self.tensor * self.pipeline
+        if world_size % model_parallel:
+            raise UserError(
+                f"parallel.tensor={self.tensor} x parallel.pipeline={self.pipeline} does not divide the {world_size} "
+                f"ranks of this run: start a multiple of {model_parallel} or change the layout."
+            )
+        return world_size // model_parallel

@@ -1,0 +1,278 @@
+"""The samples of a run: windows of the stores that it reads, and the micro-batches made of them."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calm_core.autoencoder.folded_encoder import FoldedEncoder
+from calm_core.autoencoder.model import Autoencoder
+from calm_core.config.data_config import DataConfig, StoreShare, weights_of
+from calm_core.data.encoded_store import EncodedStore
+from calm_core.data.order import BlendOrder, SampleOrder
+from calm_core.data.store import ChunkStore, Store, TokenStore
+from calm_core.errors import UserError
+from calm_core.model.heads.protocol import Target
+
+
+@dataclass(frozen=True)
+class Blend:
+    """The training documents of one or several stores, all of one tokenizer, K and autoencoder.
+
+    Held-out documents, the baselines and the shapes are those of the first store.
+    """
+
+    stores: Sequence[Store]
+    shares: Sequence[StoreShare]
+
+    @classmethod
+    def of(cls, store: Store) -> "Blend":
+        """A store by itself."""
+        return cls([store], [StoreShare()])
+
+    def __post_init__(self) -> None:
+        for store in self.stores[1:]:
+            for name, value in store.kinship.items():
+                if value != self.first.kinship[name]:
+                    raise UserError(
+                        f"{store.folder} and {self.first.folder} differ in the {name} ({value} and "
+                        f"{self.first.kinship[name]}): data.blend takes stores of one kind, make one of them again."
+                    )
+
+    @property
+    def first(self) -> Store:
+        """The store that says what the others must be like."""
+        return self.stores[0]
+
+    @property
+    def identity(self) -> Any:
+        """What a resumed run must share: the data of a single store; for several, theirs and the shares."""
+        if len(self.stores) == 1 and self.shares[0].limit(1, 1) is None:
+            return self.first.identity
+        return [
+            {"data": store.identity, "weight": share.weight, "budget": share.budget, "epochs": share.epochs}
+            for store, share in zip(self.stores, self.shares, strict=True)
+        ]
+
+
+if TYPE_CHECKING:
+    from calm_core.config.experiment import Paths
+
+
+class Rows(NamedTuple):
+    """What a run trains on, and what it is scored on."""
+
+    train: Blend
+    held_out: Store
+
+
+def token_rows(data: DataConfig, paths: "Paths") -> Rows:
+    """Single tokens: of the token stores of `data.blend`, or of `paths.tokens`."""
+    return _rows(data, _places(data, "tokens", paths), partial(TokenStore, verify=data.verify))
+
+
+def chunk_rows(data: DataConfig, paths: "Paths", autoencoder: Autoencoder) -> Rows:
+    """Chunks with their latents, stored or encoded as they are read: of `data.blend`, or of `paths`.
+
+    Raises:
+        UserError: if a store is missing or damaged, or not made by the autoencoder as data.k and data.packing say.
+    """
+    if data.latents == "encode":
+        if autoencoder.k != data.k:
+            raise UserError(
+                f"data.k={data.k}, but {paths.autoencoder} is made for {autoencoder.k} tokens per chunk: "
+                f"set data.k={autoencoder.k} or data.autoencoder to another one."
+            )
+        encoder = cache(partial(FoldedEncoder, autoencoder))
+        read = partial(EncodedStore, autoencoder=autoencoder, verify=data.verify, encoder=encoder)
+        return _rows(data, _places(data, "tokens", paths), read)
+    rows = _rows(data, _places(data, "chunks", paths), partial(ChunkStore, verify=data.verify))
+    for store in rows.train.stores:
+        store.require(data.k, autoencoder.content_hash)
+        if store.packing != data.packing:
+            raise UserError(
+                f"data.packing={data.packing}, but the chunks in {store.folder} were made with {store.packing}: "
+                f"set data.packing={store.packing}, or make the chunks again."
+            )
+    return rows
+
+
+def _rows(data: DataConfig, places: list[Path], read: Callable[[Path, str], Store]) -> Rows:
+    stores = [read(place, "train") for place in places]
+    for store in stores:
+        data.require_vocabulary(store.vocab_size, store.folder)
+    return Rows(Blend(stores, data.blend or [StoreShare()]), read(places[0], "held_out"))
+
+
+def _places(data: DataConfig, kind: Literal["tokens", "chunks"], paths: "Paths") -> list[Path]:
+    """The stores of one kind that the blend names, or the one of the run."""
+    for number, share in enumerate(data.blend):
+        if not getattr(share, kind):
+            raise UserError(f"data.blend[{number}] names no store of {kind}, which this run reads: add {kind}: FOLDER.")
+    return [Path(getattr(share, kind)) for share in data.blend] or [getattr(paths, kind)]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of S positions in a split: window w is the rows from w·S to w·S + S inclusive.
+
+    Row i of a window is an input and row i + 1 its target; a window's last row is the next one's first, so that every
+    row but the first is a target exactly once. The rows are chunks of a chunk store or tokens of a token store.
+    """
+
+    store: Store
+    positions: int
+
+    def __post_init__(self) -> None:
+        if not len(self):
+            raise UserError(
+                f"The {self.store.split} split of {self.store.folder} has {len(self.store)} {self.store.kind}, fewer "
+                f"than one window of {self.positions} positions: choose a shorter window or a larger corpus."
+            )
+
+    def __len__(self) -> int:
+        return max(0, len(self.store) - 1) // self.positions
+
+    def batch(self, windows: np.ndarray, columns: Iterable[str]) -> dict[str, np.ndarray]:
+        """The columns of the windows `[B]`: arrays `[B, S + 1, ...]`, tokens as int64 and the rest as stored."""
+        out = empty_batch(self.store, len(windows), self.positions, columns)
+        for sample, window in enumerate(windows):
+            self.fill(int(window), {name: array[sample] for name, array in out.items()})
+        return out
+
+    def fill(self, window: int, out: Mapping[str, np.ndarray]) -> None:
+        """Copy the rows of a window into the arrays `[S + 1, ...]`, one for each column wanted."""
+        self.store.fill(window * self.positions, out)
+
+    def document_ids(self, windows: np.ndarray) -> np.ndarray:
+        """The documents that the rows of the windows `[B]` begin in: int64 `[B, S + 1]`, unique within the split."""
+        return np.stack(
+            [self.store.document_ids(int(window) * self.positions, self.positions + 1) for window in windows]
+        )
+
+    def documents(self, window: int) -> list[str]:
+        """The names of the documents in a window, in their order."""
+        ids = dict.fromkeys(self.document_ids(np.array([window]))[0].tolist())
+        return [self.store.document_name(document_id) for document_id in ids]
+
+
+def empty_batch(store: Store, samples: int, positions: int, columns: Iterable[str]) -> dict[str, np.ndarray]:
+    """Arrays `[samples, positions + 1, ...]` for the columns of a store, not filled.
+
+    Token ids are widened as they are copied: embeddings and losses take int64.
+    """
+    types = {name: store.columns[name] for name in columns}
+    return {
+        name: np.empty((samples, positions + 1, *shape), np.int64 if np.issubdtype(dtype, np.integer) else dtype)
+        for name, (dtype, shape) in types.items()
+    }
+
+
+class Samples:
+    """The windows of S positions of a blend, in an order that follows from the seed alone.
+
+    Each store gives its share of the samples; each pass over a store takes its windows in another order.
+    """
+
+    def __init__(self, blend: Blend, positions: int, seed: int) -> None:
+        """With windows of `positions` rows and one.
+
+        Raises:
+            UserError: if a store has no window, or its budget is none.
+        """
+        self.store, self.positions = blend.first, positions
+        self.windows = [Windows(store, positions) for store in blend.stores]
+        limits = [
+            share.limit(len(windows), positions * self.store.k)
+            for windows, share in zip(self.windows, blend.shares, strict=True)
+        ]
+        for windows, limit in zip(self.windows, limits, strict=True):
+            if limit == 0:
+                raise UserError(
+                    f"The budget of {windows.store.folder} is less than one sample: raise it in data.blend."
+                )
+        self._turns = BlendOrder(weights_of(blend.shares), limits)
+        self._orders = [SampleOrder(len(windows), seed + number) for number, windows in enumerate(self.windows)]
+
+    def require(self, samples: int) -> None:
+        """Refuse a run of more samples than the stores give.
+
+        Raises:
+            UserError: saying how many they give.
+        """
+        self._turns.place(np.array([samples - 1]))
+
+    def places(self, samples: np.ndarray) -> list[tuple[Windows, int]]:
+        """The store's windows that each sample `[B]` is of, and which of them it is."""
+        stores, numbers = self._turns.place(np.asarray(samples, np.int64))
+        chosen = np.empty_like(numbers)
+        for store in np.unique(stores):
+            chosen[stores == store] = self._orders[store].window(numbers[stores == store])
+        return [(self.windows[store], int(window)) for store, window in zip(stores, chosen, strict=True)]
+
+    def batch(self, samples: np.ndarray, columns: Iterable[str]) -> dict[str, np.ndarray]:
+        """The columns of the samples `[B]`: arrays `[B, S + 1, ...]`, tokens as int64 and the rest as stored."""
+        out = empty_batch(self.store, len(samples), self.positions, columns)
+        for sample, (windows, window) in enumerate(self.places(samples)):
+            windows.fill(window, {name: array[sample] for name, array in out.items()})
+        return out
+
+    def documents(self, samples: np.ndarray) -> list[str]:
+        """The names of the documents behind the samples `[B]`, each once."""
+        return list(
+            dict.fromkeys(name for windows, window in self.places(samples) for name in windows.documents(window))
+        )
+
+
+@dataclass(frozen=True)
+class ChunkBatch:
+    """A micro-batch of windows; a pipeline stage has the columns it works on (see `needed_columns`).
+
+    Attributes:
+        samples: global index of each sample `[B]`; its noise follows from it.
+        tokens: `[B, S + 1, K]` int64; position p reads chunk p and predicts chunk p + 1.
+        mean: posterior mean of the same chunks `[B, S + 1, l]`, None where there are tokens only.
+        log_std: logarithm of its standard deviation, likewise.
+    """
+
+    samples: np.ndarray
+    tokens: Tensor | None = None
+    mean: Tensor | None = None
+    log_std: Tensor | None = None
+
+    def inputs(self, device: torch.device) -> Tensor:
+        """`[B, S, K]`: every chunk but the last."""
+        return self.tokens[:, :-1].to(device, non_blocking=True)
+
+    def target(self, device: torch.device) -> Target:
+        """Every chunk but the first, positions leading: `[S, B, ...]`."""
+        latents = (self.mean, self.log_std) if self.mean is not None else ()
+        tokens, *latents = (x[:, 1:].transpose(0, 1).to(device, non_blocking=True) for x in (self.tokens, *latents))
+        return Target(tokens, *(x.float() for x in latents))
+
+
+def needed_columns(store: Store, *, first: bool, last: bool) -> list[str]:
+    """What a pipeline stage reads of a store: the first its inputs, the last the targets, those between nothing."""
+    if last:
+        return list(store.columns)
+    return ["tokens"] if first else []
+
+
+def read_batch(
+    windows: Windows | Samples, chosen: np.ndarray, samples: np.ndarray, columns: Iterable[str] | None = None
+) -> ChunkBatch:
+    """The `chosen` ones `[B]` as the samples with these global indices; a token store's row is a chunk of one token.
+
+    `columns` are those of the store that are read; None means all.
+    """
+    names = list(windows.store.columns) if columns is None else list(columns)
+    if not names:
+        return ChunkBatch(samples)
+    arrays = {name: torch.from_numpy(array) for name, array in windows.batch(chosen, names).items()}
+    tokens = arrays.pop("tokens").view(len(chosen), windows.positions + 1, windows.store.k)
+    return ChunkBatch(samples, tokens, **arrays)

@@ -1,0 +1,1 @@
+"""Process groups, the engine, and the optimizer that DeepSpeed shards."""

@@ -1,0 +1,75 @@
+"""What ranks agree on: small tensors reduced, and actions that succeed or fail on all of them alike."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from calm_core.distributed.topology import Topology
+from calm_core.errors import UserError
+
+
+def average_metrics(micro_batches: Sequence[Mapping[str, Tensor]], topology: Topology) -> dict[str, float]:
+    """Per-micro-batch scalars of the last stage -> their mean over the whole batch, on every rank.
+
+    Sequence-parallel ranks hold parts of a sum (their own positions' share), data-parallel ranks hold means.
+    """
+    message: list[dict[str, float]] = [{}]
+    if topology.last:
+        names = list(micro_batches[0])
+        totals = torch.stack([torch.stack([m[n].float() for m in micro_batches]).mean() for n in names])
+        if topology.layout.sequence:
+            dist.all_reduce(totals, group=parallel_state.get_tensor_model_parallel_group())
+        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+        message = [dict(zip(names, (totals / topology.data_size).tolist(), strict=True))]
+    if topology.layout.pipeline > 1:
+        dist.broadcast_object_list(
+            message,
+            src=parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return message[0]
+
+
+def from_last_stage(tokens: Tensor | None, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Token ids of this shape that the last pipeline stage holds (`tokens`, None elsewhere), on every stage."""
+    held = torch.empty(tuple(shape), dtype=torch.int64, device=device) if tokens is None else tokens.contiguous()
+    source = parallel_state.get_pipeline_model_parallel_last_rank()
+    dist.broadcast(held, src=source, group=parallel_state.get_pipeline_model_parallel_group())
+    return held
+
+
+T = TypeVar("T")
+
+
+def on_every_rank(action: Callable[[], T]) -> list[T]:
+    """Run `action` on every rank; what it returned on each, in the order of the ranks. Collective.
+
+    Raises:
+        UserError: on every rank, if it failed on any by a mistake of the user or of the file system.
+        RuntimeError: likewise, if it failed in another way.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except UserError as error:
+        failure = type(error), str(error)
+    except OSError as error:
+        failure = UserError, str(error)
+    except Exception as error:
+        failure = RuntimeError, f"{type(error).__name__}: {error}"
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (result, failure))
+    for _, failure in outcomes:
+        if failure is not None:
+            kind, message = failure
+            raise kind(message)
+    return [result for result, _ in outcomes]
+
+
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 while the others wait; what it returned there. Collective; fails as `on_every_rank`."""
+    return on_every_rank(action if dist.get_rank() == 0 else lambda: None)[0]

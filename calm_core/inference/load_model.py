@@ -1,0 +1,143 @@
+"""A checkpoint made ready to speak: model, autoencoder and tokenizer that belong together."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calm_core import config as configuration
+from calm_core.autoencoder.artefact import load_autoencoder
+from calm_core.autoencoder.model import Autoencoder
+from calm_core.checkpoint.folder import Checkpoint, list_checkpoints, open_checkpoint
+from calm_core.checkpoint.load import load_weights
+from calm_core.config.data_config import DataConfig
+from calm_core.config.experiment import Experiment, Paths
+from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
+from calm_core.config.parallel_config import ParallelConfig
+from calm_core.errors import UserError
+from calm_core.manifest import MANIFEST, read_manifest, source_hash, store_hash
+from calm_core.model.backbone import transformer_config
+from calm_core.model.calm import CalmModel
+from calm_core.model.single_rank import run_directly
+from calm_core.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """All that generation needs.
+
+    Attributes:
+        model: the network, for inference.
+        autoencoder: frozen, in the model's precision; None where the head itself says tokens (softmax).
+        tokenizer: of the data the model was trained on.
+        positions: chunks of context that the model was trained on.
+    """
+
+    model: CalmModel
+    autoencoder: Autoencoder | None
+    tokenizer: Tokenizer
+    positions: int
+
+    @property
+    def shape(self) -> ModelShape:
+        """The shape of the model."""
+        return self.model.shape
+
+
+def load_for_inference(path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
+    """The model of a checkpoint with the autoencoder and the tokenizer of its run.
+
+    Megatron-core's layers ask their process groups for this rank's share of each matrix, so this runs inside
+    `distributed(ParallelConfig())`: a plain process is a world of one there, and whatever layout trained the model,
+    its checkpoint is read whole.
+
+    Args:
+        path: a checkpoint `step-N`, or the folder of a run, whose newest checkpoint is taken.
+        device: where to compute.
+        dtype: of weights and activations.
+
+    Raises:
+        UserError: there is no complete checkpoint, or the autoencoder or tokenizer is missing or not the checkpoint's.
+    """
+    checkpoint = open_checkpoint(find_checkpoint(path))
+    identity = checkpoint.state["identity"]
+    shape = model_shape_of(identity["model"])
+    paths = paths_of(checkpoint)
+    tokenizer = load_tokenizer(paths.tokenizer)
+    autoencoder = None if shape.head.reads_tokens else load_autoencoder(paths.autoencoder, str(device), dtype)
+    _check_fit(checkpoint, shape, paths, tokenizer, autoencoder)
+    model = CalmModel(transformer_config(shape.backbone, ParallelConfig(), dtype), shape)
+    load_weights(checkpoint, [model])
+    run_directly(model)
+    return Loaded(model.to(device).eval().requires_grad_(False), autoencoder, tokenizer, identity["positions"])
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest of the run in RUN or RUN/calm.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / "tensors").is_dir():
+        return path
+    for run in (path, path / "calm"):
+        if found := list_checkpoints(run / "checkpoints"):
+            return found[-1]
+    raise UserError(f"{path} holds no complete checkpoint: give a folder step-N, or of a run that saved one.")
+
+
+def model_shape_of(model: dict[str, Any]) -> ModelShape:
+    """The shape that a checkpoint's identity has as plain values."""
+    backbone, head = BackboneConfig(**model["backbone"]), HeadConfig(**model["head"])
+    return ModelShape(**{**model, "backbone": backbone, "head": head})
+
+
+def paths_of(checkpoint: Checkpoint) -> Paths:
+    """Where the run's artefacts are."""
+    return experiment_of(checkpoint).paths
+
+
+def experiment_of(checkpoint: Checkpoint) -> Experiment:
+    """The run and the data of a checkpoint, found from its own place, so that a run folder can be moved."""
+    config = checkpoint.state["config"]
+    experiment = Experiment(run=config["run"], data=configuration.convert(config["data"], DataConfig))
+    calm_run = checkpoint.path.absolute().parent.parent
+    if calm_run.name == experiment.paths.calm_run.name:
+        experiment = replace(experiment, run=str(calm_run.parent))
+    return experiment
+
+
+def _check_fit(
+    checkpoint: Checkpoint, shape: ModelShape, paths: Paths, tokenizer: Tokenizer, autoencoder: Autoencoder | None
+) -> None:
+    """Compare hashes with those of the training data, as far as it is still at hand, and shapes with the model's."""
+    made_from = _made_from(checkpoint, paths)
+    wanted = {made_from.get("tokenizer"), autoencoder and autoencoder.tokenizer_hash} - {None}
+    if not wanted <= {tokenizer.content_hash} or tokenizer.vocab_size != shape.vocabulary:
+        raise UserError(
+            f"{paths.tokenizer} is not the tokenizer that {checkpoint.path} was trained with: restore that one."
+        )
+    if autoencoder is None:
+        return
+    same_shape = (autoencoder.vocab_size, autoencoder.k, autoencoder.config.latent) == (
+        shape.vocabulary,
+        shape.k,
+        shape.latent,
+    )
+    if autoencoder.content_hash != made_from.get("autoencoder", autoencoder.content_hash) or not same_shape:
+        raise UserError(
+            f"{paths.autoencoder} is not the autoencoder that {checkpoint.path} was trained with: restore that one."
+        )
+
+
+def _made_from(checkpoint: Checkpoint, paths: Paths) -> dict[str, Any]:
+    """What the checkpoint's store was made from; {} if that store is gone, has been replaced, or was one of several."""
+    data = checkpoint.state["identity"]["data"]
+    if (paths.chunks / MANIFEST).exists():
+        made_from = read_manifest(paths.chunks, "chunks")["made_from"]
+        if source_hash(made_from) == data:
+            return made_from
+    if (paths.tokens / MANIFEST).exists() and store_hash(paths.tokens) == data:
+        return read_manifest(paths.tokens, "tokens")["made_from"]
+    return {}

@@ -1,0 +1,103 @@
+"""Whether a layout of ranks fits a model and a batch: what would fail later, or run and be wrong, is refused here."""
+
+import warnings
+from collections.abc import Iterable
+
+from calm_core.config.model_config import VOCABULARY_MULTIPLE, ModelShape
+from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import TrainingConfig
+from calm_core.errors import UserError
+
+# The order in which Megatron-core lays ranks out: neighbours share a layer's matrices, the farthest share the layers.
+ORDER = "tp-cp-ep-dp-pp"
+
+
+def accumulation(training: TrainingConfig, layout: ParallelConfig, world: int, section: str = "training") -> int:
+    """Micro-batches that each data-parallel rank accumulates in a step; `section` is the key of `training`.
+
+    Raises:
+        UserError: if the world does not fit; it names the nearest worlds and the nearest global batch that do.
+    """
+    model = layout.tensor * layout.pipeline
+    fitting = sorted(model * size for size in data_sizes(training, layout))
+    if not world % model and world in fitting:
+        return training.micro_batches(world // model, layout.micro_batch_multiple)
+    near = [max((w for w in fitting if w < world), default=0), min((w for w in fitting if w > world), default=0)]
+    worlds = " or ".join(str(w) for w in near if w)
+    size = max(1, round(world / model))
+    together = training.micro_batch * size * layout.micro_batch_multiple
+    batch = max(1, round(training.global_batch / together)) * together
+    raise UserError(
+        f"plan.world={world} ranks do not fit parallel.tensor={layout.tensor} x parallel.pipeline={layout.pipeline} "
+        f"and {section}.global_batch={training.global_batch} of micro-batches of {training.micro_batch}: "
+        + (f"the nearest worlds that do are {worlds}; " if worlds else "no world does; ")
+        + f"the nearest batch for {size * model} ranks is {section}.global_batch={batch}."
+    )
+
+
+def data_sizes(training: TrainingConfig, layout: ParallelConfig) -> list[int]:
+    """Data-parallel sizes that share the global batch evenly."""
+    rest, remainder = divmod(training.global_batch, training.micro_batch * layout.micro_batch_multiple)
+    return [] if remainder else [size for size in range(1, rest + 1) if rest % size == 0]
+
+
+def rank_groups(layout: ParallelConfig, world: int) -> dict[str, list[list[int]]]:
+    """The data-, tensor- and pipeline-parallel groups, as Megatron-core will form them.
+
+    Raises:
+        RuntimeError: if a rank is not in exactly one group of each kind, or a group has another size than its kind's.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages that a plan does not need
+        from megatron.core.parallel_state import RankGenerator
+
+    sizes = {"dp": layout.data_parallel(world), "tp": layout.tensor, "pp": layout.pipeline}
+    generator = RankGenerator(ep=1, cp=1, order=ORDER, **sizes)
+    groups = {kind: generator.get_ranks(kind) for kind in sizes}
+    for kind, size in sizes.items():
+        check_groups(kind, groups[kind], size, world)
+    return groups
+
+
+def check_groups(kind: str, groups: Iterable[list[int]], size: int, world: int) -> None:
+    """Refuse groups that do not hold each of `world` ranks exactly once, `size` in each.
+
+    Raises:
+        RuntimeError: naming the kind.
+    """
+    groups = list(groups)
+    if sorted(rank for group in groups for rank in group) != list(range(world)) or {len(g) for g in groups} != {size}:
+        raise RuntimeError(f"the {kind} groups of {world} ranks do not hold each rank once, {size} in each")
+
+
+def check_layout(shape: ModelShape, positions: int, layout: ParallelConfig) -> None:
+    """Refuse a layout whose tensor-parallel ranks cannot share this model, or its samples of S positions, evenly.
+
+    Pipeline stages are the matter of `pipeline_split`.
+
+    Raises:
+        UserError: naming the key and the mend.
+    """
+    backbone, tensor = shape.backbone, layout.tensor
+    if backbone.key_value_heads % tensor:
+        raise UserError(
+            f"parallel.tensor={tensor} does not divide the {backbone.key_value_heads} key/value heads of the model "
+            "(model.kv_groups, or model.heads where that is 0): choose a divisor of them."
+        )
+    for name in ("hidden", "ffn"):
+        if getattr(backbone, name) % tensor:
+            raise UserError(
+                f"parallel.tensor={tensor} does not divide model.{name}={getattr(backbone, name)}: change one of them."
+            )
+    if VOCABULARY_MULTIPLE % tensor:
+        raise UserError(
+            f"parallel.tensor={tensor} does not divide {VOCABULARY_MULTIPLE}, of which every vocabulary is padded to a "
+            "multiple: choose a power of two."
+        )
+    group = shape.head.positions_together
+    if layout.sequence and positions % (tensor * group):
+        raise UserError(
+            f"training.positions={positions} is not a multiple of {tensor * group}, parallel.tensor x the {group} "
+            "positions that share draws of the loss (head.target_group of the energy head), which "
+            "parallel.sequence=true needs: change one of them."
+        )

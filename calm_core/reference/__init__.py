@@ -1,0 +1,1 @@
+"""Weights of the public reference implementation, in and out."""

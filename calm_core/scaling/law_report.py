@@ -1,0 +1,115 @@
+"""The laws of a study in words and numbers: RUN/laws.json, and a text for the terminal."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from calm_core.config.scaling_config import ScalingConfig
+from calm_core.evaluation.tables import table
+from calm_core.io import write_json
+from calm_core.scaling.analysis import analyse
+from calm_core.scaling.points import points
+from calm_core.scaling.results import collect, results_path, write_results
+
+LAWS = "laws.json"
+
+
+def fit_study(config: ScalingConfig, write: bool) -> str:
+    """Collect the results of a study, fit its laws, and say them; `write` keeps both in its folder."""
+    rows = collect(config)
+    laws = analyse(config, rows)
+    if write:
+        Path(config.run).mkdir(parents=True, exist_ok=True)
+        write_results(rows, results_path(config))
+        write_json(Path(config.run) / LAWS, laws)
+    expected = sum(len(point.budget_steps) for point in points(config))
+    return f"{len(rows)} of {expected} points measured\n{say_laws(laws)}"
+
+
+def say_laws(laws: Mapping[str, Any]) -> str:
+    """The laws of all measures, as text."""
+    lines = []
+    for measure, of_measure in laws.items():
+        lines += ["", f"== {measure}: {_lost(measure)}", *_compute(of_measure), *_isoflop(of_measure)]
+        lines += [line for name, law in of_measure["joint"].items() for line in _joint(name, law)]
+    return "\n".join(lines)
+
+
+def _lost(measure: str) -> str:
+    if measure == "cross_entropy":
+        return "the loss is the cross-entropy in nats a token"
+    return "the loss is 100 - BrierLM" if measure == "brier_lm" else f"the loss is 1 - Brier-{measure[-1]}"
+
+
+def _compute(laws: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [
+            family,
+            *(_parameter(law["parameters"][name]) for name in ("exponent", "floor")),
+            str(law["points"]),
+            _missed(law["held_out"]),
+            ", ".join(law["undetermined"]),
+        ]
+        for family, law in laws["compute"].items()
+        if "missing" not in law
+    ]
+    head = [
+        "best models against compute",
+        "exponent",
+        "floor",
+        "points",
+        "error at the largest budget, held out",
+        "left open",
+    ]
+    missing = [f"{family}: no law, {law['missing']}" for family, law in laws["compute"].items() if "missing" in law]
+    return [*(table(head, rows) if rows else []), *missing]
+
+
+def _isoflop(laws: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for family, found in laws["isoflop"].items():
+        if "missing" in found:
+            lines.append(f"isoFLOP {family}: no minimum, {found['missing']}")
+            continue
+        minima = ", ".join(
+            f"{m['flops']:.3g} FLOPs: "
+            + (f"N = {m['size']:.3g}{_spread(m['interval'])}" if m["size"] else "none inside")
+            for m in found["minima"]
+        )
+        growth = f"; N ~ C^{found['size_exponent']:.2f}" if found["size_exponent"] is not None else ""
+        lines.append(f"isoFLOP {family}: {minima}{growth}")
+    return lines
+
+
+def _joint(name: str, law: Mapping[str, Any]) -> list[str]:
+    if "missing" in law:
+        return [f"joint law of {name}: none, {law['missing']}"]
+    parameters = ", ".join(f"{key} {_parameter(value)}" for key, value in law["parameters"].items())
+    lines = [f"joint law of {name}, {law['points']} points: {parameters}; held-out error {_missed(law['held_out'])}"]
+    if law["undetermined"]:
+        lines.append(f"  these points leave open: {', '.join(law['undetermined'])} (at an end of what the fit allows)")
+    for best in law["predictions"]:
+        shares = ", ".join(f"{family} {share:.0%}" for family, share in best["families_of_resamplings"].items())
+        lines.append(
+            f"  best for {best['flops']:.3g} FLOPs: {best['family']} of {best['depth']} layers, N = {best['size']:,}"
+            f"{_spread(best['size_interval'])}, {best['tokens']:,} tokens, loss {best['loss']:.4g}"
+            f"{_spread(best['interval'])}; chosen by the resampled laws: {shares}; "
+            f"extrapolation error so far: {_missed(best['held_out'])}"
+        )
+        if best["edge"]:
+            lines.append("  that is the end of the ladder: the law knows no best size for this budget")
+    return lines
+
+
+def _parameter(found: Mapping[str, Any]) -> str:
+    return f"{found['value']:.3g}{_spread(found['interval'])}"
+
+
+def _spread(interval: Sequence[float] | None) -> str:
+    return f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else " [no interval]"
+
+
+def _missed(held_out: Mapping[str, float] | None) -> str:
+    if held_out is None:
+        return "not known, too few points without it"
+    return f"{held_out['error']:.2g} ({held_out['in_standard_errors']:.1f} standard errors)"

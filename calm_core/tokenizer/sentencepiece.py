@@ -1,0 +1,52 @@
+"""Tokenizers in sentencepiece's `.model` files."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import sentencepiece
+
+from calm_core.errors import UserError
+from calm_core.io import hash_bytes
+from calm_core.tokenizer.protocol import LONGEST, encode_long
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model. Where it has no pad, unk stands in: with byte fallback no text encodes to it."""
+
+    def __init__(self, content: bytes, path: str = "the model") -> None:
+        """Raises: UserError: if the content is no such model, or lacks bos or eos."""
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise UserError(
+                f"{path} is no tokenizer: name a sentencepiece .model, a tokenizer.json or a tiktoken rank file."
+            ) from error
+        self.content_hash = hash_bytes(content)
+        self.vocab_size: int = self._processor.vocab_size()
+        self.bos: int = self._processor.bos_id()
+        self.eos: int = self._processor.eos_id()
+        if min(self.bos, self.eos) < 0:
+            raise UserError(f"The tokenizer {path} has no bos or no eos token: choose one that has both.")
+        self.pad: int = self._processor.pad_id() if self._processor.pad_id() >= 0 else self._processor.unk_id()
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text."""
+        return self._encode(text).tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The token ids of each text."""
+        if max(map(len, texts), default=0) > LONGEST:
+            return [self._encode(text) for text in texts]
+        return self._processor.encode(list(texts), num_threads=1, return_type="numpy")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; special tokens are silent.
+
+        `decode(encode(text)) == text` for the tokenizers trained here, unless the text has U+2581 (▁), in which
+        sentencepiece writes its spaces.
+        """
+        return self._processor.decode(list(ids))
+
+    def _encode(self, text: str) -> np.ndarray:
+        return encode_long(partial(self._processor.encode, return_type="numpy"), text)

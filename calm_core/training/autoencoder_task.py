@@ -1,0 +1,122 @@
+"""Training of the autoencoder: token windows in, reconstruction loss out. Data-parallel only."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from calm_core.autoencoder.model import Autoencoder, autoencoder_loss
+from calm_core.checkpoint.load import full_weights
+from calm_core.config import differences
+from calm_core.config.model_config import AutoencoderConfig
+from calm_core.data.dataset import Blend, Samples
+from calm_core.data.store import TokenStore
+from calm_core.distributed.engine import Engine
+from calm_core.distributed.topology import Topology
+from calm_core.errors import UserError
+from calm_core.evaluation.autoencoder_health import evaluate_autoencoder
+from calm_core.model.noise import SampleNoise, stream_seed
+from calm_core.plan import flops
+from calm_core.plan.flops import AutoencoderShape
+
+EVALUATED_CHUNKS = 4096
+
+# Settings under which the same weights serve as well.
+_NOT_OF_THE_WEIGHTS = ("kl_weight", "kl_floor", "token_dropout", "latent_dropout", "init_std")
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """A micro-batch of runs of chunks: global sample indices `[B]`, and tokens `[S, B, K]`."""
+
+    samples: np.ndarray
+    tokens: Tensor
+
+
+class AutoencoderModule(MegatronModule):
+    """The autoencoder as one stage of Megatron-core's schedule."""
+
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(self, config: AutoencoderConfig, vocab_size: int, k: int) -> None:
+        super().__init__(TransformerConfig(num_layers=1, hidden_size=config.hidden, num_attention_heads=1))
+        self.autoencoder = Autoencoder(config, vocab_size, k)
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """There is no stage before this one (called by the schedule)."""
+
+
+class AutoencoderTask:
+    """The autoencoder on the windows of token stores (see `training.task.Task`)."""
+
+    name = "autoencoder"
+    stages: ClassVar[list[dict[str, Any]]] = []  # it has no pipeline
+
+    def __init__(
+        self, config: AutoencoderConfig, k: int, positions: int, seed: int, train: Blend, held_out: TokenStore
+    ) -> None:
+        self.config, self.k, self.positions, self.seed = config, k, positions, seed
+        self.vocab_size = train.first.vocab_size
+        self.samples = Samples(train, positions * k, seed)
+        self.tokens_per_sample = positions * k
+        shape = {**asdict(config), "vocab_size": self.vocab_size, "k": k}
+        sizes = AutoencoderShape(self.vocab_size, k, config.hidden, config.ffn_width, config.latent)
+        self.flops_per_sample = float(positions * flops.autoencoder_training(sizes))
+        self.identity = {"model": shape, "data": train.identity, "positions": positions, "seed": seed}
+        self._held_out = held_out
+        self._device = torch.device("cpu")
+
+    def build(self, topology: Topology, dtype: torch.dtype) -> list[MegatronModule]:
+        """The whole model on every rank, initial weights a function of the seed alone."""
+        self._device = topology.device
+        torch.manual_seed(stream_seed(self.seed, "initial/autoencoder", 0))
+        return [AutoencoderModule(self.config, self.vocab_size, self.k).to(self._device, dtype)]
+
+    def shared_with(self, model: dict[str, Any]) -> str:
+        """All weights of an autoencoder of this shape."""
+        for key, theirs, ours in differences(model, self.identity["model"]):
+            if key not in _NOT_OF_THE_WEIGHTS:
+                raise UserError(
+                    f"training.init_from: {key} is {theirs} in that checkpoint and {ours} here; set it as it is there."
+                )
+        return ""
+
+    def load(self, samples: np.ndarray) -> TokenBatch:
+        """The chunks of the windows behind these samples."""
+        tokens = self.samples.batch(samples, ("tokens",))["tokens"][:, :-1]
+        chunks = torch.from_numpy(tokens).view(len(samples), self.positions, self.k)
+        return TokenBatch(samples, chunks.transpose(0, 1))
+
+    def documents(self, samples: np.ndarray) -> list[str]:
+        """The names of the documents behind these samples."""
+        return self.samples.documents(samples)
+
+    def forward_step(self, micro_batches: Iterator[TokenBatch], model: AutoencoderModule) -> tuple[Any, Any]:
+        """Forward of one micro-batch; the loss is the mean over its chunks."""
+        batch = next(micro_batches)
+        noise = SampleNoise(self.seed, batch.samples, self._device)
+        losses = autoencoder_loss(model.autoencoder, batch.tokens.to(self._device), noise)
+        metrics = {"loss": losses.loss.detach().clone(), "cross_entropy": losses.cross_entropy, "kl": losses.kl}
+        return losses.loss, lambda loss: (loss, metrics)
+
+    def texts(self, engine: Engine) -> list[dict[str, Any]]:
+        """An autoencoder continues no prompts."""
+        return []
+
+    def evaluate(self, engine: Engine) -> dict[str, Any]:
+        """Reconstruction of held-out documents: the same on every rank, for it is soon done."""
+        model = engine.chunks[0].autoencoder
+        return evaluate_autoencoder(model, self._held_out, EVALUATED_CHUNKS, self.seed)
+
+    def finished(self, engine: Engine) -> Autoencoder:
+        """The trained model in float32, from the master weights."""
+        model = Autoencoder(self.config, self.vocab_size, self.k)
+        weights = {name.removeprefix("autoencoder."): w for name, w in full_weights(engine).items()}
+        model.load_state_dict(weights)
+        return model.eval()

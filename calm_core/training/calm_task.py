@@ -1,0 +1,170 @@
+"""Training of CALM: chunk windows in, head loss out."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from calm_core.autoencoder.model import Autoencoder
+from calm_core.config import differences
+from calm_core.config.experiment import EvaluationConfig, SamplesConfig
+from calm_core.config.model_config import ModelShape
+from calm_core.config.parallel_config import ParallelConfig
+from calm_core.data.chunks import text_tokens
+from calm_core.data.dataset import Blend, ChunkBatch, Samples, Windows, needed_columns, read_batch
+from calm_core.data.store import Store
+from calm_core.distributed.engine import Engine
+from calm_core.distributed.topology import Topology
+from calm_core.errors import UserError
+from calm_core.evaluation.in_training import evaluate, own_windows
+from calm_core.evaluation.scores import HeldOut, scored_positions
+from calm_core.inference.generate import continue_prompts
+from calm_core.inference.load_model import Loaded
+from calm_core.model.backbone import transformer_config
+from calm_core.model.calm import CalmModel
+from calm_core.model.heads.protocol import HeadLoss
+from calm_core.model.layers import own_positions
+from calm_core.model.noise import SampleNoise
+from calm_core.model.parameters import initialize
+from calm_core.plan import flops
+from calm_core.plan.layout import check_layout
+from calm_core.plan.pipeline_split import describe, pipeline_split, shares
+from calm_core.tokenizer import Tokenizer
+
+# Settings under which the same weights serve as well.
+_NOT_OF_THE_WEIGHTS = (
+    "backbone.init_std",
+    "head.samples",
+    "head.target_samples",
+    "head.target_group",
+    "head.beta",
+)
+
+
+class CalmTask:
+    """The CALM network on the windows of chunk stores (see `training.task.Task`).
+
+    A head that reads tokens learns from the windows of token stores, as from chunks of one token, without an
+    autoencoder.
+    """
+
+    name = "calm"
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layout: ParallelConfig,
+        positions: int,
+        seed: int,
+        train: Blend,
+        held_out: Store,
+        autoencoder: Autoencoder | None,
+        evaluation: EvaluationConfig,
+        samples: SamplesConfig,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        check_layout(shape, positions, layout)
+        samples.require_whole_model(layout.tensor, layout.pipeline)
+        scored_positions(positions, shape.k)  # a window too short to be scored: known now
+        self.shape, self.layout, self.seed = shape, layout, seed
+        self.split = pipeline_split(shape, positions, layout)
+        self.samples = Samples(train, positions, seed)
+        self.tokens_per_sample = positions * shape.k
+        self.stages = [
+            {"stage": stage, "layers": sum(self.split[stage :: layout.pipeline]), "share of FLOPs": share}
+            for stage, share in enumerate(shares(shape, positions, layout, self.split))
+        ]
+        self.flops_per_sample = flops.executed_training(shape, positions)
+        self.identity = {
+            "model": asdict(shape),
+            "data": train.identity,
+            "positions": positions,
+            "seed": seed,
+        }
+        self._held_out = HeldOut(
+            Windows(held_out, positions), autoencoder, train.first.token_counts(), seed, evaluation
+        )
+        self._said, self._tokenizer = samples, tokenizer
+        self._device = torch.device("cpu")
+        self._columns = list(train.first.columns)
+
+    def build(self, topology: Topology, dtype: torch.dtype) -> list[MegatronModule]:
+        """This rank's chunks of the network, initial weights a function of the seed alone."""
+        own_windows(self._held_out, topology)  # too few for these ranks: known now, not at the first evaluation
+        self._device = topology.device
+        self._columns = needed_columns(self.samples.store, first=topology.first, last=topology.last)
+        if self.layout.pipeline > 1:
+            topology.say(describe(self.shape, self.samples.positions, self.layout, self.split))
+        config = transformer_config(self.shape.backbone, self.layout, dtype, self.split)
+        chunks = [
+            CalmModel(config, self.shape, first=first, last=last, vp_stage=index)
+            for first, last, index in topology.chunks
+        ]
+        initialize(chunks, self.shape.backbone.init_std, self.seed)
+        return [chunk.to(self._device) for chunk in chunks]
+
+    def shared_with(self, model: dict[str, Any]) -> str:
+        """All weights of a network of this shape; those of the backbone where only the rest differs."""
+        changed = [c for c in differences(model, self.identity["model"]) if c[0] not in _NOT_OF_THE_WEIGHTS]
+        for key, theirs, ours in changed:
+            if key.startswith("backbone."):
+                raise UserError(
+                    f"training.init_from: {key} is {theirs} in that checkpoint and {ours} here; set it as it is there."
+                )
+        return "backbone." if changed else ""
+
+    def load(self, samples: np.ndarray) -> ChunkBatch:
+        """What this rank's stages need of the windows behind these samples."""
+        return read_batch(self.samples, samples, samples, self._columns)
+
+    def documents(self, samples: np.ndarray) -> list[str]:
+        """The names of the documents behind these samples."""
+        return self.samples.documents(samples)
+
+    def forward_step(self, micro_batches: Iterator[ChunkBatch], model: CalmModel) -> tuple[Any, Any]:
+        """Forward of one micro-batch; the loss is the mean over its samples of the mean over the positions of each.
+
+        A target of nothing but padding counts for nothing. So every sample weighs alike, however much padding it has:
+        the loss of a step is that of its samples, whatever ranks and micro-batches they are divided into.
+        """
+        batch = next(micro_batches)
+        noise = SampleNoise(self.seed, batch.samples, self._device)
+        inputs = batch.inputs(self._device) if model.first else None
+        target = batch.target(self._device) if model.last else None
+        output = model(inputs, target, noise)
+        if not model.last:
+            return output, partial(_mean_loss, weights=None)
+        weights = position_weights(target.tokens, self.samples.store.padding)
+        return output, partial(_mean_loss, weights=own_positions(weights, model.config))
+
+    def texts(self, engine: Engine) -> list[dict[str, Any]]:
+        """The prompts of the configuration continued by the first rank, if there is a tokenizer to say them with."""
+        if self._tokenizer is None or engine.topology.rank:
+            return []
+        model = engine.chunks[0].eval()
+        speaker = Loaded(model, self._held_out.autoencoder, self._tokenizer, self.samples.positions)
+        records = continue_prompts(speaker, self._said, self.seed)
+        model.train()
+        return [{name: record[name] for name in ("temperature", "prompt", "text")} for record in records]
+
+    def evaluate(self, engine: Engine) -> dict[str, Any]:
+        """Brier scores and loss on held-out documents."""
+        return evaluate(engine, self._held_out)
+
+
+def position_weights(tokens: Tensor, pad: int | None) -> Tensor:
+    """The weight of each position in the mean loss of a micro-batch, `[S, B]`, from its targets `[S, B, K]`."""
+    text = text_tokens(tokens, pad)[..., 0].float()
+    return text / text.sum(0).clamp(min=1) / tokens.shape[1]
+
+
+def _mean_loss(output: HeadLoss, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The share of these positions `[S', B]` in the mean loss; sequence-parallel ranks hold parts of one sum."""
+    loss = (output.loss * weights).sum()
+    terms = {name: (term * weights).sum() for name, term in output.terms.items()}
+    return loss, {"loss": loss.detach().clone(), **terms}

@@ -1,0 +1,1 @@
+"""The stages from text to text as one command."""

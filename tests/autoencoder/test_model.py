@@ -1,0 +1,169 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from calm_core.autoencoder.model import Autoencoder, autoencoder_loss, kl_divergence
+from calm_core.config.model_config import AutoencoderConfig
+from calm_core.errors import UserError
+from calm_core.model.noise import SampleNoise
+from calm_core.reference.names import AUTOENCODER, AUTOENCODER_TIED
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CPU = torch.device("cpu")
+
+
+def small(k=4, vocab_size=50, seed=0, **options):
+    torch.manual_seed(seed)
+    return Autoencoder(AutoencoderConfig(**{"hidden": 32, "latent": 16} | options), vocab_size, k)
+
+
+def random_chunks(rows, batch, k=4, vocab_size=50):
+    return torch.randint(vocab_size, (rows, batch, k), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(GOLDEN / "tiny.golden.safetensors")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The autoencoder with the golden weights."""
+    config = json.loads((GOLDEN / "tiny.config.json").read_text())["autoencoder"]
+    weights = load_file(GOLDEN / "tiny.weights.safetensors")
+    named = {name.removeprefix("ae."): weight for name, weight in weights.items() if name.startswith("ae.")}
+    assert torch.equal(named.pop(AUTOENCODER_TIED), named["encoder.embed_tokens.weight"])
+    shape = AutoencoderConfig(hidden=config["hidden_size"], latent=config["latent_size"])
+    assert shape.ffn_width == config["intermediate_size"]
+    model = Autoencoder(shape, config["vocab_size"], config["patch_size"])
+    model.load_state_dict({AUTOENCODER[name]: weight for name, weight in named.items()})
+    return model.eval()
+
+
+def assert_golden(name, value, expected):
+    error = ((value - expected).abs().max() / expected.abs().max()).item()
+    print(f"{name}: largest difference {error:.1e} of the largest value")
+    assert error <= 1e-5
+
+
+@torch.no_grad()
+def test_golden_numbers(golden, reference):
+    tokens = golden["ae/input_ids"].unflatten(1, (-1, 4))  # [2, 6, K]
+    mean, log_std = reference.encode(tokens)
+    assert_golden("mean", mean, golden["ae/mean"])
+    assert_golden("log_std", log_std, golden["ae/log_std"])
+    assert_golden("logits of the mean", reference.decode(mean).flatten(1, 2), golden["ae/logits_from_mean"])
+    latents = (mean + log_std.exp() * golden["ae/eps"].view_as(mean)).flatten(0, 1)
+    logits = reference.decode(latents).flatten(0, 1)
+    assert_golden("logits of a posterior sample", logits, golden["ae/eval_logits"])
+    assert_golden("cross-entropy", F.cross_entropy(logits, tokens.flatten()), golden["ae/eval_loss"][0])
+    kl = kl_divergence(mean, log_std).clamp(min=0.5).sum(-1).mean()
+    assert_golden("KL divergence", kl, golden["ae/kl_clamped_mean"][0])
+
+
+class RecordedNoise:
+    """The recorded posterior draws; asked for nothing else when both dropouts are 0."""
+
+    def __init__(self, eps):
+        self.eps = eps
+
+    def normal(self, name, rows, *shape):
+        return self.eps.view(rows, -1, *shape)
+
+
+def test_golden_loss(golden, reference):
+    model = Autoencoder(AutoencoderConfig(hidden=32, latent=8, token_dropout=0.0, latent_dropout=0.0), 96, 4)
+    model.load_state_dict(reference.state_dict())
+    tokens = golden["ae/input_ids"].view(12, 1, 4)
+    losses = autoencoder_loss(model, tokens, RecordedNoise(golden["ae/eps"]))
+    assert_golden("cross-entropy of the training loss", losses.cross_entropy, golden["ae/eval_loss"][0])
+    assert_golden("KL of the training loss", losses.kl, golden["ae/kl_clamped_mean"][0])
+    assert_golden("loss", losses.loss, 4 * golden["ae/eval_loss"][0] + 1e-3 * golden["ae/kl_clamped_mean"][0])
+
+
+class SpyNoise:
+    """Passes draws on and remembers them by name."""
+
+    def __init__(self, noise):
+        self.noise, self.seen = noise, {}
+
+    def uniform(self, name, rows, *shape):
+        self.seen[name] = self.noise.uniform(name, rows, *shape)
+        return self.seen[name]
+
+    def normal(self, name, rows, *shape):
+        self.seen[name] = self.noise.normal(name, rows, *shape)
+        return self.seen[name]
+
+
+def test_the_loss_is_what_its_draws_say():
+    model = small(token_dropout=0.4, latent_dropout=0.3, kl_weight=0.2, kl_floor=0.1)
+    tokens = random_chunks(6, 3)
+    noise = SpyNoise(SampleNoise(seed=1, samples=[5, 6, 9], device=CPU))
+    losses = autoencoder_loss(model, tokens, noise)
+    seen = torch.where(noise.seen["autoencoder/token_dropout"] < 0.4, 0, tokens)
+    assert 0.2 < (seen == 0).float().mean() < 0.6
+    mean, log_std = model.encode(seen)
+    latents = mean + log_std.exp() * noise.seen["autoencoder/posterior"]
+    latents = torch.where(noise.seen["autoencoder/latent_dropout"] < 0.3, 0, latents / 0.7)
+    cross_entropy = F.cross_entropy(model.decode(latents).flatten(0, -2), tokens.flatten())
+    kl = kl_divergence(mean, log_std).clamp(min=0.1).sum(-1).mean()
+    torch.testing.assert_close(losses.loss, 4 * cross_entropy + 0.2 * kl)
+    torch.testing.assert_close(losses.cross_entropy, cross_entropy.detach())
+    torch.testing.assert_close(losses.kl, kl.detach())
+
+
+def test_draws_follow_the_sample_and_not_the_micro_batch():
+    model, tokens = small(), random_chunks(6, 4)
+    whole = autoencoder_loss(model, tokens, SampleNoise(1, [0, 1, 2, 3], CPU)).loss
+    halves = [
+        autoencoder_loss(model, tokens[:, part : part + 2], SampleNoise(1, [part, part + 1], CPU)).loss
+        for part in (0, 2)
+    ]
+    torch.testing.assert_close(sum(halves) / 2, whole)
+    assert not torch.allclose(autoencoder_loss(model, tokens, SampleNoise(2, [0, 1, 2, 3], CPU)).loss, whole)
+
+
+def test_kl_divergence_is_that_of_torch():
+    mean, log_std = torch.randn(2, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    posterior, prior = torch.distributions.Normal(mean, log_std.exp()), torch.distributions.Normal(0.0, 1.0)
+    torch.testing.assert_close(kl_divergence(mean, log_std), torch.distributions.kl_divergence(posterior, prior))
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8])
+def test_it_learns_its_chunks(k):
+    model = small(k, token_dropout=0.0)
+    tokens = random_chunks(8, 2, k)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in range(max(600 // k, 150)):  # the fewer tokens, the slower they are told apart
+        loss = autoencoder_loss(model, tokens, SampleNoise(0, [2 * step, 2 * step + 1], CPU)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    rebuilt = model.decode_tokens(model.encode(tokens)[0])
+    assert (rebuilt == tokens).float().mean() > 0.9
+
+
+def test_a_chunk_is_encoded_by_itself_and_in_order():
+    model, tokens = small(), random_chunks(2, 3)
+    mean, _ = model.encode(tokens)
+    torch.testing.assert_close(model.encode(tokens[1, 2])[0], mean[1, 2])
+    assert not torch.allclose(model.encode(tokens.flip(-1))[0], mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_loss_is_at_least_float32(dtype):
+    model = small().to(dtype)
+    losses = autoencoder_loss(model, random_chunks(4, 2), SampleNoise(0, [0, 1], CPU))
+    losses.loss.backward()
+    assert losses.loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert all(parameter.grad.dtype == dtype and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_share_above_one_is_refused():
+    with pytest.raises(UserError, match=r"autoencoder\.token_dropout=1\.5"):
+        AutoencoderConfig(token_dropout=1.5)

@@ -1,0 +1,76 @@
+"""The search for the most probable token against the search through all logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from calm_core.autoencoder import output_layer
+from calm_core.autoencoder.output_layer import argmax, linear_cross_entropy, log_probability, most_probable
+
+
+def problem(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(23, 8, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(50, 8, generator=generator).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(50, (23,), generator=generator)
+
+
+@pytest.mark.parametrize("rows", [1, 10, 1024])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+def test_values_and_gradients(dtype, tolerance, rows):
+    hidden, weight, targets = problem(dtype)
+    exact = F.cross_entropy(hidden.double() @ weight.double().T, targets)
+    expected = torch.autograd.grad(3 * exact, (hidden, weight))
+    loss = linear_cross_entropy(hidden, weight, targets, rows)
+    gradients = torch.autograd.grad(3 * loss, (hidden, weight))
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(loss.double(), exact, rtol=tolerance, atol=tolerance)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient, reference, rtol=tolerance, atol=tolerance * reference.abs().max().item())
+
+
+def test_without_gradients_the_value_is_the_same():
+    hidden, weight, targets = problem(torch.float64)
+    loss = linear_cross_entropy(hidden, weight, targets)
+    with torch.no_grad():
+        quiet = linear_cross_entropy(hidden, weight, targets, rows=7)
+    torch.testing.assert_close(quiet, loss)
+    assert not quiet.requires_grad
+
+
+V, D = 2000, 24
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randn(V, D, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("width", [1, 127, 128, 129, 1000])
+def test_argmax_is_the_first_of_the_largest(width: int) -> None:
+    logits = torch.randint(40, (500, width), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(argmax(logits), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("logits_at_once", [1, 300 * 7, 300 * 128, 1 << 21])
+def test_the_most_probable_tokens_are_those_of_all_logits(
+    weight: torch.Tensor, logits_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_layer, "LOGITS_AT_ONCE", logits_at_once)
+    features = torch.randn(300, D, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(most_probable(features, weight), (features.double() @ weight.double().T).argmax(-1))
+
+
+def test_of_equal_rows_of_the_table_the_first_is_taken(weight: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_layer, "LOGITS_AT_ONCE", 50 * 100)  # the two in different parts
+    weight[1500] = weight[70]
+    assert (most_probable(weight[70].expand(50, D), weight) == 70).all()
+
+
+def test_log_probability_is_that_of_the_softmax(weight: torch.Tensor) -> None:
+    features = torch.randn(300, D, generator=torch.Generator().manual_seed(1)).double()
+    expected = (features @ weight.double().T).log_softmax(-1)[:, 7]
+    assert torch.allclose(log_probability(features, weight.double(), 7), expected, rtol=0, atol=1e-12)

@@ -1,0 +1,166 @@
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from calm_core import config
+from calm_core.config import command, option
+from calm_core.errors import ExitCode, UserError
+
+
+@dataclass(frozen=True)
+class Training:
+    steps: int = option(3, "number of updates")
+
+
+@dataclass(frozen=True)
+class Other:
+    width: int = option(5, "of another command")
+
+
+@dataclass(frozen=True)
+class Root:
+    seed: int = option(1, "seed of everything")
+    training: Training = option(Training, "the run")
+    other: Other = option(Other, "another command's")
+
+
+@pytest.fixture(autouse=True)
+def no_demo(monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "DEFAULT_CONFIG", tmp_path / "demo.yaml")
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def run(*argv: str, action=lambda *_: None) -> int:
+    return command.run("Train something.", Root, ["training"], action, argv)
+
+
+def test_the_action_gets_the_configuration(tmp_path):
+    path = tmp_path / "lr=1.yaml"
+    path.write_text("training: {steps: 8}\nother: {width: 9}\n")
+    calls = []
+    argv = ["seed=2", "--dry-run", str(path), "training.steps=9"]
+    assert run(*argv, action=lambda *arguments: calls.append(arguments)) == ExitCode.OK
+    assert calls == [(Root(2, Training(9), Other(9)), True)]
+
+
+def test_further_options_reach_the_action_by_name(capsys):
+    calls = []
+    options = {"--shard": {"metavar": "i/n", "help": "a part"}, "--finish": {"action": "store_true"}}
+
+    def action(config, dry_run, **further):
+        calls.append(further)
+
+    for argv in (["--shard", "1/2"], ["seed=2", "--finish"]):
+        assert command.run("Prepare.", Root, ["training"], action, argv, options=options) == ExitCode.OK
+    assert calls == [{"shard": "1/2", "finish": False}, {"shard": None, "finish": True}]
+    with pytest.raises(SystemExit):
+        command.run("Prepare.", Root, ["training"], action, ["--help"], options=options)
+    assert "[--shard i/n] [--finish] [--dry-run]" in capsys.readouterr().out
+
+
+def test_without_a_configuration_the_demo_is_used(tmp_path):
+    calls = []
+    run(action=lambda *arguments: calls.append(arguments))
+    (tmp_path / "demo.yaml").write_text("seed: 5\n")
+    run(action=lambda *arguments: calls.append(arguments))
+    assert calls == [(Root(), False), (Root(seed=5), False)]
+
+
+def test_the_exit_code_is_the_action_s():
+    assert run(action=lambda *_: ExitCode.STOPPED) == 75
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--dry"], "--dry"),
+        (["a.yaml", "b.yaml"], "b.yaml is a second configuration after a.yaml"),
+        (["missing.yaml"], "missing.yaml"),
+        (["training.stps=1"], "did you mean training.steps?"),
+        (["other.width=1"], "other.width has no effect"),
+    ],
+)
+def test_bad_usage_is_one_sentence(capsys, argv, part):
+    assert run(*argv, action=lambda *_: pytest.fail("the action ran")) == ExitCode.USAGE
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert part in output.err
+    assert output.err.count("\n") == 1
+
+
+def refuse(*_) -> None:
+    raise UserError("The field is wrong: mend it.")
+
+
+@pytest.mark.parametrize(("rank", "printed"), [("0", "The field is wrong: mend it.\n"), ("3", "")])
+def test_rank_0_alone_prints_the_sentence(monkeypatch, capsys, rank, printed):
+    monkeypatch.setenv("RANK", rank)
+    assert run(action=refuse) == ExitCode.USAGE
+    assert capsys.readouterr().err == printed
+
+
+def test_an_unexpected_failure_prints_its_trace(capsys):
+    assert command.guard(lambda: 1 // 0) == ExitCode.FAILED
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_130(capsys):
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    assert command.guard(interrupt) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_help_lists_the_fields_that_the_command_reads(capsys):
+    with pytest.raises(SystemExit) as ending:
+        run("--help", action=refuse)
+    assert ending.value.code == 0
+    text = capsys.readouterr().out
+    assert "Train something." in text
+    assert config.describe(Root, ["training"]) in text
+    assert "other.width" not in text
+
+
+def test_a_tool_s_parser_complains_by_a_sentence(capsys):
+    parser = command.Parser(prog="convert.py")
+    parser.add_argument("path")
+    assert command.guard(lambda: parser.parse_args([])) == ExitCode.USAGE
+    assert capsys.readouterr().err.startswith("convert.py: the following arguments are required: path")
+
+
+SCRIPT = '''
+"""Count to something."""
+from dataclasses import dataclass
+from calm_core import command
+from calm_core.config import option
+
+@dataclass(frozen=True)
+class Root:
+    count: int = option(3, "how far")
+
+def count(config, dry_run):
+    print(config.count, dry_run)
+
+if __name__ == "__main__":
+    raise SystemExit(command.run(__doc__, Root, sections=(), action=count))
+'''
+
+
+def test_a_script_as_a_user_runs_it(tmp_path):
+    (tmp_path / "count.py").write_text(SCRIPT)
+    (tmp_path / "c.yaml").write_text("count: 4\n")
+
+    def start(*argv: str) -> subprocess.CompletedProcess:
+        command_line = [sys.executable, "count.py", "c.yaml", *argv]
+        return subprocess.run(command_line, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    good, bad, usage = start("count=5", "--dry-run"), start("count=x"), start("--help")
+    assert (good.returncode, good.stdout, good.stderr) == (0, "5 True\n", "")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr == "count must be of type int, but the command line gives x.\n"
+    assert usage.returncode == 0
+    assert "usage: count.py [CONFIG.yaml] [key=value ...] [--dry-run] [--help]" in usage.stdout

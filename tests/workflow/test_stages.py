@@ -1,0 +1,104 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from calm_core import config
+from calm_core.config.data_config import DataConfig
+from calm_core.config.experiment import Experiment, PipelineConfig
+from calm_core.config.model_config import HeadConfig
+from calm_core.errors import UserError
+from calm_core.workflow.stages import ROOT, Ledger, run_stages, stages, stamp
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    return Experiment(run=str(tmp_path / "run"))
+
+
+def test_every_stage_is_a_script_that_reads_the_configuration_or_a_product_of_an_earlier_one(experiment):
+    plan = stages(experiment)
+    for number, stage in enumerate(plan):
+        assert (ROOT / stage.script).is_file()
+        products = [str(earlier.product) for earlier in plan[:number]]
+        source = stage.arguments[0]
+        assert source.endswith("config.yaml") or any(product.startswith(source) for product in products)
+    assert len({stage.product for stage in plan}) == len({stage.name for stage in plan}) == len(plan)
+
+
+def test_a_head_that_reads_tokens_has_neither_autoencoder_nor_chunks(experiment):
+    plan = stages(replace(experiment, head=HeadConfig(kind="softmax")))
+    names = ["train_tokenizer", "tokenize_corpus", "train_calm", "evaluate_calm", "sample"]
+    assert [stage.name for stage in plan] == names
+
+
+def test_trainings_and_they_alone_run_under_torchrun(experiment):
+    def distributed(processes: int) -> list[str]:
+        plan = stages(replace(experiment, pipeline=PipelineConfig(processes=processes)))
+        return [stage.name for stage in plan if "calm_core.distributed.torchrun" in stage.command]
+
+    assert distributed(2) == ["train_autoencoder", "train_calm"]
+    assert distributed(1) == []
+
+
+def test_cores_are_shared_unless_the_user_has_said_otherwise(experiment, monkeypatch):
+    train = stages(replace(experiment, pipeline=PipelineConfig(processes=10_000)))[2]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert train.environment == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert train.environment == {}
+
+
+def test_what_data_names_is_taken_as_it_is_once_it_is_there(experiment, tmp_path):
+    tokenizer = tmp_path / "my.model"
+    named = replace(experiment, data=DataConfig(tokenizer=str(tokenizer)))
+    assert not any(stage.given for stage in stages(named))
+    with pytest.raises(UserError, match=r"data\.tokenizer names .*my\.model, which is not there"):
+        run_stages(named)
+    tokenizer.touch()
+    assert [stage.name for stage in stages(named) if stage.given] == ["train_tokenizer"]
+
+
+def test_a_missing_corpus_is_refused_before_anything_starts(experiment, tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.txt"):
+        run_stages(replace(experiment, data=DataConfig(corpus=[str(tmp_path / "nothing.txt")])))
+
+
+def test_the_stages_read_the_configuration_that_was_resolved(experiment, monkeypatch):
+    ran = []
+    monkeypatch.setattr("calm_core.workflow.stages.run_process", lambda command, *_: ran.append(command) or 2)
+    assert run_stages(experiment) == 2
+    assert len(ran) == 1  # it stops at the first failure, with its code
+    assert config.load(Experiment, Path(ran[0][-1]), []) == experiment
+
+
+def test_seconds_and_stamps_survive_the_process(tmp_path):
+    path = tmp_path / "stages.json"
+    Ledger(path).note("train", 12.3, "a stamp")
+    ledger = Ledger(path)
+    assert ledger.seconds("train") == 12.3
+    assert ledger.seconds("evaluate") == 0
+    assert ledger.finished("train", "a stamp")
+    assert not ledger.finished("train", "another")
+    assert not ledger.finished("evaluate", "a stamp")
+
+
+def test_a_stage_that_runs_again_is_not_finished(tmp_path):
+    ledger = Ledger(tmp_path / "stages.json")
+    ledger.note("train", 10, "a stamp")
+    ledger.note("train", 15)
+    assert ledger.seconds("train") == 15
+    assert not ledger.finished("train", "a stamp")
+    assert not ledger.finished("train", None)
+
+
+def test_a_stamp_follows_inputs_and_content(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("1")
+    assert stamp("config", [first, second]) is None
+    second.write_text("2")
+    original = stamp("config", [first, second])
+    assert original == stamp("config", [first, second])
+    assert original != stamp("other config", [first, second])
+    first.write_text("changed")
+    assert original != stamp("config", [first, second])
