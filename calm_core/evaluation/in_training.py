@@ -31,25 +31,31 @@ from calm_core.model.calm import CalmModel
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, held_out: HeldOut) -> dict[str, Any]:
+def evaluate(engine: Engine, held_out: HeldOut, stop: Callable[[], bool] | None = None) -> dict[str, Any] | None:
     """Score a model on held-out windows, shared by the data-parallel ranks. Collective.
+
+    Args:
+        engine: holds the model.
+        held_out: what it is scored on.
+        stop: asked on every rank between micro-batches whether to stop; its answer must be the same on all ranks.
 
     Returns:
         On every rank: what was measured, the mean of each score (Brier-1.., collision, unigram baseline, loss) and its
-        standard error, and BrierLM, as `summarize` names them.
+        standard error, and BrierLM, as `summarize` names them; None if the evaluation was stopped.
     """
-    windows, stages = own_windows(held_out, engine.topology), engine.topology.layout.pipeline
-    together = stages if chunks_to_draw(held_out.windows.store.k) > 1 else len(windows)
+    # One micro-batch for each pipeline stage to work on at a time, since roll-outs keep their keys and values.
+    windows, together = own_windows(held_out, engine.topology), engine.topology.layout.pipeline
+    parts: list[ClusteredScores] = []
     for chunk in engine.chunks:
         chunk.eval()
-    # Roll-outs: a few micro-batches at a time, one for each stage to work on, since their keys and values are kept.
-    parts = [
-        part
-        for start in range(0, len(windows), together)
-        for part in _Group(engine, held_out, windows[start : start + together]).scores()
-    ]
-    for chunk in engine.chunks:
-        chunk.train()
+    try:
+        for start in range(0, len(windows), together):
+            if stop is not None and stop():
+                return None
+            parts += _Group(engine, held_out, windows[start : start + together]).scores()
+    finally:
+        for chunk in engine.chunks:
+            chunk.train()
     return {**held_out.description(), **summarize(_gathered(parts, engine))}
 
 
