@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all, JSON, and content hashes."""
+"""Atomic writes, fsync, JSON and content hashes."""
 
 import hashlib
 import json
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ PARTIAL = ".partial"
 
 
 def new_hash() -> "hashlib.blake2b":
-    """An empty content hash, to be fed by `update`."""
+    """A new content hash; add bytes with `update`."""
     return hashlib.blake2b(digest_size=HASH_BYTES)
 
 
@@ -27,37 +28,56 @@ def hash_bytes(content: bytes) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """The content hash of a file, in hex; reads it once, in pieces."""
+    """The content hash of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, new_hash).hexdigest()
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write `path` under: fsynced and renamed when the block ends well, removed when it fails.
+    """A temporary path to write the content of `path` to: `path` holds all of it or is unchanged.
 
-    The name is this process's own: two that make the same file, on one machine or two, each make it whole.
+    When the block ends without an error, the file is fsynced and renamed to `path`; otherwise it is removed. It has the
+    mode that the umask asks for, whatever the mode of the library that writes it. The temporary name contains host and
+    process, so that several processes may write the same file at once.
     """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL}")
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
-        _sync(temporary)
+        temporary.chmod(mode)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what killed processes left of files they had not finished, where no other process is at work."""
+    """Remove the temporary files that killed processes left in `folder`; no other process may be writing there."""
     for path in folder.glob(f".*{PARTIAL}"):
         path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON, whole or not at all."""
+def sync(path: Path) -> None:
+    """Flush a file or the entries of a folder to the disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in UTF-8, atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` to `path` as JSON, atomically."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -72,11 +92,3 @@ def read_json(path: Path) -> Any:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged, it is not valid JSON ({error}): make it again.") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from calm_core.errors import UserError
-from calm_core.io import hash_bytes, hash_file
+from calm_core.io import hash_bytes, hash_file, sync, write_json
 
 FORMAT_VERSION = 2
 
@@ -85,15 +85,11 @@ def begin(final: Path) -> Path:
 def finish(partial: Path, final: Path, state: dict[str, Any], checksums: dict[str, str]) -> None:
     """Complete a checkpoint whose tensors are written and synced: it exists once this has renamed it."""
     manifest = {"format_version": FORMAT_VERSION, "step": _step(final), "state": state, "files": checksums}
-    with open(partial / "manifest.json", "w") as file:
-        json.dump({"checksum": _checksum_of_values(manifest), **manifest}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folder(partial / "tensors")
-    _sync_folder(partial)
+    sync(partial / "tensors")
+    write_json(partial / "manifest.json", {"checksum": _checksum_of_values(manifest), **manifest})
     shutil.rmtree(final, ignore_errors=True)  # where the run came by here before, and found it damaged
     os.replace(partial, final)
-    _sync_folder(final.parent)
+    sync(final.parent)
 
 
 def retire(newest: Path, keep: int) -> list[Path]:
@@ -132,11 +128,3 @@ def _checksum_of_values(manifest: dict[str, Any]) -> str:
 
 def _damaged(path: Path) -> DamagedError:
     return DamagedError(f"{path} is damaged, its bytes have changed: use another checkpoint.")
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,6 @@ Nothing is unpickled.
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from calm_core.checkpoint.folder import DamagedError
 from calm_core.checkpoint.fragments import Box
-from calm_core.io import hash_bytes, new_hash
+from calm_core.io import hash_bytes, new_hash, sync
 
 INDEX = "index.json"
 
@@ -57,8 +56,7 @@ def write_file(path: Path, contents: Sequence[tuple[Entry, Tensor]]) -> str:
                 part = block[start : start + _AT_ONCE]
                 digest.update(part)
                 file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)
     return digest.hexdigest()
 
 
@@ -70,10 +68,8 @@ def write_index(folder: Path, files: Iterable[tuple[str, Sequence[Entry]]]) -> s
             tensor = index.setdefault(entry.name, {"shape": entry.shape, "boxes": []})
             tensor["boxes"].append([file, entry.box.start, entry.box.shape])
     content = json.dumps(index).encode()
-    with open(folder / INDEX, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    (folder / INDEX).write_bytes(content)
+    sync(folder / INDEX)
     return hash_bytes(content)
 
 

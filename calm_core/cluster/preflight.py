@@ -19,7 +19,7 @@ from calm_core import config as configuration
 from calm_core.cluster.launcher import describe_layout
 from calm_core.config.experiment import Experiment
 from calm_core.errors import UserError
-from calm_core.io import write_json
+from calm_core.io import sync, write_json
 from calm_core.workflow.stages import ROOT, Stage, config_path, inputs_of, stages
 
 GIB = 2**30
@@ -107,10 +107,8 @@ def _unwritable(folder: Path) -> str:
     probe = folder / f".probe-{os.environ.get('SLURMD_NODENAME', '')}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(probe, "wb") as file:
-            file.write(PROBE)
-            file.flush()
-            os.fsync(file.fileno())
+        probe.write_bytes(PROBE)
+        sync(probe)
         if probe.read_bytes() != PROBE:
             return f"{folder} gives back other bytes than were written"
         probe.unlink()

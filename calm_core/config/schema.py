@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import difflib
 import math
-import os
 import re
 import types
 import typing
@@ -22,6 +21,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from calm_core.errors import UserError
+from calm_core.io import write_text
 
 T = TypeVar("T")
 
@@ -88,16 +88,8 @@ def dump(content: Mapping[str, Any]) -> str:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write the resolved configuration as YAML; the file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(to_yaml(config))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write the resolved configuration as YAML, atomically."""
+    write_text(path, to_yaml(config))
 
 
 def describe(cls: type, sections: Sequence[str] | None = None) -> str:

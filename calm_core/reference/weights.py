@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calm_core.errors import UserError
-from calm_core.io import read_json, replacing
+from calm_core.io import read_json, replacing, write_text
 from calm_core.reference.names import AUTOENCODER_TIED, HEAD, HEAD_ALIAS
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
@@ -71,8 +71,7 @@ def write_folder(folder: Path, form: Form, tensors: Mapping[str, Tensor]) -> Non
     with replacing(folder / WEIGHTS) as temporary:
         # Names of one tensor become tensors of their own: the format knows no sharing.
         save_file({name: tensor.clone() for name, tensor in named.items()}, temporary, metadata={"format": "pt"})
-    with replacing(folder / CONFIG) as temporary:
-        temporary.write_text(json.dumps(form.config, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / CONFIG, json.dumps(form.config, indent=1) + "\n")
 
 
 def resolve(tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Size], folder: Path) -> dict[str, Tensor]:

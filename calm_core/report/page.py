@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from calm_core.io import replacing
+from calm_core.io import write_text
 from calm_core.training.run_log import finite
 
 STYLE = """
@@ -106,8 +106,7 @@ class Section:
 
 def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
     """Write the page, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(render(title, sections), encoding="utf-8")
+    write_text(path, render(title, sections))
 
 
 def render(title: str, sections: Sequence[Section]) -> str:

@@ -9,6 +9,7 @@ from calm_core.cluster.launcher import JobFile
 from calm_core.config.experiment import Experiment
 from calm_core.config.scaling_config import ScalingConfig
 from calm_core.errors import ExitCode, UserError
+from calm_core.io import write_text
 from calm_core.manifest import MANIFEST
 from calm_core.scaling.points import Point, base_path, experiment, family_experiment, points, shared_experiment
 from calm_core.scaling.results import require_as_planned
@@ -108,7 +109,7 @@ def _write_list(config: ScalingConfig, unprepared: Collection[str]) -> None:
         configuration.save(of_point, config_path(of_point))
         ready = point.family not in unprepared
         lines.append(f"{'' if ready else '# not prepared: '}{config_path(of_point).absolute()}\n")
-    (Path(config.run) / LIST).write_text("".join(lines))
+    write_text(Path(config.run) / LIST, "".join(lines))
 
 
 def _train(config: ScalingConfig, chosen: Iterable[Point]) -> dict[str, int]:

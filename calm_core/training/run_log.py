@@ -13,6 +13,7 @@ from uuid import uuid4
 
 from calm_core.config.training_config import TrainingConfig
 from calm_core.errors import UserError
+from calm_core.io import write_text
 from calm_core.training.run_folder import RunFolder
 
 
@@ -91,9 +92,7 @@ def _drop_after(metrics: Path, step: int) -> None:
             record = json.loads(line)
             if record["kind"] == "event" or record["step"] <= step:
                 lines.append(line + "\n")
-    partial = metrics.with_suffix(".partial")
-    partial.write_text("".join(lines))
-    partial.replace(metrics)
+    write_text(metrics, "".join(lines))
 
 
 def _start_wandb(folder: RunFolder, name: str, config: TrainingConfig, resolved: dict[str, Any]) -> Any:
@@ -122,7 +121,7 @@ def _start_wandb(folder: RunFolder, name: str, config: TrainingConfig, resolved:
 def _run_id(path: Path) -> str:
     """An id that stays with the folder, so that a resumed run goes on in wandb instead of starting another."""
     if not path.exists():
-        path.write_text(uuid4().hex[:8])
+        write_text(path, uuid4().hex[:8])
     return path.read_text()
 
 

@@ -28,8 +28,8 @@ STALLED = """
 import sys, time
 from pathlib import Path
 from calm_core.data import chunks, tokens
-from calm_core.data.config import DataConfig
-from calm_core.autoencoder_artefact import load_autoencoder
+from calm_core.config.data_config import DataConfig
+from calm_core.autoencoder.artefact import load_autoencoder
 from calm_core.tokenizer import load_tokenizer
 
 what, stop, folder, source, maker, corpus, held_out, shard_bytes = sys.argv[1:]
@@ -276,7 +276,7 @@ def test_a_killed_worker_is_noticed():
 
 def test_workers_end_with_a_parent_that_is_killed():
     program = """
-from calm_core.data.workers import spread
+from calm_core.data.builder import spread
 for result in spread(str, iter(int, 1), workers=3):
     print(result, flush=True)
 """

@@ -1,0 +1,42 @@
+"""Atomic writes."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from calm_core.io import read_json, remove_partial, replacing, write_json, write_text
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_files_have_the_mode_of_the_umask_whatever_library_writes_them(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "weights.safetensors") as temporary:
+            save_file({"w": torch.ones(3)}, temporary)
+        write_json(tmp_path / "a.json", {"a": 1})
+    finally:
+        os.umask(before)
+    for name in ("weights.safetensors", "a.json"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~umask
+    assert load_file(tmp_path / "weights.safetensors")["w"].tolist() == [1, 1, 1]
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "before")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "half \ud83d of a pair")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".a.json.host-1.partial").write_text("half")
+    write_json(tmp_path / "a.json", {"name": "Zoë"})
+    remove_partial(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert read_json(tmp_path / "a.json") == {"name": "Zoë"}
