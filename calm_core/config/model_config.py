@@ -34,7 +34,28 @@ class AutoencoderConfig:
         return self.ffn or self.hidden * 5 // 2
 
 
-HEADS = ("energy", "diffusion", "flow", "softmax")
+@dataclass(frozen=True)
+class HeadKind:
+    """A kind of generative head.
+
+    Attributes:
+        module: holds its network, its loss and its costs (see `calm_core.model.heads.protocol.HeadModule`).
+        reads_tokens: whether it predicts single tokens by likelihood: it needs neither latents nor an autoencoder.
+        least_samples: draws per position that its loss needs.
+    """
+
+    module: str
+    reads_tokens: bool = False
+    least_samples: int = 1
+
+
+# The registry of heads, by `head.kind`: a new head is its module and a line here.
+HEADS = {
+    "energy": HeadKind("calm_core.model.heads.energy", least_samples=2),
+    "diffusion": HeadKind("calm_core.model.heads.diffusion"),
+    "flow": HeadKind("calm_core.model.heads.flow"),
+    "softmax": HeadKind("calm_core.model.heads.softmax", reads_tokens=True),
+}
 
 # Vocabularies are padded to a multiple that every sensible tensor-parallel size divides, so that a checkpoint has
 # one shape at any layout. Padding rows are never looked up and never sampled.
@@ -78,13 +99,15 @@ class BackboneConfig:
 class HeadConfig:
     """The generative head on the hidden states (paper, section 3.2) and its loss.
 
-    `kind` alone changes the head; what only some heads read says so, and rests while another is chosen.
+    Changing `kind` alone changes the head; a setting that only some heads read says so.
     """
 
     kind: str = option("energy", "energy | diffusion | flow | softmax (the autoregressive baseline, K=1)")
     blocks: int = option(0, "residual blocks (not softmax); 0 means a quarter of the backbone's layers, at least 1")
     noise: int = option(64, "energy: dimensions of the uniform noise that becomes a sample")
-    samples: int = option(8, "energy: N, head samples per position in the loss")
+    samples: int = option(
+        8, "not softmax: N, draws per position over which the loss averages (energy: head samples, at least 2)"
+    )
     target_samples: int = option(100, "energy: M, posterior samples per position in the loss")
     target_group: int = option(16, "energy: neighbouring positions that share one set of target draws, 1 to 16")
     beta: float = option(1.0, "energy: exponent of the score, 0 < beta < 2")
@@ -95,8 +118,9 @@ class HeadConfig:
         for name, least in (("blocks", 0), ("noise", 1), ("target_samples", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"head.{name}={getattr(self, name)} must be at least {least}.")
-        if self.samples < 2:
-            raise UserError(f"head.samples={self.samples} is too few: the energy score needs at least 2.")
+        least = HEADS[self.kind].least_samples
+        if self.samples < least:
+            raise UserError(f"head.samples={self.samples} is too few: head.kind={self.kind} needs at least {least}.")
         if not 0.0 < self.beta < 2.0:
             raise UserError(f"head.beta={self.beta} is outside 0 < beta < 2, where the energy score is proper.")
         if not 1 <= self.target_group <= 16:
@@ -105,12 +129,7 @@ class HeadConfig:
     @property
     def reads_tokens(self) -> bool:
         """Whether the head predicts single tokens by likelihood: it needs neither latents nor an autoencoder."""
-        return self.kind == "softmax"
-
-    @property
-    def positions_together(self) -> int:
-        """Neighbouring positions that share draws in the loss, so that one rank must work on all of them."""
-        return self.target_group if self.kind == "energy" else 1
+        return HEADS[self.kind].reads_tokens
 
     def block_count(self, layers: int) -> int:
         """Residual blocks of a head on a backbone of `layers` layers."""

@@ -5,7 +5,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from calm_core.distributed.topology import Topology
@@ -17,6 +16,8 @@ def average_metrics(micro_batches: Sequence[Mapping[str, Tensor]], topology: Top
 
     Sequence-parallel ranks hold parts of a sum (their own positions' share), data-parallel ranks hold means.
     """
+    from megatron.core import parallel_state  # takes seconds, which a dry run does not need
+
     message: list[dict[str, float]] = [{}]
     if topology.last:
         names = list(micro_batches[0])
@@ -36,6 +37,8 @@ def average_metrics(micro_batches: Sequence[Mapping[str, Tensor]], topology: Top
 
 def from_last_stage(tokens: Tensor | None, shape: Sequence[int], device: torch.device) -> Tensor:
     """Token ids of this shape that the last pipeline stage holds (`tokens`, None elsewhere), on every stage."""
+    from megatron.core import parallel_state
+
     held = torch.empty(tuple(shape), dtype=torch.int64, device=device) if tokens is None else tokens.contiguous()
     source = parallel_state.get_pipeline_model_parallel_last_rank()
     dist.broadcast(held, src=source, group=parallel_state.get_pipeline_model_parallel_group())

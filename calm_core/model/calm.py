@@ -10,7 +10,7 @@ from calm_core.model.backbone import Backbone
 from calm_core.model.cache import KeyValueCache
 from calm_core.model.compression import InputCompression
 from calm_core.model.heads.protocol import HeadLoss, Target
-from calm_core.model.heads.registry import build_head
+from calm_core.model.heads.registry import head_module
 from calm_core.model.noise import Noise
 
 
@@ -40,7 +40,7 @@ class CalmModel(MegatronModule):
             )
         self.backbone = Backbone(config, shape.backbone.rope_base, first=first, last=last, vp_stage=vp_stage)
         if last:
-            self.head = build_head(config, shape.head, shape.latent, shape.vocabulary)
+            self.head = head_module(shape.head.kind).build(config, shape)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Receive the previous stage's hidden states (called by the schedule)."""

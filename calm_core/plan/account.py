@@ -6,66 +6,63 @@ from calm_core.config.experiment import PlanConfig
 from calm_core.config.model_config import ModelShape
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.config.training_config import TrainingConfig
+from calm_core.model.costs import FLOAT32, Load, Weights
+from calm_core.model.heads.registry import head_module
 from calm_core.plan import flops
-from calm_core.plan.flops import training_evaluations
 from calm_core.plan.layout import accumulation
-from calm_core.plan.memory import FLOAT32, Load, States, peak, rank_parameters, states
-from calm_core.plan.pipeline_split import pieces, pipeline_split, shares
+from calm_core.plan.memory import States, peak, rank_parameters, states
+from calm_core.plan.pipeline_split import by_part, pipeline_split, shares
 
 
 def tensor_parallel_traffic(shape: ModelShape, load: Load) -> list[int]:
-    """Of each piece of the pipeline and each micro-batch, forward and backward, to its tensor-parallel group.
+    """Bytes that a rank sends to its tensor-parallel group for each micro-batch, forward and backward, by unit.
 
-    A matrix split by rows sums its output, one split by columns the gradient of its input. With sequence parallelism
-    the sum is a reduce-scatter and an all-gather, as many bytes, and the input of the columns is gathered once more in
-    the backward pass. The losses' own exchange, a number a position, is left out.
+    The ranks sum the output of a `row`, and the gradient of the input of a `column`. With sequence parallelism a sum is
+    a reduce-scatter and an all-gather, as many bytes, and the input of a `column` is gathered once more in the backward
+    pass. The losses' own exchange, a number per position, is omitted.
     """
-    layout, backbone, head = load.layout, shape.backbone, shape.head
-    d, k, blocks = backbone.hidden, shape.k, head.block_count(backbone.layers)
-    samples = training_evaluations(shape)
-    rows, columns = {  # widths of the outputs and of the inputs, a position
-        "energy": (samples * (2 * blocks * d + shape.latent), blocks * (2 * samples + 1) * d + samples * d),
-        "softmax": (0, d),
-    }.get(head.kind, (blocks * d, blocks * d))
-    entrance = (d, 0) if head.reads_tokens else (k * d + d, k * d)
-    layer = (2 * d * (2 if layout.recompute == "full" else 1), 2 * d)
-    return [_sent(load, *widths) for widths in (entrance, *[layer] * backbone.layers, (rows, columns))]
+    entrance, *layers, _ = flops.unit_weights(shape)
+    if load.layout.recompute == "full":  # the second forward pass sums the outputs again
+        layers = [each + Weights(summed_outputs=each.summed_outputs) for each in layers]
+    head = head_module(shape.head.kind).costs(shape).training_weights
+    return [_sent(load, unit) for unit in (entrance, *layers, head)]
 
 
 def data_parallel_traffic(parameters: int, data_size: int, width: int) -> tuple[int, int]:
-    """Of a rank in a step: summing the float32 gradients, and gathering the new weights of `width` bytes."""
+    """Bytes that a rank sends in a step to sum the float32 gradients, and to gather new weights of `width` bytes."""
     return tuple(bytes_each * parameters * (data_size - 1) // data_size for bytes_each in (2 * FLOAT32, width))
 
 
 def pipeline_traffic(shape: ModelShape, load: Load) -> int:
-    """Of each micro-batch at each border between stages, in each direction: hidden states, or their gradient."""
-    return load.own_rows * shape.backbone.hidden * load.width
+    """Bytes of the hidden states, or of their gradient, that a micro-batch sends to a neighbouring stage."""
+    return load.whole(shape.backbone.hidden)
 
 
-def _sent(load: Load, rows: int, columns: int) -> int:
-    size, tensor = load.rows * load.width, load.layout.tensor
-    again = columns if load.layout.sequence else 0
-    return size * (2 * (rows + columns) + again) * (tensor - 1) // tensor
+def _sent(load: Load, weights: Weights) -> int:
+    tensor = load.layout.tensor
+    gathered_again = weights.summed_inputs if load.layout.sequence else 0
+    width = 2 * (weights.summed_outputs + weights.summed_inputs) + gathered_again
+    return load.rows * load.width * width * (tensor - 1) // tensor
 
 
 SECONDS_A_DAY = 86_400
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One pipeline stage, as each of its ranks sees it; bytes unless said otherwise.
+class PipelineStage:
+    """One pipeline stage, as each of its ranks sees it; in bytes unless said otherwise.
 
     Attributes:
         layers: transformer layers.
         parameters: weights on each rank.
-        share: of the FLOPs of a step.
+        share: fraction of the FLOPs of a step.
         states: weights, gradients, optimizer.
         activations: at their peak.
         backbone_sent: to the tensor-parallel group in a step, for compression and layers.
         head_sent: likewise for the head.
-        gradients_sent: to the data-parallel group in a step, summing gradients.
-        weights_sent: likewise, gathering the new weights.
-        borders_sent: to the stages before and after in a step.
+        gradients_sent: to the data-parallel group in a step, to sum gradients.
+        weights_sent: likewise, to gather the new weights.
+        borders_sent: to the previous and the next stage in a step.
     """
 
     layers: int
@@ -81,7 +78,7 @@ class Stage:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak: of a pass or of the optimizer's step, whichever holds more."""
+        """Bytes at the peak: in a pass or in the optimizer's step, whichever holds more."""
         return self.states.held + max(self.activations, self.states.step)
 
 
@@ -93,20 +90,20 @@ class Account:
         shape: the model.
         world: ranks.
         data_size: data-parallel size.
-        micro_batches: that each rank accumulates in a step.
-        stages: of the pipeline.
+        micro_batches: micro-batches that each rank accumulates in a step.
+        stages: the pipeline stages.
         tokens_per_step: tokens that a step trains on.
-        paper_flops: a token's, in the paper's accounting.
-        executed_flops: a token's, as this code computes it.
-        bubble: idle share of the pipeline's time, were its stages equal.
-        days: of the whole run, at the utilisation that the plan assumes.
+        paper_flops: FLOPs per token in the paper's accounting.
+        executed_flops: FLOPs per token that this code executes.
+        bubble: idle fraction of the pipeline's time if its stages are equal.
+        days: duration of the whole run at the utilisation that the plan assumes.
     """
 
     shape: ModelShape
     world: int
     data_size: int
     micro_batches: int
-    stages: list[Stage]
+    stages: list[PipelineStage]
     tokens_per_step: int
     paper_flops: float
     executed_flops: float
@@ -145,18 +142,20 @@ def account(
     )
 
 
-def _stage(shape: ModelShape, load: Load, split: list[int], stage: int, micro_batches: int, data_size: int) -> Stage:
+def _stage(
+    shape: ModelShape, load: Load, split: list[int], stage: int, micro_batches: int, data_size: int
+) -> PipelineStage:
     layout = load.layout
 
-    def own(whole: list[int]) -> int:
-        return sum(sum(part) for part in pieces(whole, split)[stage :: layout.pipeline])
+    def own(units: list[int]) -> int:
+        return sum(sum(part) for part in by_part(units, split)[stage :: layout.pipeline])
 
     sent = tensor_parallel_traffic(shape, load)
     parameters = own(rank_parameters(shape, layout.tensor))
     gradients_sent, weights_sent = data_parallel_traffic(parameters, data_size, load.width)
     parts = layout.pipeline * layout.virtual
     borders = sum((part > 0) + (part < parts - 1) for part in range(stage, parts, layout.pipeline))
-    return Stage(
+    return PipelineStage(
         layers=sum(split[stage :: layout.pipeline]),
         parameters=parameters,
         share=shares(shape, load.positions, layout, split)[stage],

@@ -3,11 +3,12 @@
 from calm_core.config.experiment import Experiment
 from calm_core.config.model_config import AutoencoderConfig
 from calm_core.config.parallel_config import ParallelConfig
+from calm_core.model.costs import FLOAT32, TOKEN
 from calm_core.plan import flops
 from calm_core.plan.account import SECONDS_A_DAY
 from calm_core.plan.flops import AutoencoderShape
 from calm_core.plan.layout import accumulation
-from calm_core.plan.memory import FLOAT32, TOKEN, states
+from calm_core.plan.memory import states
 from calm_core.plan.table import GIB, duration
 
 LOGIT_ROWS = 1024  # tokens whose logits are held at once: see `calm_core.autoencoder.output_layer`

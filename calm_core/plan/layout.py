@@ -1,15 +1,12 @@
-"""Whether a layout of ranks fits a model and a batch: what would fail later, or run and be wrong, is refused here."""
+"""Whether a layout of ranks fits a model and a batch: what would fail later, or run with wrong results, is refused."""
 
-import warnings
 from collections.abc import Iterable
 
 from calm_core.config.model_config import VOCABULARY_MULTIPLE, ModelShape
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.config.training_config import TrainingConfig
 from calm_core.errors import UserError
-
-# The order in which Megatron-core lays ranks out: neighbours share a layer's matrices, the farthest share the layers.
-ORDER = "tp-cp-ep-dp-pp"
+from calm_core.model.heads.registry import head_module
 
 
 def accumulation(training: TrainingConfig, layout: ParallelConfig, world: int, section: str = "training") -> int:
@@ -42,19 +39,23 @@ def data_sizes(training: TrainingConfig, layout: ParallelConfig) -> list[int]:
 
 
 def rank_groups(layout: ParallelConfig, world: int) -> dict[str, list[list[int]]]:
-    """The data-, tensor- and pipeline-parallel groups, as Megatron-core will form them.
+    """The data-, tensor- and pipeline-parallel groups, as Megatron-core forms them, without importing it.
+
+    Rank r is at tensor index r mod T, data index r / T mod D and pipeline index r / (T D): neighbours share a layer's
+    matrices, the farthest ranks share the layers.
 
     Raises:
         RuntimeError: if a rank is not in exactly one group of each kind, or a group has another size than its kind's.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of packages that a plan does not need
-        from megatron.core.parallel_state import RankGenerator
-
-    sizes = {"dp": layout.data_parallel(world), "tp": layout.tensor, "pp": layout.pipeline}
-    generator = RankGenerator(ep=1, cp=1, order=ORDER, **sizes)
-    groups = {kind: generator.get_ranks(kind) for kind in sizes}
-    for kind, size in sizes.items():
+    tensor, data = layout.tensor, layout.data_parallel(world)
+    ranks = range(world)
+    stages = [ranks[start : start + tensor * data] for start in range(0, world, tensor * data)]
+    groups = {
+        "dp": [list(stage[index::tensor]) for stage in stages for index in range(tensor)],
+        "tp": [list(ranks[start : start + tensor]) for start in range(0, world, tensor)],
+        "pp": [list(ranks[start :: tensor * data]) for start in range(tensor * data)],
+    }
+    for kind, size in {"dp": data, "tp": tensor, "pp": layout.pipeline}.items():
         check_groups(kind, groups[kind], size, world)
     return groups
 
@@ -73,7 +74,7 @@ def check_groups(kind: str, groups: Iterable[list[int]], size: int, world: int) 
 def check_layout(shape: ModelShape, positions: int, layout: ParallelConfig) -> None:
     """Refuse a layout whose tensor-parallel ranks cannot share this model, or its samples of S positions, evenly.
 
-    Pipeline stages are the matter of `pipeline_split`.
+    `pipeline_split` checks the stages.
 
     Raises:
         UserError: naming the key and the mend.
@@ -94,7 +95,7 @@ def check_layout(shape: ModelShape, positions: int, layout: ParallelConfig) -> N
             f"parallel.tensor={tensor} does not divide {VOCABULARY_MULTIPLE}, of which every vocabulary is padded to a "
             "multiple: choose a power of two."
         )
-    group = shape.head.positions_together
+    group = head_module(shape.head.kind).costs(shape).shared_positions
     if layout.sequence and positions % (tensor * group):
         raise UserError(
             f"training.positions={positions} is not a multiple of {tensor * group}, parallel.tensor x the {group} "

@@ -1,15 +1,19 @@
-"""Memory of one rank by closed form: weights, gradients, optimizer (ZeRO-1) and activations."""
+"""Memory of one rank by closed form: weights, gradients, optimizer (ZeRO-1) and activations.
+
+Activations are counted tensor by tensor: a docstring lists what autograd keeps from the forward to the backward pass of
+one micro-batch, each tensor once, with the operation that reads it. "Whole" tensors are d wide on every rank, "split"
+ones are divided by width among tensor-parallel ranks (`Load.whole`, `Load.split`). A head counts its own.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from calm_core.config.model_config import ModelShape, padded_vocabulary
 from calm_core.config.parallel_config import ParallelConfig
+from calm_core.model.costs import FLOAT32, TOKEN, Activations, Load
+from calm_core.model.heads.registry import head_module
 from calm_core.plan import flops
-from calm_core.plan.flops import TIME_FEATURES, Weights
-from calm_core.plan.pipeline_split import pieces
-
-FLOAT32 = 4
+from calm_core.plan.pipeline_split import by_part
 
 # DeepSpeed stages gradients for their reduction in buckets of at most so many elements (its default).
 BUCKET = 500_000_000
@@ -22,10 +26,9 @@ class States:
     Attributes:
         weights: in the precision of the model.
         gradients: accumulated over micro-batches, float32, whole (ZeRO-1).
-        optimizer: float32 masters and two moments, shared out to the data-parallel ranks.
-        buckets: staging of the gradients' reduction, which is there from the first backward pass on where the weights
-            are float32.
-        step: what the optimizer's step needs besides, when there are no activations.
+        optimizer: float32 masters and two moments, divided among the data-parallel ranks.
+        buckets: staging of the gradients' reduction; with float32 weights it stays from the first backward pass on.
+        step: what the optimizer's step needs in addition, when there are no activations.
     """
 
     weights: int
@@ -36,7 +39,7 @@ class States:
 
     @property
     def held(self) -> int:
-        """All that is there during forward and backward passes."""
+        """All that exists during forward and backward passes."""
         return self.weights + self.gradients + self.optimizer + self.buckets
 
 
@@ -47,7 +50,7 @@ def states(parameters: int, data_size: int, width: int) -> States:
     if width == FLOAT32:
         buckets, step = bucket, FLOAT32 * parameters // data_size if data_size > 1 else 0
     else:
-        buckets, step = 0, bucket if parameters <= BUCKET else 0  # a larger tensor is reduced where it lies
+        buckets, step = 0, bucket if parameters <= BUCKET else 0  # a larger tensor is reduced in place
     return States(width * parameters, gradients, 3 * FLOAT32 * parameters // data_size, buckets, step)
 
 
@@ -57,117 +60,40 @@ def padded(shape: ModelShape) -> ModelShape:
 
 
 def rank_parameters(shape: ModelShape, tensor: int) -> list[int]:
-    """Parameters of one of `tensor` ranks, for each piece of the pipeline in the order of `flops.stage_costs`.
-
-    The rules are those of the modules: matrices between parallel regions are shared out, and the biases of those that
-    are split by columns; norms, other biases and small matrices are held whole.
-    """
-    shape = padded(shape)
-    d, kind, blocks = shape.backbone.hidden, shape.head.kind, shape.head.block_count(shape.backbone.layers)
-    table, compression = flops.embedding(shape), flops.compression(shape)
-    in_blocks = blocks * {"energy": 6 * d * d + 3 * d, "diffusion": 2 * d * d + d, "flow": 2 * d * d + d}.get(kind, 0)
-    in_output = {"energy": d * d + d + d * shape.latent, "softmax": d * shape.vocabulary}.get(kind, 0)
-
-    def own(whole: Weights, shared: int) -> int:
-        return whole.parameters - shared + shared // tensor
-
-    return [
-        own(table + compression, table.parameters + compression.matrix + (2 * d if compression.matrix else 0)),
-        *[own(flops.layer(shape), flops.layer(shape).matrix)] * shape.backbone.layers,
-        own(flops.final_norm(shape) + flops.whole_head(shape), in_blocks + in_output),
-    ]
-
-
-TOKEN = 8  # bytes
-
-# Distances that the energy loss holds at once, and their copies (squares, slopes): see `energy_loss.py`.
-ENERGY_SLICE = {"cpu": 2**19, "cuda": 2**25}
-
-ENERGY_COPIES = 3
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a rank computes in one micro-batch.
-
-    Attributes:
-        positions: S, chunk positions of a sequence.
-        micro_batch: B, sequences.
-        layout: the layout over ranks.
-        width: bytes of an activation, 2 for bf16 and 4 for float32.
-        device: "cuda" or "cpu", whose kernels are assumed.
-    """
-
-    positions: int
-    micro_batch: int
-    layout: ParallelConfig
-    width: int = 2
-    device: str = "cuda"
-
-    @property
-    def rows(self) -> int:
-        """Positions of all sequences."""
-        return self.positions * self.micro_batch
-
-    @property
-    def own_rows(self) -> int:
-        """Those that this rank holds between the parallel matrices."""
-        return self.rows // self.layout.tensor if self.layout.sequence else self.rows
-
-    @property
-    def plain_norm(self) -> int:
-        """Copies of its input that an RMSNorm keeps beyond the input itself."""
-        return 1 if self.device == "cpu" else 0
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Bytes of one piece and one micro-batch.
-
-    Attributes:
-        kept: from its forward to its backward pass.
-        forward: alive besides while it computes forward.
-        backward: alive besides while it computes backward, a recomputed forward pass among them.
-        gathered: buffer for the positions of all tensor-parallel ranks (sequence parallelism), kept and shared by all.
-    """
-
-    kept: int
-    forward: int = 0
-    backward: int = 0
-    gathered: int = 0
+    """Parameters of one of `tensor` tensor-parallel ranks, for each unit of `flops.unit_weights`."""
+    return [unit.on_rank(tensor) for unit in flops.unit_weights(padded(shape))]
 
 
 def activations(shape: ModelShape, load: Load) -> list[Activations]:
-    """Of each piece of the pipeline: embedding with compression, each layer, head with final norm and loss."""
-    shape = padded(shape)
-    head = {"energy": _energy, "softmax": _softmax}.get(shape.head.kind, _adaptive)
-    return [_entrance(shape, load), *[_layer(shape, load)] * shape.backbone.layers, head(shape, load)]
+    """Activations of each unit of `flops.unit_weights`."""
+    head = head_module(shape.head.kind).activations(shape, load)
+    return [_entrance(shape, load), *[_layer(shape, load)] * shape.backbone.layers, head]
 
 
 def peak(shape: ModelShape, load: Load, split: Sequence[int], stage: int, micro_batches: int) -> int:
-    """Bytes of activations that a stage holds at most, with `split` layers in each part of the pipeline.
+    """Bytes of activations that a stage holds at most, with `split` layers in each model part.
 
-    The stage walks its schedule, and every part its pieces, forward and back.
+    Walks the stage's schedule, and in every pass the units of a model part, forward or backward.
     """
-    parts = pieces(activations(shape, load), split)
+    parts = by_part(activations(shape, load), split)
     own = parts[stage :: load.layout.pipeline]
-    output = load.own_rows * shape.backbone.hidden * load.width  # kept by a part for the one that goes on from it
+    output = load.whole(shape.backbone.hidden)  # kept by a part for the part that reads it
     most = held = 0
     for forward, virtual in schedule(stage, micro_batches, load.layout):
         part = own[virtual]
         if not forward:
-            held -= sum(piece.kept for piece in part) + (0 if part is parts[-1] else output)
+            held -= sum(unit.kept for unit in part) + (0 if part is parts[-1] else output)
         inside = 0
-        for piece in part:
-            most = max(most, held + inside + piece.kept + (piece.forward if forward else piece.backward))
-            inside += piece.kept
+        for unit in part:
+            most = max(most, held + inside + unit.kept + (unit.forward if forward else unit.backward))
+            inside += unit.kept
         if forward:
             held += inside + (0 if part is parts[-1] else output)
-    return most + max(piece.gathered for part in own for piece in part)
+    return most + max(unit.gathered for part in own for unit in part)
 
 
 def schedule(stage: int, micro_batches: int, layout: ParallelConfig) -> Iterator[tuple[bool, int]]:
-    """(whether forward, virtual part) of each pass of a stage in a step: Megatron-core's 1F1B, interleaved or not."""
+    """(whether forward, model part) of each pass of a stage in a step: Megatron-core's 1F1B, interleaved or not."""
     stages, virtual = layout.pipeline, layout.virtual
     total = micro_batches * virtual
     warm_up = (stages - stage - 1) * (1 if virtual == 1 else 2) + (virtual - 1) * stages
@@ -184,84 +110,46 @@ def schedule(stage: int, micro_batches: int, layout: ParallelConfig) -> Iterator
 
 
 def _entrance(shape: ModelShape, load: Load) -> Activations:
-    """Tokens, their embeddings side by side, and the compression's two matrices; what leaves is the first layer's."""
-    d, k, tensor = shape.backbone.hidden, shape.k, load.layout.tensor
-    embedded = load.rows * k * d * load.width
-    tokens = load.rows * k * TOKEN
+    """Embedding and compression.
+
+    Kept: the token ids; the embeddings of a chunk, K d wide and whole, read by the first matrix; its output of 2 d and
+    the result of SiLU, both split, read by SiLU and the second matrix; the output of that, whole, read by the norm. The
+    result is counted by the first layer. Alive in addition: the embeddings in the order of the look-up (forward); the
+    gradients of the embeddings in both orders (backward). A head that reads tokens has the look-up alone.
+    """
+    d, k = shape.backbone.hidden, shape.k
+    embedded, tokens = load.rows * k * d * load.width, load.rows * k * TOKEN
     if shape.head.reads_tokens:
         return Activations(tokens, forward=embedded)
-    own = load.own_rows * load.width
-    kept = tokens + own * (k * d + d) + load.rows * load.width * 4 * d // tensor
-    return Activations(kept, embedded, 2 * embedded, _gathered(k * d, load))
+    kept = tokens + load.whole(k * d) + 2 * load.split(2 * d) + load.whole(d)
+    return Activations(kept, embedded, 2 * embedded, load.gathered(k * d))
 
 
 def _layer(shape: ModelShape, load: Load) -> Activations:
-    """One transformer layer, with its input."""
-    backbone, recompute, tensor = shape.backbone, load.layout.recompute, load.layout.tensor
-    d, head_width = backbone.hidden, backbone.hidden // backbone.heads
+    """One transformer layer with its input.
+
+    Kept, whole: the two norms' inputs (see `Load.rms_norm`) and outputs, which the matrices read. Kept by attention,
+    split: the joint output of the matrix, of which the values are a view (d + 2 kv); rotated queries and keys, read by
+    the attention kernel (d + kv); its output, read by the kernel and the next matrix (d); its logarithms of sums of
+    exponentials, float32, one per head. Kept for the rotation: cosines and sines of each position, for queries and for
+    keys. Kept by the feed-forward layer, split: gate and up projection in one tensor (2 ffn), silu(gate), the copy of
+    the up projection that Megatron-core makes, and their product (1 ffn each).
+
+    Backward, in addition: two gradients of the residual stream and two of the feed-forward width. Recomputation of
+    attention drops the logarithms and recomputes its output; full recomputation keeps the input alone.
+    """
+    backbone, recompute = shape.backbone, load.layout.recompute
+    d, ffn, head_width = backbone.hidden, backbone.ffn, backbone.hidden // backbone.heads
     key_value = head_width * backbone.key_value_heads
-    own, shared = load.own_rows * load.width, load.rows * load.width // tensor
-    scores = load.rows * backbone.heads * FLOAT32 // tensor
-    output = shared * d
-    rotation = 4 * load.positions * head_width * load.width
-    attention = rotation + shared * (2 * d + 3 * key_value) + output + scores  # projections, rotated ones, output
-    feed_forward = shared * 5 * backbone.ffn  # gate and up, gate after SiLU, a copy of up (Megatron-core's), product
-    kept = own * d * (4 + 2 * load.plain_norm) + attention + feed_forward
-    backward = 2 * own * d + 2 * shared * backbone.ffn
-    gathered = _gathered(d, load)
+    log_sums = load.rows * backbone.heads * FLOAT32 // load.layout.tensor
+    rotation = 2 * 2 * load.positions * head_width * load.width
+    attention = load.split(d + 2 * key_value) + load.split(d + key_value) + load.split(d) + log_sums + rotation
+    kept = 2 * (load.rms_norm(d) + load.whole(d)) + attention + load.split(5 * ffn)
+    backward = 2 * load.whole(d) + 2 * load.split(ffn)
+    gathered = load.gathered(d)
     if recompute == "full":
-        return Activations(own * d, kept - own * d, kept - own * d + backward, gathered)
-    if recompute == "selective":  # the output of the attention is needed by the next matrix in any case
-        return Activations(kept - scores, scores, scores + output + backward, gathered)
+        again = kept - load.whole(d)
+        return Activations(load.whole(d), again, again + backward, gathered)
+    if recompute == "selective":  # the next matrix keeps the output of the attention in any case
+        return Activations(kept - log_sums, log_sums, log_sums + load.split(d) + backward, gathered)
     return Activations(kept, 0, backward, gathered)
-
-
-def _energy(shape: ModelShape, load: Load) -> Activations:
-    """Final norm, energy head on N samples of each position, energy loss."""
-    d, head, latent, tensor = shape.backbone.hidden, shape.head, shape.latent, load.layout.tensor
-    own, shared = load.own_rows * head.samples * load.width, load.rows * head.samples * load.width // tensor
-    # float32 draws are kept as they are, all positions of them; bf16 ones are the own positions' copies.
-    noise = (own if load.width < FLOAT32 else load.rows * head.samples * FLOAT32) * head.noise
-    blocks = head.block_count(shape.backbone.layers) * d * (4 * own + 6 * shared)
-    gradient = load.own_rows * head.samples * latent * FLOAT32
-    kept = (
-        load.own_rows * load.width * d * (4 + load.plain_norm)  # into and out of the norm, into and out of LN(W_h h)
-        + noise
-        + 2 * own * d  # around LN(W_e e)
-        + blocks
-        + d * (own + 2 * shared)  # the output network
-        + gradient
-        + _targets(shape, load)
-    )
-    draws = load.micro_batch * -(-load.positions // head.target_group) * head.target_samples * latent * FLOAT32
-    distances = load.own_rows * head.samples * head.target_samples
-    slices = ENERGY_COPIES * FLOAT32 * min(ENERGY_SLICE[load.device], distances)
-    return Activations(kept, draws + slices + own * latent, gradient + 2 * own * d, _gathered(head.samples * d, load))
-
-
-def _softmax(shape: ModelShape, load: Load) -> Activations:
-    """Final norm and cross-entropy, whose probabilities are kept in float32."""
-    d, logits = shape.backbone.hidden, load.rows * shape.vocabulary // load.layout.tensor
-    kept = load.own_rows * load.width * d * (2 + load.plain_norm) + logits * FLOAT32 + _targets(shape, load)
-    converted = load.width + FLOAT32 if load.width < FLOAT32 else FLOAT32
-    return Activations(kept, logits * converted, logits * FLOAT32, _gathered(d, load))
-
-
-def _adaptive(shape: ModelShape, load: Load) -> Activations:
-    """Final norm and the network of the diffusion and flow heads, on one noise level of each position."""
-    d, blocks = shape.backbone.hidden, shape.head.block_count(shape.backbone.layers)
-    own, shared = load.own_rows * load.width, load.rows * load.width // load.layout.tensor
-    features = load.own_rows * TIME_FEATURES * (load.width + FLOAT32)
-    conditioning = own * d * (2 + load.plain_norm + 5)
-    latents = load.own_rows * 10 * shape.latent * FLOAT32
-    kept = features + conditioning + latents + blocks * d * (8 * own + 2 * shared) + 5 * own * d
-    return Activations(kept + _targets(shape, load), 0, 3 * own * d, _gathered(d, load))
-
-
-def _targets(shape: ModelShape, load: Load) -> int:
-    """The chunk to predict at each position: tokens, and in float32 mean and log standard deviation."""
-    return load.rows * (shape.k * TOKEN + 2 * shape.latent * FLOAT32)
-
-
-def _gathered(width: int, load: Load) -> int:
-    return load.rows * width * load.width if load.layout.sequence else 0

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from calm_core.config.model_config import ModelShape
+from calm_core.model.heads.registry import head_module
 from calm_core.plan import flops
 from calm_core.plan.flops import AutoencoderShape
 
@@ -40,8 +41,8 @@ def ours(shape: ModelShape, autoencoder: AutoencoderShape | None) -> tuple[float
 
 def missing_head(shape: ModelShape, training: float) -> float:
     """How much lighter the head would have to be, as a share, for the paper's accounting to give these FLOPs."""
-    samples, per_position = flops.training_evaluations(shape), 3 * flops.PAPER_TOKENS / shape.k
-    head = flops.whole_head(shape).forward * samples * per_position
+    costs = head_module(shape.head.kind).costs(shape)
+    head = costs.weights.forward * costs.training_evaluations * 3 * flops.PAPER_TOKENS / shape.k
     return (flops.paper_training(shape) - training) / head
 
 

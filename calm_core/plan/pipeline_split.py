@@ -1,8 +1,8 @@
 """Which layers each pipeline stage holds: so that the busiest stage does as little as it can.
 
-The generative head works on N samples of every position and may weigh as much as many layers; the compression on the
-first stage has its weight too. Equal numbers of layers would leave most stages waiting for the last one. A piece weighs
-its training FLOPs (`flops.stage_costs`); tensor parallelism divides all pieces alike and does not matter.
+The generative head works on N draws for every position and may cost as much as many layers; the compression on the
+first stage costs something too. With equal numbers of layers most stages would wait for the last one. A unit of the
+model counts by its training FLOPs (`flops.unit_costs`); tensor parallelism divides all units alike and does not matter.
 """
 
 from collections.abc import Sequence
@@ -14,21 +14,21 @@ from calm_core.config.model_config import ModelShape
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.errors import UserError
 from calm_core.plan import flops
-from calm_core.plan.flops import StageCost
+from calm_core.plan.flops import UnitCost
 
 T = TypeVar("T")
 
 
 def pipeline_split(shape: ModelShape, positions: int, layout: ParallelConfig) -> list[int]:
-    """Layers of each part of the model, in the order of the pipeline: `layout.split`, or the balanced split.
+    """Layers of each model part, in the order of the pipeline: `layout.split`, or the balanced split.
 
     There are pipeline x virtual parts; part i belongs to stage i modulo pipeline. The first part also holds the
-    embedding and the compression, the last one the head: these two may do without layers, the parts between may not.
-    Nor may the first one where there is no compression: it would have no norm, and the ranks would not agree on the
+    embedding and the compression, the last one the head: these two may have no layers, the parts between may not. Nor
+    may the first one where there is no compression: it would have no norm, and the ranks would not agree on the
     groups of weights (with decay and without) over which DeepSpeed reduces the gradient norm.
 
     Raises:
-        UserError: if the layers do not suffice, or are not those of `layout.split`.
+        UserError: if there are too few layers, or `layout.split` has another number of them.
     """
     parts, layers = layout.pipeline * layout.virtual, shape.backbone.layers
     first = int(shape.head.reads_tokens)
@@ -38,7 +38,7 @@ def pipeline_split(shape: ModelShape, positions: int, layout: ParallelConfig) ->
             f"choose at most {layers + 2 - first} parts."
         )
     if not layout.split:
-        work = [piece.training for piece in _costs(shape, positions, layout)]
+        work = [unit.training for unit in _costs(shape, positions, layout)]
         return balanced(work, layout.pipeline, layout.virtual, first)
     if layout.split[0] < first:
         raise UserError(
@@ -56,10 +56,10 @@ def pipeline_split(shape: ModelShape, positions: int, layout: ParallelConfig) ->
 def balanced(work: Sequence[int], stages: int, virtual: int = 1, first_least: int = 0) -> list[int]:
     """The numbers of layers that make the busiest stage least busy, and then the heaviest part of each stage lightest.
 
-    `work` is that of the first part's own pieces, of each layer (all alike), and of the last part's own pieces; the
-    first part gets at least `first_least` layers, those between the ends at least one. Layers being alike, it is best
-    to hand them out one by one, each to who would have least with it: first to stages, then those of a stage to its
-    parts. Among equals the later one takes it: it keeps fewer micro-batches' activations.
+    `work` is that of the embedding, of each layer (all alike), and of the head. The first part gets at least
+    `first_least` layers, those between the ends at least one. As layers are alike, it is optimal to assign them one by
+    one, each to the stage that is least busy, and within it to the least busy part. Of equal ones the later one gets
+    it: it keeps the activations of fewer micro-batches.
     """
     first, *layers, last = work
     parts = stages * virtual
@@ -78,9 +78,9 @@ def balanced(work: Sequence[int], stages: int, virtual: int = 1, first_least: in
     return held
 
 
-def pieces(whole: Sequence[T], split: Sequence[int]) -> list[list[T]]:
-    """What each part of the pipeline holds of a list in the order of `flops.stage_costs`: embedding, layers, head."""
-    embedding, *layers, head = whole
+def by_part(units: Sequence[T], split: Sequence[int]) -> list[list[T]]:
+    """A value for each unit of the model (embedding, layers, head), grouped by model part."""
+    embedding, *layers, head = units
     rest = iter(layers)
     parts = [list(islice(rest, count)) for count in split]
     parts[0].insert(0, embedding)
@@ -89,20 +89,20 @@ def pieces(whole: Sequence[T], split: Sequence[int]) -> list[list[T]]:
 
 
 def shares(shape: ModelShape, positions: int, layout: ParallelConfig, split: Sequence[int]) -> list[float]:
-    """The share of each stage in all the work of a training step; they add up to 1."""
-    work = [sum(piece.training for piece in part) for part in pieces(_costs(shape, positions, layout), split)]
+    """The fraction of each stage in the FLOPs of a training step; they add up to 1."""
+    work = [sum(unit.training for unit in part) for part in by_part(_costs(shape, positions, layout), split)]
     return [sum(work[stage :: layout.pipeline]) / sum(work) for stage in range(layout.pipeline)]
 
 
 def describe(shape: ModelShape, positions: int, layout: ParallelConfig, split: Sequence[int]) -> str:
-    """The split and the share of each stage, as a line for the person who starts the run."""
+    """The split and the fraction of the FLOPs on each stage, as a line for the person who starts the run."""
     percents = " + ".join(f"{100 * share:.1f}" for share in shares(shape, positions, layout, split))
     return f"parallel.split={list(split)}: the stages share the FLOPs of a step as {percents} %"
 
 
-def _costs(shape: ModelShape, positions: int, layout: ParallelConfig) -> list[StageCost]:
-    """`flops.stage_costs`, with the second forward pass of layers that are recomputed."""
-    embedding, *layers, head = flops.stage_costs(shape, positions)
+def _costs(shape: ModelShape, positions: int, layout: ParallelConfig) -> list[UnitCost]:
+    """`flops.unit_costs`, with the second forward pass of layers that are recomputed."""
+    embedding, *layers, head = flops.unit_costs(shape, positions)
     if layout.recompute == "full":
         layers = [replace(layer, training=layer.training + layer.forward) for layer in layers]
     return [embedding, *layers, head]

@@ -6,7 +6,7 @@ from calm_core.config.experiment import PlanConfig
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.config.training_config import TrainingConfig
 from calm_core.plan import flops
-from calm_core.plan.account import Account, Stage
+from calm_core.plan.account import Account, PipelineStage
 
 GIB = 2**30
 
@@ -84,7 +84,7 @@ def _message_rows(account: Account) -> list[list[str]]:
     return rows
 
 
-def _sent(stage: Stage) -> list[int]:
+def _sent(stage: PipelineStage) -> list[int]:
     return [stage.backbone_sent, stage.head_sent, stage.gradients_sent, stage.weights_sent, stage.borders_sent]
 
 

@@ -107,7 +107,7 @@ class Point:
 
 def model_size(shape: ModelShape) -> int:
     """Parameters without the token table and, for the softmax head, without the output matrix."""
-    output = flops.whole_head(shape).parameters if shape.head.kind == "softmax" else 0
+    output = flops.head(shape).parameters if shape.head.kind == "softmax" else 0
     return sum(flops.parameters(shape).values()) - flops.embedding(shape).parameters - output
 
 

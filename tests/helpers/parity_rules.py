@@ -49,11 +49,11 @@ def _gather() -> tuple[str, Any]:
     """The softmax head gathers the gradients of the losses that it has handed out along the sequence."""
     from megatron.core import parallel_state
 
-    def shared_out(losses: Any) -> Any:
+    def shared_out(losses: Any, config: Any) -> Any:
         ranks = parallel_state.get_tensor_model_parallel_world_size()
         return losses.chunk(ranks)[parallel_state.get_tensor_model_parallel_rank()]
 
-    return "calm_core.model.heads.softmax.scatter_to_sequence_parallel_region", shared_out
+    return "calm_core.model.heads.softmax.split_positions", shared_out
 
 
 def _own_noise() -> tuple[str, Any]:

@@ -146,7 +146,7 @@ def test_parameters_and_executed_flops_equal_those_of_a_plain_model(kv_groups: i
 
 
 def test_stages_add_up_to_the_model_in_the_order_of_the_pipeline() -> None:
-    stages = flops.stage_costs(CALM_M, positions=2048)
+    stages = flops.unit_costs(CALM_M, positions=2048)
     assert [stage.name for stage in stages] == ["embedding", *(f"layer {i}" for i in range(16)), "head"]
     assert sum(stage.parameters for stage in stages) == sum(flops.parameters(CALM_M).values())
     assert sum(stage.training for stage in stages) == flops.executed_training(CALM_M, 2048)
@@ -154,10 +154,10 @@ def test_stages_add_up_to_the_model_in_the_order_of_the_pipeline() -> None:
 
 
 def test_the_energy_head_weighs_as_much_as_the_layers_and_its_conditioning_is_counted_once() -> None:
-    *body, head = flops.stage_costs(CALM_M, positions=2048)
+    *body, head = flops.unit_costs(CALM_M, positions=2048)
     assert 0.7 < head.training / sum(stage.training for stage in body) < 1
     more = ModelShape(CALM_M.backbone, HeadConfig(samples=16), VOCABULARY, k=4, latent=128)
-    per_sample = (flops.stage_costs(more, 1)[-1].forward - flops.stage_costs(CALM_M, 1)[-1].forward) / 8
+    per_sample = (flops.unit_costs(more, 1)[-1].forward - flops.unit_costs(CALM_M, 1)[-1].forward) / 8
     d = 1024
     assert per_sample == 2 * (64 * d + 4 * 5 * d * d + d * d + d * 128) + 2 * 100 * 128
 
@@ -169,8 +169,8 @@ def test_iterative_heads(kind: str, outputs: int, evaluations: int) -> None:
     linears = [(d, d), (latent, d), (256, d), (d, d), *2 * [(d, 3 * d), (d, d), (d, d)], (d, 2 * d), (d, outputs)]
     expected = sum(i * o + o for i, o in linears) + 2 * 2 * d  # two affine norms
     assert flops.parameters(shape)["head"] == expected
-    body = flops.paper_inference(shape) * shape.k - flops.whole_head(shape).forward * evaluations
-    assert body == flops.paper_inference(TINY) * shape.k - flops.whole_head(TINY).forward
+    body = flops.paper_inference(shape) * shape.k - flops.head(shape).forward * evaluations
+    assert body == flops.paper_inference(TINY) * shape.k - flops.head(TINY).forward
 
 
 def test_utilisation() -> None:

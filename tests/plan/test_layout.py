@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.parallel_state import RankGenerator
 
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
 from calm_core.config.parallel_config import ParallelConfig
@@ -20,6 +21,13 @@ def test_every_rank_is_in_one_group_of_each_kind(tensor: int, pipeline: int, dat
     groups = rank_groups(ParallelConfig(tensor, pipeline), tensor * pipeline * data)
     assert [len(groups[kind]) for kind in ("dp", "tp", "pp")] == [tensor * pipeline, pipeline * data, tensor * data]
     assert groups["tp"][0] == list(range(tensor))  # neighbours, which share a machine
+
+
+@given(tensor=SIZES, pipeline=SIZES, data=SIZES)
+def test_the_groups_are_those_of_megatron_core(tensor: int, pipeline: int, data: int) -> None:
+    generator = RankGenerator(tensor, 1, data, pipeline, 1, order="tp-cp-ep-dp-pp")
+    groups = rank_groups(ParallelConfig(tensor, pipeline), tensor * pipeline * data)
+    assert groups == {kind: generator.get_ranks(kind) for kind in ("dp", "tp", "pp")}
 
 
 def test_groups_that_are_wrong_are_refused() -> None:

@@ -31,6 +31,6 @@ def test_what_the_largest_model_would_need() -> None:
     model, target = shape("calm_xl"), ROWS["calm_xl"].training
     lighter = missing_head(model, target)
     assert lighter == pytest.approx(0.19, abs=0.01)
-    head = 3 * flops.PAPER_TOKENS / 4 * 8 * flops.whole_head(model).forward
+    head = 3 * flops.PAPER_TOKENS / 4 * 8 * flops.head(model).forward
     assert flops.paper_training(model) - lighter * head == pytest.approx(target)
     assert "head 19% lighter" in comparison({"calm_xl": (model, AUTOENCODER)})

@@ -12,7 +12,7 @@ from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.errors import UserError
 from calm_core.plan import flops
-from calm_core.plan.pipeline_split import balanced, describe, pieces, pipeline_split, shares
+from calm_core.plan.pipeline_split import balanced, by_part, describe, pipeline_split, shares
 
 CALM_M = ModelShape(BackboneConfig(layers=16), HeadConfig(), 128_257, k=4, latent=128)
 BASELINE = replace(CALM_M, head=HeadConfig(kind="softmax"), k=1, latent=0)
@@ -77,15 +77,15 @@ def test_recomputed_layers_weigh_more() -> None:
     assert again[-1] > plain[-1]
 
 
-def test_pieces_are_all_there_once() -> None:
-    costs = flops.stage_costs(CALM_M, 2048)
-    parts = pieces(costs, [0, 9, 7, 0])
-    assert [piece for part in parts for piece in part] == costs
+def test_every_unit_is_in_one_part() -> None:
+    costs = flops.unit_costs(CALM_M, 2048)
+    parts = by_part(costs, [0, 9, 7, 0])
+    assert [unit for part in parts for unit in part] == costs
     assert [len(part) for part in parts] == [1, 9, 7, 1]
 
 
 def test_shares_by_hand() -> None:
-    embedding, layer, *_, head = (cost.training for cost in flops.stage_costs(CALM_M, 2048))
+    embedding, layer, *_, head = (cost.training for cost in flops.unit_costs(CALM_M, 2048))
     layout = ParallelConfig(pipeline=2, virtual=2, split=[3, 5, 6, 2])
     whole = embedding + 16 * layer + head
     expected = [(embedding + 9 * layer) / whole, (7 * layer + head) / whole]

@@ -1,27 +1,32 @@
 """The network of the diffusion and flow heads: an MLP whose norms are scaled and shifted by time and hidden state."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from calm_core.config.model_config import HeadConfig
+from calm_core.config.model_config import HeadConfig, ModelShape
+from calm_core.model import costs as of
+from calm_core.model.costs import Activations, HeadCosts, Load, target_bytes
 from calm_core.model.layers import column, layer_norm, linear, row
-from calm_core.plan.flops import TIME_FEATURES
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+TIME_FEATURES = 256  # sinusoidal features of the time
 
 
-class AdaptiveNetwork(MegatronModule):
-    """Noisy latents `[S, B, N, l]`, their time and the hidden states `[S, B, d]` -> outputs `[S, B, N, outputs]`.
+class AdaptiveNetwork(nn.Module):
+    """Noisy latents `[S, B, N, l]`, their times and the hidden states `[S, B, d]` -> outputs `[S, B, N, outputs]`.
 
-    Time and hidden state together make the scale, shift and gate of every block (AdaLN, Peebles and Xie 2023): once
-    per position, for all the N latents of a position are at the same time.
+    Time and hidden state together give the scale, shift and gate of every block (AdaLN, Peebles and Xie 2023).
     """
 
-    def __init__(self, config: TransformerConfig, head: HeadConfig, latent: int, outputs: int) -> None:
-        super().__init__(config=config)
+    def __init__(self, config: "TransformerConfig", head: HeadConfig, latent: int, outputs: int) -> None:
+        super().__init__()
+        self.eps = config.layernorm_epsilon
         d = config.hidden_size
         self.latent_in = _xavier(linear(config, latent, d), latent, d)
         self.time_in = _xavier(linear(config, TIME_FEATURES, d), TIME_FEATURES, d)
@@ -32,29 +37,32 @@ class AdaptiveNetwork(MegatronModule):
         self.out = _zero(linear(config, d, outputs))
 
     def condition(self, hidden: Tensor) -> Tensor:
-        """What `forward` wants to know of the hidden states: the same at all times, `[S, B, d]`."""
+        """The part of the network that reads the hidden states and not the time, `[S, B, d]`."""
         return self.hidden_in(hidden)
 
     def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
-        """x `[S, B, N, l]`, time `[S, B]` or `[1, 1]`, condition `[S, B, d]` -> `[S, B, N, outputs]`, both float32."""
+        """x `[S, B, N, l]` at times `[S, B, N]`, or `[1, 1, 1]` for all, condition `[S, B, d]` -> `[S, B, N, outputs]`.
+
+        x and the output are float32. At one time for all, the modulation is computed once per position.
+        """
         features = time_features(time, TIME_FEATURES).to(condition.dtype)
-        modulation = F.silu(self.time_out(F.silu(self.time_in(features))) + condition)
+        modulation = F.silu(self.time_out(F.silu(self.time_in(features))) + condition.unsqueeze(2))
         h = self.latent_in(x.to(condition.dtype))
         for block in self.blocks:
             h = block(h, modulation)
-        shift, scale = self.out_modulation(modulation).unsqueeze(2).chunk(2, dim=-1)
-        h = F.layer_norm(h, h.shape[-1:], eps=self.config.layernorm_epsilon)
+        shift, scale = self.out_modulation(modulation).chunk(2, dim=-1)
+        h = F.layer_norm(h, h.shape[-1:], eps=self.eps)
         return self.out(h * (1 + scale) + shift).float()
 
 
-class AdaptiveBlock(MegatronModule):
+class AdaptiveBlock(nn.Module):
     """x + gate * W_2 silu(W_1 (LN(x) * (1 + scale) + shift)).
 
-    Tensor parallelism: W_1 by columns, W_2 by rows; the norm and the modulation are replicated.
+    Tensor parallelism: W_1 by columns, W_2 by rows; every rank holds the norm and the modulation whole.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config=config)
+    def __init__(self, config: "TransformerConfig") -> None:
+        super().__init__()
         d = config.hidden_size
         self.norm = layer_norm(config)
         self.modulation = _zero(linear(config, d, 3 * d))
@@ -62,8 +70,8 @@ class AdaptiveBlock(MegatronModule):
         self.reduce = _xavier(row(config, d, d), d, d)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x `[S, B, N, d]`, modulation `[S, B, d]` -> `[S, B, N, d]`."""
-        shift, scale, gate = self.modulation(modulation).unsqueeze(2).chunk(3, dim=-1)
+        """x `[S, B, N, d]`, modulation `[S, B, N, d]` or `[S, B, 1, d]` -> `[S, B, N, d]`."""
+        shift, scale, gate = self.modulation(modulation).chunk(3, dim=-1)
         inner = self.norm(x) * (1 + scale) + shift
         inner, _ = self.expand(inner.flatten(1, 2))
         out, _ = self.reduce(F.silu(inner))
@@ -78,6 +86,46 @@ def time_features(time: Tensor, features: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def costs(shape: ModelShape, outputs: int, sampling_evaluations: int) -> HeadCosts:
+    """Costs of a head on this network: the hidden state's layer once per position, the rest once per evaluation."""
+    d, blocks = shape.backbone.hidden, shape.head.block_count(shape.backbone.layers)
+    block = of.linear(d, 3 * d) + of.layer_norm(d) + of.column(d, d) + of.row(d, d)
+    modulation = of.leaf_linear(TIME_FEATURES, d) + of.linear(d, d)
+    latents = of.leaf_linear(shape.latent, d) + block * blocks + of.linear(d, 2 * d) + of.linear(d, outputs)
+    return HeadCosts(
+        per_position=of.linear(d, d),
+        per_evaluation=modulation + latents,
+        training_evaluations=shape.head.samples,
+        sampling_evaluations=sampling_evaluations,
+    )
+
+
+def activations(shape: ModelShape, load: Load, loss: int) -> Activations:
+    """Of the final norm, this network on N = `head.samples` latents per position, and a loss that keeps `loss` bytes.
+
+    Kept per position: what the final norm keeps; the hidden state, read by its layer.
+
+    Kept per latent:
+    - the features of the time and the latent, read by their layers;
+    - d wide and whole: the time's hidden layer before and after SiLU, and the modulation before and after SiLU;
+    - in each block, d wide and whole: its input, read by LN; LN(x) and 1 + scale, read by their product; the modulated
+      x, read by W_1; the output of W_2, read by the product with the gate; and shift, scale and gate, three in one
+      tensor of which the gate is a view;
+    - in each block, d wide and split: the hidden layer before and after SiLU;
+    - in the output, d wide and whole: the last block's output, read by LN; LN(x) and 1 + scale, read by their product;
+      and the modulated x, read by the last layer.
+
+    Alive in addition in the backward pass: the gradients of the shift, scale and gate of a block in one tensor.
+    """
+    d, blocks = shape.backbone.hidden, shape.head.block_count(shape.backbone.layers)
+    n = shape.head.samples
+    per_position = load.rms_norm(d) + load.whole(d)
+    inputs = load.whole(n * (TIME_FEATURES + shape.latent))
+    network = (4 + 8 * blocks + 4) * load.whole(n * d) + 2 * blocks * load.split(n * d)
+    kept = per_position + inputs + network + loss + target_bytes(shape, load)
+    return Activations(kept, backward=3 * load.whole(n * d), gathered=load.gathered(n * d))
+
+
 def _xavier(layer: nn.Module, inputs: int, outputs: int) -> nn.Module:
     """Start from N(0, 2 / (inputs + outputs)), by the sizes of the whole matrix."""
     layer.weight.initial_std = math.sqrt(2 / (inputs + outputs))
@@ -85,6 +133,6 @@ def _xavier(layer: nn.Module, inputs: int, outputs: int) -> nn.Module:
 
 
 def _zero(layer: nn.Module) -> nn.Module:
-    """Start from zero: at first every block passes its input on, and the output is zero."""
+    """Start from zero: at first every block returns its input, and the output is zero."""
     layer.weight.starts_at_zero = True
     return layer

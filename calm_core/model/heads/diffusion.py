@@ -1,30 +1,38 @@
 """Denoising diffusion (Ho et al. 2020) with learned variances and the hybrid loss of Nichol and Dhariwal (2021).
 
-A latent x_0 is drowned in noise over T steps: x_t = sqrt(s_t) x_0 + sqrt(1 - s_t) noise, where the signal level s_t
-(alpha-bar in the papers) falls from nearly 1 to nearly 0. A network that sees x_t and t estimates the noise, and says
-how wide one step back is; a sample begins as noise and goes all steps back.
+Noise is added to a latent x_0 over T steps: x_t = sqrt(s_t) x_0 + sqrt(1 - s_t) noise, where the signal level s_t
+(alpha-bar in the papers) falls from nearly 1 to nearly 0. A network that reads x_t and t estimates the noise and the
+variance of one step back; a sample starts as noise and takes all steps back.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
-from calm_core.config.model_config import HeadConfig
+from calm_core.config.model_config import HeadConfig, ModelShape
+from calm_core.model.costs import Activations, HeadCosts, Load
+from calm_core.model.heads import adaptive
 from calm_core.model.heads.adaptive import AdaptiveNetwork
 from calm_core.model.heads.protocol import HeadLoss, Target
 from calm_core.model.layers import all_positions, own_positions
 from calm_core.model.noise import Noise
-from calm_core.plan.flops import SAMPLING_EVALUATIONS
 
-# The last step back, to x_0, is scored as the probability of a bin this wide on each side: half a grey level of
-# images scaled to [-1, 1]. The measure of the papers, kept so that losses can be compared.
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+SAMPLING_STEPS = 100
+
+# The last step back, to x_0, is scored as the probability of a bin of this half-width: half a grey level of images
+# scaled to [-1, 1], as in the papers, so that losses can be compared.
 HALF_BIN = 1 / 255
+
+# Samples are clamped to this range. Posterior means of trained autoencoders stay within 6: the KL term pulls them
+# towards N(0, 1).
+LATENT_BOUND = 10.0
 
 
 class Level(NamedTuple):
@@ -32,7 +40,7 @@ class Level(NamedTuple):
 
     Attributes:
         signal: s_t.
-        beta: share of noise added by step t, 1 - s_t / s_{t-1}.
+        beta: variance of the noise added by step t, 1 - s_t / s_{t-1}.
         log_floor: logarithm of the variance of the true step back q(x_{t-1} | x_t, x_0); at t = 0, where it is 0, that
             of t = 1. It is the lower end of the learned variance, log beta the upper.
         first: whether t = 0.
@@ -53,7 +61,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Signal levels of T steps, and the time that the network is told at each.
+    """Signal levels of T steps, and the time that the network reads at each.
 
     Attributes:
         signal: s_t `[T]` float64, falling.
@@ -97,17 +105,17 @@ def step_back(level: Level, x_t: Tensor, output: Tensor) -> Step:
     The second half v moves the log-variance from `log_floor` (v = -1) to log beta (v = 1).
     """
     noise, v = output.chunk(2, dim=-1)
-    kept, share = 1 - level.beta, (v + 1) / 2
+    kept, upper = 1 - level.beta, (v + 1) / 2
     mean = (x_t - (level.beta / (1 - level.signal).sqrt()).to(x_t.dtype) * noise) / kept.sqrt().to(x_t.dtype)
-    log_variance = share * level.beta.log().to(v.dtype) + (1 - share) * level.log_floor.to(v.dtype)
+    log_variance = upper * level.beta.log().to(v.dtype) + (1 - upper) * level.log_floor.to(v.dtype)
     return Step(mean, log_variance)
 
 
 def bounded(level: Level, x_t: Tensor, output: Tensor, bound: float) -> Tensor:
-    """The output `[..., 2 l]`, its noise estimate moved so that the x_0 it implies is within +-bound.
+    """The output `[..., 2 l]`, its noise estimate changed so that the x_0 it implies is within +-bound.
 
-    x_0 = (x_t - sqrt(1 - s_t) noise) / sqrt(s_t): where nearly all is noise, an error of the estimate is multiplied by
-    up to 20,000, and the steps that follow do not find back from there.
+    x_0 = (x_t - sqrt(1 - s_t) noise) / sqrt(s_t): where x_t is nearly all noise, an error of the estimate is multiplied
+    by up to 20,000, and later steps do not correct it.
     """
     noise, v = output.chunk(2, dim=-1)
     kept, lost = level.signal.sqrt().to(x_t.dtype), (1 - level.signal).sqrt().to(x_t.dtype)
@@ -118,7 +126,7 @@ def bounded(level: Level, x_t: Tensor, output: Tensor, bound: float) -> Tensor:
 def diffusion_losses(level: Level, x0: Tensor, noise: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """(squared error of the noise, variational bound) of the network's output `[..., 2 l]` at x_t; `[...]` each.
 
-    Both are means over dimensions, the bound in bits. The training loss is their sum. The bound teaches the variance
+    Both are means over dimensions, the bound in bits. The training loss is their sum. The bound trains the variance
     alone: no gradient flows from it into the noise estimate.
     """
     estimate, v = output.chunk(2, dim=-1)
@@ -150,14 +158,14 @@ def sample(
     noise: Callable[[int], Tensor],
     bound: float,
 ) -> Tensor:
-    """Walk from noise to a sample.
+    """A sample `[..., l]`: all steps back from noise.
 
     Args:
-        schedule: the steps to take, mostly a `respaced` one.
+        schedule: the steps to take, usually `respaced`.
         network: (x_t, time as a scalar int64 tensor) -> output `[..., 2 l]`.
         x: standard normal noise `[..., l]`.
         noise: standard normal noise shaped as `x` for each step t > 0.
-        bound: no sample is farther from 0 in any dimension (see `bounded`).
+        bound: largest absolute value of a sample in any dimension (see `bounded`).
     """
     for t in reversed(range(len(schedule.time))):
         level = schedule.at(torch.tensor(t, device=x.device))
@@ -171,29 +179,28 @@ def _normal_cdf(x: Tensor) -> Tensor:
     return (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
-# Posterior means of trained autoencoders stay within 6: the KL term pulls them towards N(0, 1).
-LATENT_BOUND = 10.0
-
-
-class DiffusionHead(MegatronModule):
+class DiffusionHead(nn.Module):
     """Learns the noise and the variance of each of 1000 steps; samples by 100 of them."""
 
-    def __init__(self, config: TransformerConfig, head: HeadConfig, latent: int) -> None:
-        super().__init__(config=config)
-        self.latent = latent
+    def __init__(self, config: "TransformerConfig", head: HeadConfig, latent: int) -> None:
+        super().__init__()
+        self.config, self.latent, self.samples = config, latent, head.samples
         self.net = AdaptiveNetwork(config, head, latent, 2 * latent)
         self.schedule = Schedule.cosine()
 
     def loss(self, hidden: Tensor, target: Target, noise: Noise) -> HeadLoss:
-        """Noise error plus variational bound, at one random step for one draw of the posterior per position."""
-        positions, steps = target.tokens.shape[0], len(self.schedule.time)
-        t = own_positions(noise.integers("diffusion/time", steps, positions), self.config)
-        added = own_positions(noise.normal("diffusion/noise", positions, self.latent), self.config)
-        x0 = own_positions(target.latent(noise.normal("diffusion/target", positions, self.latent)), self.config)
+        """Noise error plus variational bound, the mean over `head.samples` noise levels per position.
+
+        Each has its own step, its own noise and its own draw of the posterior.
+        """
+        draws, steps = (target.tokens.shape[0], self.samples), len(self.schedule.time)
+        t = own_positions(noise.integers("diffusion/time", steps, *draws), self.config)
+        added = own_positions(noise.normal("diffusion/noise", *draws, self.latent), self.config)
+        x0 = own_positions(target.latents(noise.normal("diffusion/target", *draws, self.latent)), self.config)
         level = self.schedule.at(t)
         x_t = diffused(level, x0, added)
-        output = self.net(x_t.unsqueeze(2), t, self.net.condition(hidden)).squeeze(2)
-        error, bound = diffusion_losses(level, x0, added, output)
+        output = self.net(x_t, t, self.net.condition(hidden))
+        error, bound = (each.mean(-1) for each in diffusion_losses(level, x0, added, output))
         return HeadLoss(error + bound, {"noise_error": error.detach(), "bound": bound.detach()})
 
     def sample(self, hidden: Tensor, noise: Noise, samples: int) -> Tensor:
@@ -205,7 +212,29 @@ class DiffusionHead(MegatronModule):
             return own_positions(noise.normal(f"diffusion/{name}", positions, samples, self.latent), self.config)
 
         def network(x: Tensor, time: Tensor) -> Tensor:
-            return self.net(x, time.view(1, 1), condition)
+            return self.net(x, time.view(1, 1, 1), condition)
 
-        schedule = self.schedule.respaced(SAMPLING_EVALUATIONS["diffusion"])
+        schedule = self.schedule.respaced(SAMPLING_STEPS)
         return sample(schedule, network, draw("start"), lambda t: draw(f"step-{t}"), LATENT_BOUND)
+
+
+def build(config: "TransformerConfig", shape: ModelShape) -> DiffusionHead:
+    """The head of a model of this shape."""
+    return DiffusionHead(config, shape.head, shape.latent)
+
+
+def costs(shape: ModelShape) -> HeadCosts:
+    """One evaluation of the network per noise level in training, one per step back in sampling."""
+    return adaptive.costs(shape, outputs=2 * shape.latent, sampling_evaluations=SAMPLING_STEPS)
+
+
+def activations(shape: ModelShape, load: Load) -> Activations:
+    """Of the final norm, the network and its loss.
+
+    The loss keeps, l wide for each noise level, 13 float32 tensors and 2 masks: the error of the noise; of the
+    divergence, exp(gap), the squared distance of the means and the inverse variance; of the bin's probability, the
+    inverse deviation, and at each end the distance from the mean, its product with the inverse deviation and the tanh
+    (two masks where a bin has no outer end), then the difference of the two and the same clamped.
+    """
+    n = shape.head.samples * shape.latent
+    return adaptive.activations(shape, load, loss=13 * load.float32(n) + 2 * load.own_rows * n)

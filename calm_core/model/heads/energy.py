@@ -1,27 +1,32 @@
 """The energy head: one sample of the next latent in a single step, from the hidden state and uniform noise."""
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from calm_core.config.model_config import HeadConfig
-from calm_core.model.heads.energy_loss import energy_loss
+from calm_core.config.model_config import HeadConfig, ModelShape
+from calm_core.model import costs as of
+from calm_core.model.costs import FLOAT32, Activations, HeadCosts, Load, target_bytes
+from calm_core.model.heads.energy_loss import DISTANCES_AT_ONCE, energy_loss
 from calm_core.model.heads.protocol import HeadLoss, Target
 from calm_core.model.layers import all_positions, column, layer_norm, linear, own_positions, row
 from calm_core.model.noise import Noise
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
-class EnergyHead(MegatronModule):
+
+class EnergyHead(nn.Module):
     """h `[S, B, d]` and noise e ~ U[-1/2, 1/2] -> samples of the next latent `[S, B, N, l]` (paper, section 3.2).
 
     x = LN(W_e e), c = LN(W_h h), then residual blocks that condition x on c, then a small output network. Inside,
-    the N samples of the B sequences stand side by side, `[S, B * N, d]`, as Megatron-core's matrices expect.
+    the N samples of the B sequences are one dimension, `[S, B * N, d]`, as Megatron-core's matrices expect.
     """
 
-    def __init__(self, config: TransformerConfig, head: HeadConfig, latent: int) -> None:
-        super().__init__(config=config)
-        self.head = head
+    def __init__(self, config: "TransformerConfig", head: HeadConfig, latent: int) -> None:
+        super().__init__()
+        self.config, self.head = config, head
         d = config.hidden_size
         self.noise_in = linear(config, head.noise, d)
         self.noise_norm = layer_norm(config)
@@ -31,7 +36,7 @@ class EnergyHead(MegatronModule):
         self.out_norm = layer_norm(config)
         self.out_expand = column(config, d, d)
         self.out_reduce = row(config, d, latent)
-        # At the start every sample is the origin: the first steps find the scale before the spread.
+        # At the start every sample is the origin: the first steps learn the scale before the spread.
         self.out_reduce.weight.starts_at_zero = True
 
     def forward(self, hidden: Tensor, noise: Tensor) -> Tensor:
@@ -70,16 +75,16 @@ class EnergyHead(MegatronModule):
         return own_positions(draws - 0.5, self.config)
 
 
-class ResidualBlock(MegatronModule):
+class ResidualBlock(nn.Module):
     """x + W_d( silu(g) * u ) with [g, u] = W_3 silu(W_2 silu(W_1 [LN(x), c])).
 
     W_1 [LN(x), c] = W_1x LN(x) + W_1c c: the second product depends on the position alone, so it is computed once
     per position and not once per sample. Tensor parallelism: W_1 by columns (each half by itself), W_2 by rows, W_3 by
-    columns (g and u each split), W_d by rows; the norm is replicated.
+    columns (g and u each split), W_d by rows; every rank holds the norm whole.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config=config)
+    def __init__(self, config: "TransformerConfig") -> None:
+        super().__init__()
         d = config.hidden_size
         self.norm = layer_norm(config)
         self.from_sample = column(config, d, d, bias=False)
@@ -102,3 +107,67 @@ class ResidualBlock(MegatronModule):
 def _add_per_position(x: Tensor, condition: Tensor, samples: int) -> Tensor:
     """`[S, B * N, d]` + `[S, B, d]`, the second repeated for the N samples of each position."""
     return (x.unflatten(1, (-1, samples)) + condition.unsqueeze(2)).flatten(1, 2)
+
+
+def build(config: "TransformerConfig", shape: ModelShape) -> EnergyHead:
+    """The head of a model of this shape."""
+    return EnergyHead(config, shape.head, shape.latent)
+
+
+def costs(shape: ModelShape) -> HeadCosts:
+    """Conditioning once per position, the rest once per sample: N in training, one per draw in sampling.
+
+    The loss computes products of N samples and one spread per position with the M target draws; in training also the
+    gradient of the samples, which takes one more product for each sample.
+    """
+    d, head, blocks = shape.backbone.hidden, shape.head, shape.head.block_count(shape.backbone.layers)
+    block = of.layer_norm(d) + of.column(d, d, bias=False) + of.row(d, d) + of.column(d, 2 * d) + of.row(d, d)
+    entrance = of.leaf_linear(head.noise, d) + of.layer_norm(d)
+    output = of.layer_norm(d) + of.column(d, d) + of.row(d, shape.latent)
+    product = 2 * head.target_samples * shape.latent
+    return HeadCosts(
+        per_position=of.linear(d, d) + of.layer_norm(d) + of.column(d, d) * blocks,
+        per_evaluation=entrance + block * blocks + output,
+        training_evaluations=head.samples,
+        loss_forward=product * (head.samples + 1),
+        loss_training=product * (2 * head.samples + 1),
+        shared_positions=head.target_group,
+    )
+
+
+def activations(shape: ModelShape, load: Load) -> Activations:
+    """Of the final norm, the head on N samples per position, and the energy loss.
+
+    Kept per position, d wide and whole: what the final norm keeps; the hidden state, read by W_h; its output, read by
+    LN; and the condition c, read by every W_1c.
+
+    Kept per sample:
+    - the noise, read by W_e: the float32 draws of all positions, or with bf16 weights a copy of the own positions';
+    - d wide and whole: the output of W_e, read by LN; the last block's output, read by LN; and its norm, read by the
+      output network's first matrix;
+    - in each block, d wide and whole: its input x, read by LN; LN(x), read by W_1x; the output of W_2, read by SiLU;
+      and the result, read by W_3;
+    - in each block, d wide and split: the sum of W_1's halves, read by SiLU; the result, read by W_2; g, u and silu(g),
+      read by SiLU and the product; and the product, read by W_d;
+    - in the output network, d wide and split: the hidden layer before and after SiLU;
+    - the gradient of the sample in float32, which the loss computes in its forward pass.
+
+    Alive in addition in the forward pass: the samples themselves, the target draws in float32, and the distances of one
+    slice of the loss in three copies (squares, distances, slopes). In the backward pass: the scaled gradient of the
+    samples, and the gradients of a block's input and output.
+    """
+    d, head, latent = shape.backbone.hidden, shape.head, shape.latent
+    n, blocks = head.samples, head.block_count(shape.backbone.layers)
+    per_position = load.rms_norm(d) + 3 * load.whole(d)
+    noise = load.whole(n * head.noise) if load.width < FLOAT32 else load.rows * n * head.noise * FLOAT32
+    per_sample = (3 + 4 * blocks) * load.whole(n * d) + (2 + 6 * blocks) * load.split(n * d)
+    gradient = load.float32(n * latent)
+    groups = load.micro_batch * -(-load.positions // head.target_group)
+    draws = groups * head.target_samples * latent * FLOAT32
+    distances = FLOAT32 * min(DISTANCES_AT_ONCE[load.device], load.own_rows * n * head.target_samples)
+    return Activations(
+        kept=per_position + noise + per_sample + gradient + target_bytes(shape, load),
+        forward=load.whole(n * latent) + draws + 3 * distances,
+        backward=gradient + 2 * load.whole(n * d),
+        gathered=load.gathered(n * d),
+    )

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Distances held at once: few calls, yet still in a cache on CPU; enough to keep a GPU busy.
-_SLICE = {"cpu": 2**19, "cuda": 2**25}
+# Distances between samples and targets held at once, by device: few calls that fit a CPU's cache or occupy a GPU.
+DISTANCES_AT_ONCE = {"cpu": 2**19, "cuda": 2**25}
 
 
 class EnergyLoss(NamedTuple):
@@ -52,7 +52,7 @@ def energy_loss(
         ValueError: the shapes do not fit together, N < 2, or beta is out of its range.
     """
     _check(samples, mean, log_std, target_noise, beta)
-    slice_size = slice_size or _SLICE.get(samples.device.type, _SLICE["cuda"])
+    slice_size = slice_size or DISTANCES_AT_ONCE["cpu" if samples.device.type == "cpu" else "cuda"]
     arguments = (mean.detach(), log_std.detach(), target_noise.detach(), beta, slice_size)
     if torch.is_grad_enabled() and samples.requires_grad:
         return EnergyLoss(*_WithGradient.apply(samples, *arguments))

@@ -1,11 +1,20 @@
-"""What every generative head can do, and the target it learns from."""
+"""What a generative head is: a network that learns and draws, the target it learns from, and its costs.
+
+A head is one module, named in `config.model_config.HEADS`. It has the functions of `HeadModule`: everything else in the
+project reaches a head through them.
+"""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
+from calm_core.config.model_config import ModelShape
+from calm_core.model.costs import Activations, HeadCosts, Load
 from calm_core.model.noise import Noise
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -22,13 +31,13 @@ class Target:
     mean: Tensor | None = None
     log_std: Tensor | None = None
 
-    def latent(self, draws: Tensor) -> Tensor:
-        """A sample of the posterior from standard normal draws `[S, B, l]`."""
-        return self.mean + self.log_std.exp() * draws
+    def latents(self, draws: Tensor) -> Tensor:
+        """Draws of the posterior `[S, B, N, l]` from standard normal `draws` `[S, B, N, l]`."""
+        return self.mean.unsqueeze(2) + self.log_std.exp().unsqueeze(2) * draws
 
 
 class HeadLoss(NamedTuple):
-    """The loss at each position this rank works on, and the named terms worth watching.
+    """The loss at each position this rank works on, and further terms to report.
 
     Attributes:
         loss: `[S', B]` float32, S' the rank's own positions.
@@ -40,7 +49,7 @@ class HeadLoss(NamedTuple):
 
 
 class GenerativeHead(Protocol):
-    """A head: learns by `loss`, speaks by `sample`. It never draws by itself: all noise is an argument."""
+    """A head's network. It makes no random draws of its own: all noise is an argument."""
 
     def loss(self, hidden: Tensor, target: Target, noise: Noise) -> HeadLoss:
         """The training loss of hidden states `[S', B, d]` against the chunk that follows each position."""
@@ -48,4 +57,20 @@ class GenerativeHead(Protocol):
 
     def sample(self, hidden: Tensor, noise: Noise, samples: int) -> Tensor:
         """`samples` draws of the next chunk per position: latents `[S', B, N, l]`, or tokens `[S', B, N, 1]`."""
+        ...
+
+
+class HeadModule(Protocol):
+    """The functions of a head's module."""
+
+    def build(self, config: "TransformerConfig", shape: ModelShape) -> GenerativeHead:
+        """The network of a model of this shape."""
+        ...
+
+    def costs(self, shape: ModelShape) -> HeadCosts:
+        """Weights, evaluations and FLOPs of the head of a model of this shape, without its final norm."""
+        ...
+
+    def activations(self, shape: ModelShape, load: Load) -> Activations:
+        """Bytes of the final norm, the head and its loss for one micro-batch."""
         ...

@@ -1,42 +1,52 @@
 """The softmax head: a distribution over the next token; with chunks of one token, the autoregressive baseline."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region, vocab_parallel_cross_entropy
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
-from calm_core.config.model_config import padded_vocabulary
+from calm_core.config.model_config import ModelShape, padded_vocabulary
+from calm_core.model import costs as of
+from calm_core.model.costs import FLOAT32, Activations, HeadCosts, Load, target_bytes
 from calm_core.model.heads.protocol import HeadLoss, Target
-from calm_core.model.layers import all_positions, column, own_positions
+from calm_core.model.layers import (
+    all_positions,
+    column,
+    cross_entropy,
+    own_positions,
+    split_positions,
+    tensor_group,
+)
 from calm_core.model.noise import Noise
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
-class SoftmaxHead(MegatronModule):
-    """log P(token | h) = log softmax(W h) over the vocabulary, whose rows tensor-parallel ranks share out.
 
-    With sequence parallelism the matrix gathers the hidden states, so each rank has its share of the logits of all
-    positions, but hands out losses for its own positions only. The loss of one position needs gradients in
-    every rank's share; so where the losses are handed out, the backward pass gathers their gradients: each rank then
-    takes the gradient of the whole loss for its rows of W, and the hidden states' gradients are summed over the ranks
-    and shared out by the matrix.
+class SoftmaxHead(nn.Module):
+    """log P(token | h) = log softmax(W h) over the vocabulary, whose rows are divided among tensor-parallel ranks.
+
+    With sequence parallelism the matrix gathers the hidden states, so each rank has its part of the logits of all
+    positions, but returns the losses of its own positions only. The loss of one position needs gradients in every
+    rank's part of the vocabulary, so the backward pass gathers the gradients of all losses (`split_positions`). Each
+    rank then computes the gradient of the whole loss for its rows of W; the matrix sums the gradients of the hidden
+    states over the ranks and returns to each those of its own positions.
     """
 
-    def __init__(self, config: TransformerConfig, vocabulary: int) -> None:
-        super().__init__(config=config)
+    def __init__(self, config: "TransformerConfig", vocabulary: int) -> None:
+        super().__init__()
+        self.config = config
         self.vocabulary = vocabulary
         self.out = column(config, config.hidden_size, padded_vocabulary(vocabulary), bias=False)
 
     def loss(self, hidden: Tensor, target: Target, noise: Noise) -> HeadLoss:
-        """Cross-entropy in nats of the next token; it takes no noise."""
+        """Cross-entropy in nats of the next token; uses no noise."""
         return HeadLoss(-self.log_probabilities(hidden, target.tokens.squeeze(-1)), {})
 
     def log_probabilities(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """log P of one token at each position, float32 `[S', B]`: hidden `[S', B, d]`, tokens `[S, B]`."""
-        losses = vocab_parallel_cross_entropy(self._logits(hidden), tokens.contiguous())
-        return -(scatter_to_sequence_parallel_region(losses) if self.config.sequence_parallel else losses)
+        return -split_positions(cross_entropy(self._logits(hidden), tokens.contiguous()), self.config)
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, noise: Noise, samples: int) -> Tensor:
@@ -45,23 +55,23 @@ class SoftmaxHead(MegatronModule):
         return own_positions(_draw(self._logits(hidden), draws), self.config).unsqueeze(-1)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """This rank's share of the logits of all positions, float32 `[S, B, V / TP]`; padding is impossible."""
+        """This rank's part of the logits of all positions, float32 `[S, B, V / TP]`; -inf for padding rows."""
         logits, _ = self.out(hidden)
-        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        first = tensor_group()[1] * logits.shape[-1]
         padding = torch.arange(first, first + logits.shape[-1], device=logits.device) >= self.vocabulary
         return logits.float().masked_fill(padding, -torch.inf)
 
 
 def _draw(logits: Tensor, draws: Tensor) -> Tensor:
-    """Tokens `[S, B, N]` where the cumulative distribution passes the uniform draws `[S, B, N]`.
+    """Tokens `[S, B, N]` at which the cumulative distribution passes the uniform draws `[S, B, N]`.
 
-    No rank sees all the logits `[S, B, V / TP]`: each counts how many of its tokens a draw has passed, and the sum of
+    No rank has all the logits `[S, B, V / TP]`: each counts how many of its tokens a draw has passed, and the sum of
     the counts is the token.
     """
-    group, rank = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_rank()
+    group, rank = tensor_group()
     largest = logits.max(dim=-1, keepdim=True).values
     dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-    # float64: in float32 the sum over a large vocabulary would swallow rare tokens.
+    # float64: in float32 the sum over a large vocabulary would lose rare tokens to rounding.
     passed = (logits - largest).double().exp().cumsum(dim=-1)
     totals = passed.new_empty(dist.get_world_size(group), *passed.shape[:-1], 1)
     dist.all_gather(list(totals), passed[..., -1:].contiguous(), group)
@@ -69,3 +79,26 @@ def _draw(logits: Tensor, draws: Tensor) -> Tensor:
     tokens = torch.searchsorted(passed, sought, right=True)
     dist.all_reduce(tokens, group=group)
     return tokens
+
+
+def build(config: "TransformerConfig", shape: ModelShape) -> SoftmaxHead:
+    """The head of a model of this shape."""
+    return SoftmaxHead(config, shape.vocabulary)
+
+
+def costs(shape: ModelShape) -> HeadCosts:
+    """One matrix, applied once per position in training and sampling alike, however many tokens are drawn."""
+    return HeadCosts(of.column(shape.backbone.hidden, shape.vocabulary, bias=False))
+
+
+def activations(shape: ModelShape, load: Load) -> Activations:
+    """Of the final norm, the logits and the cross-entropy.
+
+    Kept: what the norm keeps; the hidden states, which the matrix reads; the probabilities of this rank's part of the
+    vocabulary in float32, which the cross-entropy keeps; the targets. In the forward pass the float32 logits exist in
+    addition, with bf16 weights also those in bf16; in the backward pass, the gradient of the logits.
+    """
+    d, logits = shape.backbone.hidden, load.rows * padded_vocabulary(shape.vocabulary) // load.layout.tensor
+    kept = load.rms_norm(d) + load.whole(d) + logits * FLOAT32 + target_bytes(shape, load)
+    converted = FLOAT32 if load.width == FLOAT32 else FLOAT32 + load.width
+    return Activations(kept, logits * converted, logits * FLOAT32, load.gathered(d))

@@ -14,7 +14,7 @@ from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
 from calm_core.model.heads.diffusion import diffused
 from calm_core.model.heads.protocol import Target
-from calm_core.plan.flops import whole_head
+from calm_core.plan.flops import head as head_weights
 from calm_core.reference.names import HEAD, calm_to_ours, calm_to_theirs
 
 Numbers = dict[str, Tensor]
@@ -28,7 +28,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def model(topology: Topology, shape: ModelShape, reference: Numbers, weights: Numbers, kind: str) -> CalmModel:
     """The golden backbone with the head of this kind."""
-    shape = replace(shape, head=HeadConfig(kind=kind, blocks=shape.head.blocks))
+    shape = replace(shape, head=HeadConfig(kind=kind, blocks=shape.head.blocks, samples=1))
     model = CalmModel(transformer_config(shape.backbone, ParallelConfig()), shape)
     load_reference(model, with_head(reference, weights, kind))
     return model.requires_grad_(False)
@@ -58,7 +58,7 @@ def test_loss(model: CalmModel, recorded: Numbers, kind: str) -> None:
         "diffusion": {"diffusion/time": "t", "diffusion/noise": "noise", "diffusion/target": "target"},
         "flow": {"flow/time": "t", "flow/source": "x0", "flow/target": "target"},
     }[kind]
-    noise = RecordedNoise({stream: recorded[name] for stream, name in draws.items()})
+    noise = RecordedNoise({stream: recorded[name].unsqueeze(2) for stream, name in draws.items()})
     loss = model.head.loss(recorded["z"], certain(recorded["target"]), noise).loss
     theirs = recorded["losses" if kind == "diffusion" else "loss"]
     assert_close(f"{kind} loss", loss, theirs)
@@ -70,15 +70,15 @@ def test_network(model: CalmModel, recorded: Numbers, kind: str) -> None:
     """Recorded at the targets themselves."""
     net, t = model.head.net, recorded["t"]
     time = t if kind == "diffusion" else (t * 1000).floor()
-    output = net(recorded["target"].unsqueeze(2), time, net.condition(recorded["z"])).squeeze(2)
+    output = net(recorded["target"].unsqueeze(2), time.unsqueeze(2), net.condition(recorded["z"])).squeeze(2)
     assert_close(f"{kind} network", output, recorded["net_out" if kind == "diffusion" else "velocity"])
 
 
 def test_samples_of_one_position_do_not_mix(model: CalmModel, recorded: Numbers) -> None:
     net, condition = model.head.net, model.head.net.condition(recorded["z"])
-    x, time = torch.randn(6, 1, 3, 8, generator=torch.Generator().manual_seed(0)), torch.full((1, 1), 250)
+    x, time = torch.randn(6, 1, 3, 8, generator=torch.Generator().manual_seed(0)), torch.full((1, 1, 1), 250)
     together = net(x, time, condition)
-    one_by_one = torch.cat([net(x[:, :, [n]], time.expand(6, 1), condition) for n in range(3)], dim=2)
+    one_by_one = torch.cat([net(x[:, :, [n]], time.expand(6, 1, 1), condition) for n in range(3)], dim=2)
     torch.testing.assert_close(together, one_by_one)
 
 
@@ -105,4 +105,4 @@ def test_names_go_both_ways(model: CalmModel, reference: Numbers, weights: Numbe
 
 
 def test_size_is_what_the_closed_form_says(model: CalmModel) -> None:
-    assert sum(p.numel() for p in model.head.parameters()) == whole_head(model.shape).parameters
+    assert sum(p.numel() for p in model.head.parameters()) == head_weights(model.shape).parameters

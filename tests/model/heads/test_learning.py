@@ -15,7 +15,8 @@ from calm_core.model.calm import CalmModel
 from calm_core.model.heads.protocol import Target
 from calm_core.model.noise import SampleNoise
 from calm_core.model.parameters import initialize, named_parameters
-from calm_core.plan.flops import compression, whole_head
+from calm_core.plan.flops import compression
+from calm_core.plan.flops import head as head_weights
 
 V, L, S, B = 16, 4, 12, 8
 
@@ -80,7 +81,7 @@ def test_the_start_is_a_function_of_the_seed_and_as_large_as_planned(topology: T
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not torch.equal(weights[0]["compression.embedding.weight"], weights[2]["compression.embedding.weight"])
     padding = 128 * 32 - V * 32 if kind == "softmax" else 0
-    assert sum(p.numel() for p in model.head.parameters()) == whole_head(model.shape).parameters + padding
+    assert sum(p.numel() for p in model.head.parameters()) == head_weights(model.shape).parameters + padding
 
 
 @pytest.mark.parametrize("kind", HEADS)
