@@ -19,12 +19,13 @@ from functools import partial
 import torch
 
 from calm_core.autoencoder.model import Autoencoder
+from calm_core.config.generation_config import GenerationOptions
 from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig, ModelShape
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.distributed.topology import distributed
 from calm_core.inference.decoding import DrawnTokens
 from calm_core.inference.load_model import Loaded
-from calm_core.inference.sampler import ChunkSampler, Context, GenerationOptions
+from calm_core.inference.sampler import ChunkSampler, Context
 from calm_core.model.backbone import transformer_config
 from calm_core.model.cache import KeyValueCache
 from calm_core.model.calm import CalmModel

@@ -8,8 +8,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from calm_core.config import command
+from calm_core.config.generation_config import METHODS, GenerationOptions
 from calm_core.errors import UserError
-from calm_core.inference.sampler import GenerationOptions
 
 MEANINGS = {field.name: f"{field.metadata['meaning']} (default: %(default)s)" for field in fields(GenerationOptions)}
 
@@ -17,24 +17,26 @@ MEANINGS = {field.name: f"{field.metadata['meaning']} (default: %(default)s)" fo
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, load, generate, print."""
     arguments = parser().parse_args(argv)
-    prompts = read_prompts(arguments.prompt, arguments.prompt_file)
-    if arguments.stream and len(prompts) > 1:
-        raise UserError("--stream shows one text as it comes: give one prompt, or leave --stream out.")
+    if arguments.stream and len(arguments.prompt) + (arguments.prompt_file is not None) > 1:
+        raise UserError("--stream shows one text as it comes: give one prompt, or leave out --stream.")
     options = GenerationOptions(
         **{field.name: getattr(arguments, field.name) for field in fields(GenerationOptions) if field.name != "stop"},
         stop=tuple(arguments.stop),
     )
     from calm_core.config.parallel_config import ParallelConfig
     from calm_core.distributed.topology import choose_dtype, distributed
-    from calm_core.inference.generate import expected_calls, generate, summary
+    from calm_core.inference.forecast import forecast
+    from calm_core.inference.generate import generate, summary
     from calm_core.inference.load_model import load_for_inference
+    from calm_core.inference.prompts import read_prompts
 
+    prompts = read_prompts(arguments.prompt, arguments.prompt_file)
     with distributed(ParallelConfig()) as topology:
         dtype = choose_dtype(arguments.precision, topology)
         loaded = load_for_inference(arguments.checkpoint, topology.device, dtype)
-        if options.method == "exact":
-            for estimate in expected_calls(loaded, prompts, options):
-                print(f"exact temperature: about {estimate:.0f} draws for the first chunk, most {options.max_calls}")
+        options = options.for_head(loaded.has_logits)
+        if expected := forecast(loaded, prompts, options):
+            print(f"[{expected}]", file=sys.stderr)
         if arguments.stream:
             print(prompts[0], end="", flush=True)
         show = (lambda _, text: print(text, end="", flush=True)) if arguments.stream else None
@@ -66,7 +68,9 @@ def parser() -> command.Parser:
     for name, kind in (("max_tokens", int), ("samples", int), ("max_calls", int), ("seed", int)):
         add(parser, name, defaults, type=kind)
     add(parser, "temperature", defaults, type=ratio, metavar="T")
-    add(parser, "method", defaults)
+    add(parser, "method", defaults, choices=METHODS)
+    add(parser, "top_k", defaults, type=int, metavar="K")
+    add(parser, "top_p", defaults, type=float, metavar="P")
     add(parser, "partial", defaults)
     return parser
 
@@ -77,22 +81,11 @@ def add(parser: command.Parser, name: str, defaults: GenerationOptions, **how: o
 
 
 def ratio(text: str) -> float:
-    """`1/2` or `0.5` as a number; ValueError if it is none."""
+    """`1/2` or `0.5` as a number; ValueError if it is neither."""
     try:
         return float(Fraction(text))
     except ZeroDivisionError as error:
         raise ValueError(text) from error
-
-
-def read_prompts(texts: Sequence[str], file: Path | None) -> list[str]:
-    """The prompts given; the beginning of a document if there is none."""
-    prompts = list(texts)
-    if file is not None:
-        try:
-            prompts.append(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"Cannot read the prompt in {file} ({error}): give a text file in UTF-8.") from error
-    return prompts or [""]
 
 
 if __name__ == "__main__":

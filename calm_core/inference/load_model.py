@@ -1,6 +1,6 @@
-"""A checkpoint made ready to speak: model, autoencoder and tokenizer that belong together."""
+"""A checkpoint loaded for inference: model, autoencoder and tokenizer that belong together."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from calm_core.config.experiment import Experiment, Paths
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.errors import UserError
+from calm_core.inference.prompts import DocumentFormat
 from calm_core.manifest import MANIFEST, read_manifest, source_hash, store_hash
 from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
@@ -29,15 +30,22 @@ class Loaded:
 
     Attributes:
         model: the network, for inference.
-        autoencoder: frozen, in the model's precision; None where the head itself says tokens (softmax).
+        autoencoder: frozen, in the model's precision; None where the head draws tokens itself (softmax).
         tokenizer: of the data the model was trained on.
         positions: chunks of context that the model was trained on.
+        documents: how documents stand in that data.
     """
 
     model: CalmModel
     autoencoder: Autoencoder | None
     tokenizer: Tokenizer
     positions: int
+    documents: DocumentFormat = field(default_factory=DocumentFormat)
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the head has the probabilities of tokens."""
+        return self.autoencoder is None
 
     @property
     def shape(self) -> ModelShape:
@@ -70,7 +78,8 @@ def load_for_inference(path: Path, device: torch.device, dtype: torch.dtype = to
     model = CalmModel(transformer_config(shape.backbone, ParallelConfig(), dtype), shape)
     load_weights(checkpoint, [model])
     run_directly(model)
-    return Loaded(model.to(device).eval().requires_grad_(False), autoencoder, tokenizer, identity["positions"])
+    model = model.to(device).eval().requires_grad_(False)
+    return Loaded(model, autoencoder, tokenizer, identity["positions"], document_format(checkpoint))
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -106,6 +115,21 @@ def experiment_of(checkpoint: Checkpoint) -> Experiment:
     if calm_run.name == experiment.paths.calm_run.name:
         experiment = replace(experiment, run=str(calm_run.parent))
     return experiment
+
+
+def document_format(checkpoint: Checkpoint) -> DocumentFormat:
+    """How documents stand in the data of a checkpoint: as its stores say, or where they are gone, its configuration."""
+    experiment = experiment_of(checkpoint)
+    data, paths = experiment.data, experiment.paths
+    eos, packing, identity = data.eos, data.packing, checkpoint.state["identity"]
+    tokens = identity["data"]
+    if (paths.chunks / MANIFEST).exists():
+        chunks = read_manifest(paths.chunks, "chunks")
+        if source_hash(chunks["made_from"]) == tokens:
+            packing, tokens = chunks.get("packing", packing), chunks["made_from"].get("tokens")
+    if (paths.tokens / MANIFEST).exists() and store_hash(paths.tokens) == tokens:
+        eos = read_manifest(paths.tokens, "tokens")["made_from"].get("data.eos", eos)
+    return DocumentFormat(eos, packing)
 
 
 def _check_fit(

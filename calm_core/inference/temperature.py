@@ -6,6 +6,7 @@ fixed number of draws, and is exact only as their number grows.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from calm_core.config.generation_config import inverse_parts, whole_inverse
 from calm_core.errors import UserError
 
 Sampler = Callable[[int, torch.Generator], Tensor]
@@ -45,14 +47,14 @@ def sample_exact(
 
     A round draws n times; if all agree on x, which has probability P(x)^n, a Bernoulli factory accepts with
     P(x)^a: its i-th draw accepts when it equals x and rejects with probability a/i when it does not. A round that
-    fails starts the next. `expected_calls` is the mean number of draws.
+    fails is followed by another. `expected_calls` is the mean number of draws.
 
     Args:
         sampler: draws from P for one context.
         temperature: T.
         generator: all randomness, the sampler's included.
         max_calls: most draws used.
-        block: draws asked of the sampler at once; those left over are thrown away, uncounted.
+        block: draws asked of the sampler at once; those left over are discarded and not counted.
 
     Raises:
         CallLimitError: `max_calls` draws did not suffice.
@@ -88,9 +90,9 @@ def expected_calls(probabilities: Tensor, temperature: float) -> float:
 def estimate_calls(samples: Tensor, temperature: float, log_weights: Tensor | None = None) -> float:
     """`expected_calls` estimated from draws `[N, K]` of one context; infinite if no chunk was drawn n times.
 
-    P(x)^n is estimated without bias by the share of the n-tuples of draws that agree on x, the fractional power by the
-    share of x among the draws; rare chunks that the draws missed make it an underestimate for fractional 1/T. With
-    `log_weights` `[N]` the draws stand for a P that they have these weights under.
+    P(x)^n is estimated without bias by the fraction of the n-tuples of draws that agree on x, the fractional power by
+    the fraction of draws that are x; rare chunks that the draws missed make it an underestimate for fractional 1/T.
+    With `log_weights` `[N]` the draws represent the P under which they have these weights.
     """
     whole, fraction = inverse_parts(temperature)
     log_weights = torch.zeros(len(samples)) if log_weights is None else log_weights
@@ -100,6 +102,30 @@ def estimate_calls(samples: Tensor, temperature: float, log_weights: Tensor | No
     factory = (agree * frequency ** (fraction - 1))[seen].sum().item() if fraction else 0.0
     accepted = (agree * frequency**fraction)[seen].sum().item()
     return (whole + factory) / accepted if accepted else math.inf
+
+
+def agreement_probability(samples: Tensor, log_weights: Tensor, whole: int) -> float:
+    """The probability sum P(x)^n that n draws from P agree, without bias from draws `[N, K]` with weights `[N]`."""
+    _, agreeing, among_all = agreeing_tuples(samples, log_weights, whole)
+    return (agreeing[:, whole].sum() / among_all[whole]).item()
+
+
+def draws_until_agreement(samples: Tensor, whole: int, generator: torch.Generator, shuffles: int = 200) -> Tensor:
+    """How many draws it takes until some chunk has been drawn n times, `[shuffles]` float64; infinite where never.
+
+    `samples` `[N, K]` are read in random orders, so that `(result <= M).mean()` is an unbiased estimate, for any
+    M <= N, of the probability that M draws contain n that agree.
+    """
+    chunk = samples.unique(dim=0, return_inverse=True)[1]
+    needed = torch.full((shuffles,), math.inf, dtype=torch.float64)
+    for shuffle in range(shuffles):
+        seen: Counter[int] = Counter()
+        for number, drawn in enumerate(chunk[torch.randperm(len(chunk), generator=generator)].tolist(), start=1):
+            seen[drawn] += 1
+            if seen[drawn] == whole:
+                needed[shuffle] = number
+                break
+    return needed
 
 
 def agreeing_tuples(samples: Tensor, log_weights: Tensor, whole: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,9 +156,9 @@ def agreeing_tuples(samples: Tensor, log_weights: Tensor, whole: int) -> tuple[T
 def sample_weighted(
     samples: Tensor, log_weights: Tensor, temperature: float, generator: torch.Generator
 ) -> BatchSample:
-    """As `sample_batch`, from weighted draws of one context `[N, K]`: a chunk weighs what its sets of n draws do.
+    """As `sample_batch`, from weighted draws of one context `[N, K]`: the weight of a chunk is that of its sets of n.
 
-    Draws of a chunk that could not be, log weight -inf, are in no set. At T = 1 it is one of the draws, by weight.
+    Draws with log weight -inf are in no set. At T = 1 the result is one of the draws, chosen by weight.
 
     Raises:
         UserError: T is not 1/n.
@@ -164,45 +190,11 @@ def sample_batch(samples: Tensor, temperature: float, generator: torch.Generator
     return BatchSample(samples.take_along_dim(chosen, dim=-2).squeeze(-2), agreement)
 
 
-def inverse_parts(temperature: float) -> tuple[int, float]:
-    """1/T as (n, a), n whole and 0 <= a < 1; a within rounding of a whole number counts as whole.
-
-    Raises:
-        UserError: T is outside (0, 1].
-    """
-    if temperature > 1:
-        raise UserError(
-            f"temperature={temperature} is above 1: accepting draws that agree can only sharpen a distribution, and "
-            "flattening one needs chunks that its sampler hardly ever draws; choose 0 < T <= 1."
-        )
-    if not temperature > 0:
-        raise UserError(f"temperature={temperature} is not positive: choose 0 < T <= 1.")
-    inverse = 1 / temperature
-    if math.isclose(inverse, round(inverse), rel_tol=1e-9):
-        return round(inverse), 0.0
-    whole = math.floor(inverse)
-    return whole, inverse - whole
-
-
-def whole_inverse(temperature: float) -> int:
-    """n of T = 1/n.
-
-    Raises:
-        UserError: T is not 1/n for a whole n.
-    """
-    whole, fraction = inverse_parts(temperature)
-    if fraction:
-        raise UserError(
-            f"temperature={temperature} is not 1/n for a whole n: take 1, 1/2, 1/3, ... or the exact method."
-        )
-    return whole
-
-
 def chunk_weights(samples: Tensor, whole: int) -> tuple[Tensor, Tensor]:
     """Weights `[..., N]` (sum 1) that choose one of the draws `[..., N, K]` at T = 1/n, and the agreement m `[...]`.
 
-    A chunk seen c times holds C(c, m) of the m-tuples of draws that agree, m = n; its c draws share that weight. Where
-    no chunk was seen n times, m falls to n - 1, ..., 1: to the largest count.
+    A chunk seen c times accounts for C(c, m) of the m-tuples of draws that agree, m = n; its c draws divide that weight
+    equally. Where no chunk was seen n times, m is the largest count instead.
     """
     counts = occurrences(samples)
     agreement = counts.amax(-1).clamp(max=whole)
@@ -227,7 +219,7 @@ def occurrences(samples: Tensor) -> Tensor:
 
 
 def _log_binomial(counts: Tensor, chosen: Tensor | int) -> Tensor:
-    """log C(counts, chosen), elementwise; -inf where fewer than `chosen` are there."""
+    """log C(counts, chosen), elementwise; -inf where counts < chosen."""
     chosen = torch.as_tensor(chosen, dtype=counts.dtype, device=counts.device)
     left = (counts - chosen).clamp(min=0)
     value = torch.lgamma(counts + 1) - torch.lgamma(chosen + 1) - torch.lgamma(left + 1)
@@ -255,6 +247,6 @@ def _draws(
     for start in range(0, max_calls, block):
         yield from sampler(min(block, max_calls - start), generator)
     raise CallLimitError(
-        f"Exact sampling at temperature={temperature} accepted none of {max_calls} draws: raise the limit or take the "
-        "batch approximation."
+        f"Exact sampling at temperature={temperature} accepted none of {max_calls} draws: raise max_calls, or "
+        "choose the batch method."
     )

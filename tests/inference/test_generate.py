@@ -5,10 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from calm_core.config.generation_config import GenerationOptions
 from calm_core.errors import UserError
-from calm_core.inference.generate import Completion, expected_calls, generate
+from calm_core.inference.forecast import expected_calls
+from calm_core.inference.generate import Completion, generate
 from calm_core.inference.load_model import Loaded
-from calm_core.inference.sampler import GenerationOptions
+from calm_core.inference.prompts import DocumentFormat
 from calm_core.inference.temperature import CallLimitError
 
 PROMPTS = ["the quick brown fox", "", "a naïve 😀", "the lazy dog jumps"]
@@ -158,7 +160,7 @@ def test_a_low_temperature_agrees_on_fewer_chunks(loaded: Loaded) -> None:
     assert different(1) > different(1 / 2) > different(1 / 8)
 
 
-def test_expected_calls_foretell_those_of_the_exact_method(loaded: Loaded) -> None:
+def test_expected_calls_are_those_of_the_exact_method(loaded: Loaded) -> None:
     chosen = options(method="exact", max_tokens=3, samples=2000, partial="shift")
     [estimate] = expected_calls(loaded, ["the"], chosen)
     chosen = dataclasses.replace(chosen, samples=10)
@@ -169,9 +171,14 @@ def test_expected_calls_foretell_those_of_the_exact_method(loaded: Loaded) -> No
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"temperature": 1.5}, "above 1"),
-        ({"temperature": 0.4}, "exact"),
+        ({"temperature": 1.5, "method": "batch"}, "above 1"),
+        ({"temperature": 1.5, "method": "exact"}, "above 1"),
+        ({"temperature": 0.4, "method": "batch"}, "exact"),
         ({"temperature": 0}, "positive"),
+        ({"temperature": float("nan")}, "positive"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_k": 5, "method": "exact"}, "top_k=5 needs logits"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"stop": ("",)}, "stop"),
         ({"method": "both"}, "method"),
@@ -180,6 +187,42 @@ def test_expected_calls_foretell_those_of_the_exact_method(loaded: Loaded) -> No
 def test_bad_options_are_refused(changes: dict, word: str) -> None:
     with pytest.raises(UserError, match=word):
         GenerationOptions(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"temperature": 1.5}, "above 1"),
+        ({"temperature": 0.4}, "exact"),
+        ({"top_k": 5}, "top_k=5 needs logits"),
+        ({"top_p": 0.9}, "top_p=0.9 needs logits"),
+        ({"method": "logits"}, "softmax"),
+    ],
+)
+def test_options_that_need_logits_are_refused_without(loaded: Loaded, changes: dict, word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        generate(loaded, ["the"], options(**changes))
+
+
+@pytest.mark.parametrize("packing", ["pack", "align"])
+def test_without_eos_the_next_document_ends_the_text(loaded: Loaded, packing: str) -> None:
+    """The bos of the next document, and with aligned documents the padding before it; no eos goes into the model."""
+    loaded = dataclasses.replace(loaded, documents=DocumentFormat(eos=False, packing=packing))
+    seen = Watched(loaded)
+    free = generate(dataclasses.replace(loaded, model=seen), [""] * 30, options(max_tokens=30, temperature=1))
+    assert all(loaded.tokenizer.eos not in tokens for tokens in torch.cat(seen.seen, 1)[:, 0].tolist())
+    common, _ = Counter(token for one in free for token in one.tokens[:-1]).most_common(1)[0]
+    for name in ("bos", "pad") if packing == "align" else ("bos",):
+        tokenizer = Ending(loaded, loaded.tokenizer.eos)
+        setattr(tokenizer, name, common)
+        found = generate(dataclasses.replace(loaded, tokenizer=tokenizer), [""] * 30, options(temperature=1))
+        assert {completion.reason for completion in found} == {"eos", "length"}
+        assert all(common not in completion.tokens for completion in found)
+
+
+def test_a_prompt_that_is_no_text_is_refused(loaded: Loaded) -> None:
+    with pytest.raises(UserError, match="prompt 2 is not valid UTF-8"):
+        generate(loaded, ["the", b"na\xefve".decode("utf-8", "surrogateescape")], options())
 
 
 def test_a_context_beyond_the_trained_one_is_refused(loaded: Loaded) -> None:

@@ -14,6 +14,7 @@ from calm_core.checkpoint import load as checkpoint
 from calm_core.checkpoint.load import write_weights
 from calm_core.config.data_config import TokenizerConfig
 from calm_core.config.experiment import Experiment
+from calm_core.config.generation_config import GenerationOptions
 from calm_core.config.model_config import HeadConfig, ModelShape
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.config.training_config import OptimizerConfig
@@ -22,7 +23,6 @@ from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
 from calm_core.inference.generate import generate
 from calm_core.inference.load_model import Loaded, load_for_inference
-from calm_core.inference.sampler import GenerationOptions
 from calm_core.io import write_json
 from calm_core.manifest import format_version, source_hash, store_hash
 from calm_core.model.backbone import transformer_config
@@ -167,8 +167,8 @@ def test_the_script(run: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["--temperature", "1.5"], "above 1"),
-        (["--temperature", "2/5"], "1/n"),
+        (["--temperature", "1.5", "--method", "batch"], "above 1"),
+        (["--temperature", "2/5", "--method", "batch"], "1/n"),
         (["--temperature", "hot"], "temperature"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
         (["--prompt", "a", "--prompt", "b", "--stream"], "--stream"),

@@ -234,9 +234,9 @@ def imported(tiny: Path, folder: Path) -> Path:
 
 
 def test_an_imported_model_speaks(alone: None, tiny: Path, tmp_path: Path) -> None:
+    from calm_core.config.generation_config import GenerationOptions
     from calm_core.inference.generate import generate
     from calm_core.inference.load_model import load_for_inference
-    from calm_core.inference.sampler import GenerationOptions
 
     imported(tiny, tmp_path)
     loaded = load_for_inference(tmp_path / "run", CPU)

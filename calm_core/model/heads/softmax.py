@@ -46,15 +46,15 @@ class SoftmaxHead(nn.Module):
 
     def log_probabilities(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """log P of one token at each position, float32 `[S', B]`: hidden `[S', B, d]`, tokens `[S, B]`."""
-        return -split_positions(cross_entropy(self._logits(hidden), tokens.contiguous()), self.config)
+        return -split_positions(cross_entropy(self.logits(hidden), tokens.contiguous()), self.config)
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, noise: Noise, samples: int) -> Tensor:
         """`samples` independent tokens per position, `[S', B, N, 1]`."""
         draws = noise.uniform("softmax/sample", all_positions(hidden, self.config), samples)
-        return own_positions(_draw(self._logits(hidden), draws), self.config).unsqueeze(-1)
+        return own_positions(_draw(self.logits(hidden), draws), self.config).unsqueeze(-1)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """This rank's part of the logits of all positions, float32 `[S, B, V / TP]`; -inf for padding rows."""
         logits, _ = self.out(hidden)
         first = tensor_group()[1] * logits.shape[-1]

@@ -1,0 +1,108 @@
+"""One prompt on its way to text: its tokens so far, and the hidden states that the next chunks are drawn from."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from calm_core.config.generation_config import GenerationOptions
+from calm_core.errors import UserError
+from calm_core.inference.load_model import Loaded
+from calm_core.inference.prompts import prompt_tokens, require_text
+from calm_core.inference.sampler import Chunk, Context
+from calm_core.inference.text import TextStream
+from calm_core.model.cache import KeyValueCache
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+@dataclass
+class Request:
+    """One row of the batch.
+
+    Attributes:
+        prompt: as given.
+        seed: of its noise.
+        max_tokens: to generate.
+        ends: tokens that end a document.
+        tokens: all so far, prompt included, on the grid of chunks.
+        stream: the generated text.
+        chunks: sampled so far.
+        reason: why the request is finished; None while it is not.
+    """
+
+    prompt: str
+    seed: int
+    max_tokens: int
+    ends: tuple[int, ...]
+    tokens: list[int]
+    stream: TextStream
+    chunks: list[Chunk] = field(default_factory=list)
+    reason: FinishReason | None = None
+
+    def chunk(self, position: int, k: int, pad: int) -> list[int]:
+        """The tokens of the chunk at `position`, filled with pad once the request is finished."""
+        chunk = self.tokens[position * k : (position + 1) * k]
+        return chunk + [pad] * (k - len(chunk))
+
+    def context(self, position: int, k: int) -> Context:
+        """What the chunk at `position` is drawn from."""
+        return Context(self.seed, self.tokens[: position * k], self.tokens[position * k :])
+
+    def append(self, chunk: Chunk, known: int) -> None:
+        """Add a chunk whose first `known` tokens are there already, up to the end of the document, text or length."""
+        self.chunks.append(chunk)
+        new = chunk.tokens[known:]
+        self.tokens += new
+        room = self.max_tokens - len(self.stream.tokens)
+        length = next((i for i, token in enumerate(new) if token in self.ends), len(new))
+        self.stream.add(new[: min(length, room)])
+        if self.stream.stopped:
+            self.reason = "stop"
+        elif length < min(len(new), room):
+            self.reason = "eos"
+        elif length >= room:
+            self.reason = "length"
+
+
+def new_requests(
+    loaded: Loaded, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int] | None = None
+) -> list[Request]:
+    """A request for each prompt, with its seed: `options.seed` and those that follow it where none are given.
+
+    Raises:
+        UserError: a prompt is no text, or takes more positions with `max_tokens` than the model was trained on.
+    """
+    require_text(prompts)
+    tokenizer, k = loaded.tokenizer, loaded.shape.k
+    seeds = range(options.seed, options.seed + len(prompts)) if seeds is None else seeds
+    requests = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        text = tokenizer.encode(prompt)
+        tokens = prompt_tokens(text, k, tokenizer, loaded.documents, options.partial)
+        positions = -(-(len(tokens) + options.max_tokens) // k) - 1  # the last chunk is not read
+        if positions > loaded.positions:
+            raise UserError(
+                f"a prompt of {len(text)} tokens and max_tokens={options.max_tokens} take {positions} chunks, but the "
+                f"model was trained on {loaded.positions}: shorten the prompt or lower max_tokens."
+            )
+        stream, ends = TextStream(tokenizer, text[-1:], options.stop), loaded.documents.ends(tokenizer)
+        requests.append(Request(prompt, seed, options.max_tokens, ends, tokens, stream))
+    return requests
+
+
+def hidden_states(loaded: Loaded, requests: Sequence[Request]) -> Iterator[tuple[int, Tensor]]:
+    """(p, hidden states `[1, R, d]` from which chunk p is drawn) while a request is unfinished.
+
+    First all chunks that every prompt fills, in one pass; then chunk by chunk, of what the requests hold by then.
+    """
+    k, pad, cache = loaded.shape.k, loaded.tokenizer.pad, KeyValueCache()
+    device = next(loaded.model.parameters()).device
+    start, end = 0, min((len(request.tokens) // k for request in requests), default=0)
+    while any(request.reason is None for request in requests):
+        chunks = [[request.chunk(p, k, pad) for p in range(start, end)] for request in requests]
+        hidden = loaded.model.hidden(torch.tensor(chunks, device=device), cache)
+        yield end, hidden[-1:]
+        start, end = end, end + 1
