@@ -1,10 +1,13 @@
 """Atomic writes, fsync, JSON and content hashes."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import socket
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +18,8 @@ from calm_core.errors import UserError
 HASH_BYTES = 16
 
 PARTIAL = ".partial"
+
+NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
 def new_hash() -> "hashlib.blake2b":
@@ -58,6 +63,36 @@ def remove_partial(folder: Path) -> None:
     """Remove the temporary files that killed processes left in `folder`; no other process may be writing there."""
     for path in folder.glob(f".*{PARTIAL}"):
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def file_lock(path: Path, shared: bool = False, waiting_for: str = "") -> Iterator[None]:
+    """Hold a lock on the file `path` (flock) until the block or the process ends; the file is created if missing.
+
+    A shared lock excludes exclusive ones only. With `waiting_for`, wait for other holders and print that text first.
+    On a file system without flock, such as Lustre mounted without `-o flock`, a warning is printed and nothing locked.
+
+    Raises:
+        BlockingIOError: if another process holds the lock, and `waiting_for` is empty.
+    """
+    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, mode | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not waiting_for:
+                raise
+            print(f"waiting for {waiting_for}", file=sys.stderr, flush=True)
+            fcntl.flock(file, mode)
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+            print(
+                f"warning: the file system of {path} has no locks ({error.strerror}; Lustre has them when mounted with "
+                "-o flock): make sure that no other process writes to this folder.",
+                file=sys.stderr,
+            )
+        yield
 
 
 def sync(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Encode the token store with the frozen autoencoder into the chunk store RUN/chunks.
 
-Killed and run again it goes on where it was. Several machines share the work by --shard i/n, one i each, and one
---finish after them completes the store.
+Run again after a kill, it continues. Several machines divide the work by --shard i/n, one i each, and one --finish
+after them completes the store.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch
 from calm_core.autoencoder.artefact import load_autoencoder
 from calm_core.config import command
 from calm_core.config.experiment import Experiment
-from calm_core.data.builder import OPTIONS, Share, carry_out
+from calm_core.data.builder import OPTIONS, ArrayTask, carry_out
 from calm_core.data.chunks import ChunkStoreBuild
 from calm_core.errors import UserError
 from calm_core.manifest import read_manifest
@@ -17,8 +17,8 @@ from calm_core.manifest import read_manifest
 SECTIONS = ("data",)
 
 
-def prepare(experiment: Experiment, dry_run: bool, shard: Share | None = None, finish: bool = False) -> None:
-    """Encode the chunks or a share of them, unless that is done; or print what would be done."""
+def prepare(experiment: Experiment, dry_run: bool, shard: ArrayTask | None = None, finish: bool = False) -> None:
+    """Encode the chunks or one task of them, unless that is done; or print what would be done."""
     data, paths = experiment.data, experiment.paths
     if dry_run and not (paths.tokens.exists() and paths.autoencoder.exists()):
         print(f"would encode {paths.tokens} with {paths.autoencoder}, which are not both there yet: {paths.chunks}")

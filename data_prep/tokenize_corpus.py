@@ -1,7 +1,7 @@
-"""Tokenize the corpus into the token store RUN/tokens, split by document into train and held-out.
+"""Tokenize the corpus into the token store RUN/tokens, split into training and held-out text.
 
-Killed and run again it goes on where it was. Several machines share the work by --shard i/n, one i each, and one
---finish after them completes the store: the same, to the byte, that one machine makes.
+Run again after a kill, it continues. Several machines divide the work by --shard i/n, one i each, and one --finish
+after them completes the store: the same, to the byte, as one machine makes.
 """
 
 import os
@@ -9,7 +9,8 @@ from functools import partial
 
 from calm_core.config import command
 from calm_core.config.experiment import Experiment
-from calm_core.data.builder import OPTIONS, Share, carry_out
+from calm_core.data.builder import OPTIONS, ArrayTask, carry_out
+from calm_core.data.split import held_out_tokens
 from calm_core.data.tokens import TokenStoreBuild
 from calm_core.manifest import read_manifest
 from calm_core.tokenizer import load_tokenizer
@@ -17,15 +18,16 @@ from calm_core.tokenizer import load_tokenizer
 SECTIONS = ("data",)
 
 
-def prepare(experiment: Experiment, dry_run: bool, shard: Share | None = None, finish: bool = False) -> None:
-    """Tokenize the corpus or a share of it, unless that is done; or print what would be done."""
+def prepare(experiment: Experiment, dry_run: bool, shard: ArrayTask | None = None, finish: bool = False) -> None:
+    """Tokenize the corpus or one task of it, unless that is done; or print what would be done."""
     data, paths = experiment.data, experiment.paths
     if dry_run and not paths.tokenizer.exists():
         print(f"would tokenize {', '.join(data.corpus)} with {paths.tokenizer}, which is not there yet: {paths.tokens}")
         return
-    build = TokenStoreBuild.begin(data, load_tokenizer(paths.tokenizer), paths.tokens)
+    build = TokenStoreBuild.begin(data, load_tokenizer(paths.tokenizer), paths.tokens, held_out_tokens(experiment))
+    print(build.split, flush=True)
     if dry_run and not build.builder.is_complete:
-        files = [source for part in build.parts for source in part]
+        files = [source for group in build.groups for source in group]
         size = sum(source.path.stat().st_size for source in files) / 1e6
         print(f"would tokenize {len(files)} files of {size:,.1f} MB with {paths.tokenizer}: {paths.tokens}")
         return

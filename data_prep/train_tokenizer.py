@@ -1,10 +1,11 @@
-"""Train the tokenizer on the training documents of the corpus: RUN/tokenizer/tokenizer.model."""
+"""Train the tokenizer on the training text of the corpus: RUN/tokenizer/tokenizer.model."""
 
 from dataclasses import asdict
 
 from calm_core.config import command
 from calm_core.config.experiment import Experiment
 from calm_core.data.corpus import fingerprint, sources
+from calm_core.data.split import choose_split, held_out_tokens
 from calm_core.data.tokens import training_texts
 from calm_core.tokenizer import is_trained, train_tokenizer
 
@@ -27,7 +28,8 @@ def prepare(experiment: Experiment, dry_run: bool) -> None:
         print(f"would train a tokenizer of {config.vocab_size:,} tokens on {len(corpus)} files: {path}")
     else:
         print(f"training a tokenizer of {config.vocab_size:,} tokens on {len(corpus)} files", flush=True)
-        train_tokenizer(training_texts(data, config.training_megabytes), config, path, made_from)
+        texts = training_texts(data, config.training_megabytes, choose_split(data, held_out_tokens(experiment)))
+        train_tokenizer(texts, config, path, made_from)
         print(f"finished: {path}")
 
 

@@ -71,7 +71,7 @@ def test_shares_and_a_finish_make_the_stores(experiment, capsys):
             freeze_autoencoder(folder, k=2)
         assert run(name, experiment, small, f"data.{store}={folder}/whole_{store}") == 0
         assert run(name, experiment, small, "--shard", "1/2") == 0
-        assert "finished share 1 of 2" in capsys.readouterr().out
+        assert "finished task 1 of 2" in capsys.readouterr().out
         if name == "build_chunks":
             assert run(name, experiment, small, "--finish") == 2
             assert "are not done: 0 (" in capsys.readouterr().err

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.config.model_config import AutoencoderConfig
 from calm_core.errors import UserError
-from calm_core.io import hash_file, replacing, write_json
-from calm_core.manifest import MANIFEST, format_version, read_manifest
+from calm_core.io import hash_file, replacing
+from calm_core.manifest import MANIFEST, format_version, read_manifest, write_manifest
 
 KIND = "autoencoder"
 
@@ -40,7 +40,7 @@ def save_autoencoder(model: Autoencoder, folder: Path, tokenizer_hash: str, prov
         "content_hash": content_hash,
         "provenance": provenance,
     }
-    write_json(folder / MANIFEST, manifest)
+    write_manifest(folder, manifest)
     return content_hash
 
 

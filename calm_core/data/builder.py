@@ -8,6 +8,7 @@ import signal
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -15,102 +16,128 @@ from typing import Any, TypeVar
 
 from calm_core.data.store import files_of, verify_shards
 from calm_core.errors import UserError
-from calm_core.io import read_json, remove_partial, write_json
-from calm_core.manifest import MANIFEST, format_version, read_manifest, require_same
+from calm_core.io import file_lock, read_json, remove_partial, write_json
+from calm_core.manifest import MANIFEST, format_version, read_manifest, require_same, write_manifest
 
 JOURNAL = "building"
 
-NAMED = 5  # unfinished parts that a refusal names
+HEADER = "header.json"
+
+SHOWN_INPUTS = 5  # unfinished inputs that a refusal names
+
+T = TypeVar("T")
+
+Task = TypeVar("Task")
+
+Result = TypeVar("Result")
 
 
 class StoreBuilder:
-    """A store in the making: a folder of shards, and a journal that says which of them are finished.
+    """A store that is being built: a folder of shards, and a journal of the finished ones.
 
-    The work is cut into numbered parts, and each part into numbered pieces; a piece is at most one shard for each
-    split. Pieces may be done in any order, by any number of processes and machines that see the folder: what is in the
-    journal is never done again, what is not is written over. `finish` turns the journal into the manifest, whose
-    presence says that the store is complete.
+    The work is divided into numbered inputs (a group of corpus files, a token shard), and each input into numbered
+    blocks; a block makes at most one shard of each split. Blocks may be done in any order, by any number of processes
+    and machines that see the folder: what is in the journal is not done again, anything else is overwritten. `finish`
+    turns the journal into the manifest, whose presence says that the store is complete.
     """
 
     def __init__(
-        self, folder: Path, kind: str, made_from: Mapping[str, Any], parts: Sequence[str], **properties: Any
+        self, folder: Path, kind: str, made_from: Mapping[str, Any], inputs: Sequence[str], **properties: Any
     ) -> None:
-        """Begin a store of `kind`, or go on with one that was begun from the same inputs.
+        """Start a store of `kind`, or continue one that was started from the same inputs; nothing is written yet.
 
-        `made_from` holds what decides the store's content, `parts` the names of the parts, `properties` further entries
-        of the manifest.
+        `made_from` holds what decides the store's content, `inputs` the names of the inputs, `properties` further
+        entries of the manifest.
 
         Raises:
             UserError: if the folder holds something else.
         """
         self.folder = folder
-        self.parts = parts
+        self.kind = kind
+        self.inputs = inputs
         self.header = {"format_version": format_version(kind), "kind": kind, "made_from": dict(made_from), **properties}
         self._journal = folder / JOURNAL
-        self._header = self._journal / "header.json"
         if (folder / MANIFEST).exists():
             require_same(folder, read_manifest(folder, kind)["made_from"], made_from)
-            shutil.rmtree(self._journal, ignore_errors=True)  # where a kill came between the manifest and this
-        elif self._header.exists():
-            require_same(folder, read_json(self._header)["made_from"], made_from)
+        elif (self._journal / HEADER).exists():
+            require_same(folder, read_json(self._journal / HEADER)["made_from"], made_from)
         elif folder.exists() and (folder.is_file() or any(path != self._journal for path in folder.iterdir())):
             raise UserError(
                 f"{folder} holds something else than a store of {kind}: move it away or name another folder."
             )
-        self._done: set[tuple[int, int]] = set()
-        self._ends: dict[int, int] = {}
-        for path in self._journal.glob("*-*.json"):
-            part, piece, *last = path.stem.split("-")
-            self._enter(int(part), int(piece), bool(last))
+        self._read_journal()
 
     @property
     def is_complete(self) -> bool:
         """Whether the store is finished, made from these very inputs."""
         return (self.folder / MANIFEST).exists()
 
-    def has(self, part: int, piece: int) -> bool:
-        """Whether a piece is in the journal."""
-        return (part, piece) in self._done
+    def has(self, input_number: int, block: int) -> bool:
+        """Whether a block is in the journal."""
+        return (input_number, block) in self._done
 
-    def is_done(self, part: int) -> bool:
-        """Whether all pieces of a part are in the journal."""
-        return part in self._ends and all(self.has(part, piece) for piece in range(self._ends[part] + 1))
+    def is_done(self, input_number: int) -> bool:
+        """Whether all blocks of an input are in the journal."""
+        last = self._last_blocks.get(input_number)
+        return last is not None and all(self.has(input_number, block) for block in range(last + 1))
+
+    @contextmanager
+    def locked(self, shared: bool = False) -> Iterator[None]:
+        """Keep other builds out of the folder, or with `shared` only those that do not share it; waits for them.
+
+        What they have built in the meantime counts as done.
+        """
+        if self.is_complete:
+            shutil.rmtree(self._journal, ignore_errors=True)  # what a kill after the manifest left
+            yield
+            return
+        self.begin()
+        with file_lock(self._journal / "lock", shared=shared, waiting_for=f"another build of {self.folder} to end"):
+            self._read_journal()
+            try:
+                yield
+            except UserError:
+                if not shared and not self._done and list(self.folder.glob("*")) == [self._journal]:
+                    self.discard()
+                raise
 
     def begin(self) -> None:
-        """Make the folder and note what the store is made from, before anything else is written into it."""
-        if not self._header.exists():
+        """Make the folder and record what the store is made from, before anything else is written into it."""
+        if not (self._journal / HEADER).exists() and not self.is_complete:
             self._journal.mkdir(parents=True, exist_ok=True)
-            write_json(self._header, self.header)
+            write_json(self._journal / HEADER, self.header)
 
-    def add(self, part: int, piece: int, last: bool, shards: Mapping[str, Mapping[str, Any]], **notes: Any) -> None:
-        """Enter the shards of a piece, by split, in the journal, and notes; `last` says that it ends its part."""
+    def add(
+        self, input_number: int, block: int, last: bool, shards: Mapping[str, Mapping[str, Any]], **notes: Any
+    ) -> None:
+        """Enter the shards of a block, by split, in the journal, with notes; `last`: it is the last of its input."""
         self.begin()
-        write_json(self._entry(part, piece, last), {"shards": dict(shards), **notes})
-        self._enter(part, piece, last)
+        write_json(self._entry(input_number, block, last), {"shards": dict(shards), **notes})
+        self._enter(input_number, block, last)
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """What the journal holds, piece by piece in order, once all parts are done.
+        """The entries of the journal, in the order of the blocks, once all inputs are done.
 
         Raises:
-            UserError: naming parts that are not done.
+            UserError: naming inputs that are not done.
         """
-        missing = [part for part in range(len(self.parts)) if not self.is_done(part)]
+        missing = [number for number in range(len(self.inputs)) if not self.is_done(number)]
         if missing:
-            named = ", ".join(f"{part} ({self.parts[part]})" for part in missing[:NAMED])
-            more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+            named = ", ".join(f"{number} ({self.inputs[number]})" for number in missing[:SHOWN_INPUTS])
+            more = f" and {len(missing) - SHOWN_INPUTS} more" if len(missing) > SHOWN_INPUTS else ""
             raise UserError(
-                f"{len(missing)} of the {len(self.parts)} parts of {self.folder} are not done: {named}{more}; "
-                "run their shares again (part p is in share p mod n of n), or all without --shard."
+                f"{len(missing)} of the {len(self.inputs)} inputs of {self.folder} are not done: {named}{more}; "
+                "run their tasks again (input p belongs to task p mod n of n), or all without --shard."
             )
-        for part, end in sorted(self._ends.items()):
-            for piece in range(end + 1):
-                yield read_json(self._entry(part, piece, piece == end))
+        for number, last in sorted(self._last_blocks.items()):
+            for block in range(last + 1):
+                yield read_json(self._entry(number, block, block == last))
 
     def finish(self, **totals: Any) -> dict[str, Any]:
-        """Write the manifest, which completes the store, and remove the journal; the manifest.
+        """Write the manifest, which completes the store, and remove the journal; returns the manifest.
 
         Raises:
-            UserError: naming parts that are not done, or a shard that is missing or truncated.
+            UserError: naming inputs that are not done, or a shard that is missing or truncated.
         """
         splits: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         for entry in self.entries():
@@ -123,64 +150,88 @@ class StoreBuilder:
             **totals,
             "splits": {split: {**_totals(splits[split]), "shards": splits[split]} for split in sorted(splits)},
         }
-        write_json(self.folder / MANIFEST, manifest)
+        write_manifest(self.folder, manifest)
         shutil.rmtree(self._journal)
         remove_partial(self.folder)
-        return manifest
+        return read_manifest(self.folder, self.kind)
 
     def discard(self) -> None:
-        """Remove the journal of a store that turned out to have no shards, and its folder."""
+        """Remove the folder of a store without shards."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _enter(self, part: int, piece: int, last: bool) -> None:
-        self._done.add((part, piece))
+    def _read_journal(self) -> None:
+        self._done: set[tuple[int, int]] = set()
+        self._last_blocks: dict[int, int] = {}
+        for path in self._journal.glob("*-*.json"):
+            number, block, *last = path.stem.split("-")
+            self._enter(int(number), int(block), bool(last))
+
+    def _enter(self, input_number: int, block: int, last: bool) -> None:
+        self._done.add((input_number, block))
         if last:
-            self._ends[part] = piece
+            self._last_blocks[input_number] = block
 
-    def _entry(self, part: int, piece: int, last: bool) -> Path:
-        return self._journal / f"{part:05d}-{piece:05d}{'-last' if last else ''}.json"
+    def _entry(self, input_number: int, block: int, last: bool) -> Path:
+        return self._journal / f"{input_number:05d}-{block:05d}{'-last' if last else ''}.json"
 
 
-def shard_name(split: str, part: int, piece: int) -> str:
-    """The file name of the shard that a piece writes for a split."""
-    return f"{split}-{part:05d}-{piece:05d}.arrow"
+def recorded_header(folder: Path) -> dict[str, Any] | None:
+    """What a store was started with: its manifest, or the header in the journal of an unfinished one."""
+    paths = [path for path in (folder / MANIFEST, folder / JOURNAL / HEADER) if path.exists()]
+    return read_json(paths[0]) if paths else None
+
+
+def shard_name(split: str, input_number: int, block: int) -> str:
+    """The file name of the shard that a block makes for a split."""
+    return f"{split}-{input_number:05d}-{block:05d}.arrow"
 
 
 def _totals(shards: list[Mapping[str, Any]]) -> dict[str, int]:
-    """The sums of what every shard of a split counts."""
+    """The sums over the shards of a split."""
     return {name: sum(shard[name] for shard in shards) for name in ("rows", "tokens", "documents", "bytes")}
 
 
-T = TypeVar("T")
-
-
 @dataclass(frozen=True)
-class Share:
-    """Share `index` of `count`, counted from 0: every `count`-th part of the work from number `index` on."""
+class ArrayTask:
+    """Task `index` (from 0) of `count` that divide the work: it takes every `count`-th input, from `index` on."""
 
     index: int = 0
     count: int = 1
 
-    def of(self, parts: Sequence[T]) -> Sequence[T]:
-        """The parts that are this share's."""
-        return parts[self.index :: self.count]
+    def of(self, inputs: Sequence[T]) -> Sequence[T]:
+        """The inputs of this task."""
+        return inputs[self.index :: self.count]
 
     @classmethod
-    def parse(cls, text: str) -> "Share":
-        """The share that `i/n` writes, for argparse."""
+    def parse(cls, text: str) -> "ArrayTask":
+        """The task that `i/n` names, for argparse."""
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if not match or int(match[1]) >= int(match[2]):
-            raise argparse.ArgumentTypeError(f"{text!r} is no share: write i/n with i from 0 to n - 1, such as 0/8")
+            raise argparse.ArgumentTypeError(f"{text!r} is no task: write i/n with i from 0 to n - 1, such as 0/8")
         return cls(int(match[1]), int(match[2]))
 
 
-WHOLE = Share()
+ALL = ArrayTask()
+
+# The options of the scripts whose work can be divided, as `command.run` takes them.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--shard": {
+        "type": ArrayTask.parse,
+        "metavar": "i/n",
+        "help": "do only task i (from 0) of n, for an array: $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT",
+    },
+    "--finish": {"action": "store_true", "help": "check that all tasks are done, and complete the store"},
+}
 
 
 def carry_out(
-    builder: StoreBuilder, run: Callable[[Share], None], complete: Callable[[], Any], shard: Share | None, finish: bool
+    builder: StoreBuilder,
+    run: Callable[[ArrayTask], None],
+    complete: Callable[[], Any],
+    shard: ArrayTask | None = None,
+    finish: bool = False,
 ) -> bool:
-    """Do what `--shard` and `--finish` ask for: `run` a share, or `complete` the store, or without them both.
+    """What `--shard` and `--finish` ask for: `run` one task, or `complete` the store, or both without either.
 
     Returns whether the store is complete.
 
@@ -188,42 +239,28 @@ def carry_out(
         UserError: if both are given.
     """
     if shard and finish:
-        raise UserError("--shard and --finish are two steps: run every share first, then --finish alone.")
-    if builder.is_complete:
+        raise UserError("--shard and --finish are two steps: run every task first, then --finish alone.")
+    with builder.locked(shared=shard is not None):
+        if builder.is_complete:
+            return True
+        if not finish:
+            run(shard or ALL)
+        if shard:
+            print(f"finished task {shard.index} of {shard.count}: {builder.folder}")
+            return False
+        complete()
         return True
-    if not finish:
-        run(shard or WHOLE)
-    if shard:
-        print(f"finished share {shard.index} of {shard.count}: {builder.folder}")
-        return False
-    complete()
-    return True
-
-
-# The options of the scripts that can share their work, as `command.run` takes them.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "--shard": {
-        "type": Share.parse,
-        "metavar": "i/n",
-        "help": "do share i (from 0) of n alone, as one task of an array: $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT",
-    },
-    "--finish": {"action": "store_true", "help": "check that all shares are done, and complete the store"},
-}
-
-Task = TypeVar("Task")
-
-Result = TypeVar("Result")
 
 
 def spread(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
-    """`function` of each task, in the order they get done; `workers` processes do them, or this one if it is one.
+    """Yield `function(task)` for each task in order of completion, computed by `workers` processes (1: this one).
 
-    The processes are forks: `function` may be anything, only tasks and results must pickle. Tasks are drawn as they are
-    needed, one ahead of those that are being done, and none is kept here.
+    The processes are forks: `function` need not pickle, tasks and results must. Tasks are taken from the iterable only
+    as they are needed, one ahead of those in progress.
 
     Raises:
-        UserError: that a task has raised.
-        RuntimeError: with the trace of anything else that a task has raised, or that a process has died.
+        UserError: that a task raised.
+        RuntimeError: with the trace of any other exception of a task, or if a process died.
     """
     if workers == 1:
         yield from map(function, tasks)
@@ -235,7 +272,7 @@ def spread(function: Callable[[Task], Result], tasks: Iterable[Task], workers: i
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(function, there, [*idle, here]), daemon=True)
             process.start()
-            there.close()  # or the end of the process would not end the pipe
+            there.close()  # so that the pipe ends when the process does
             processes.append(process)
             idle.append(here)
         remaining = iter(tasks)
@@ -246,7 +283,7 @@ def spread(function: Callable[[Task], Result], tasks: Iterable[Task], workers: i
                 connection.send(upcoming)
                 busy.append(connection)
                 upcoming = next(remaining, None)
-            yield from done  # the processes are at work again while the caller looks at what they have done
+            yield from done  # the processes work on while the caller handles their results
             finished = wait(busy)
             done = [_result(connection) for connection in finished]
             busy = [connection for connection in busy if connection not in finished]
@@ -260,10 +297,10 @@ def spread(function: Callable[[Task], Result], tasks: Iterable[Task], workers: i
 
 
 def _work(function: Callable[[Task], Result], connection: Connection, inherited: Iterable[Connection]) -> None:
-    """Do tasks until the other end is gone."""
+    """Do tasks until the other end of the pipe is closed."""
     for end in inherited:
-        end.close()  # a copy of the other end: kept here, it would outlive the parent
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent to answer
+        end.close()  # copies of the other ends: open here, they would outlive the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles an interrupt
     while True:
         try:
             task = connection.recv()
@@ -285,7 +322,7 @@ def _result(connection: Connection) -> Result:
     try:
         result, error = connection.recv()
     except EOFError:
-        raise RuntimeError("A worker process was killed, perhaps for want of memory: use fewer workers.") from None
+        raise RuntimeError("A worker process was killed, perhaps because memory ran out: use fewer workers.") from None
     if error is not None:
         raise error
     return result

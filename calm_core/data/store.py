@@ -146,7 +146,7 @@ class Store:
         begun = [0, *accumulate(shard["documents"] for shard in self.shards)]
         continued = [*(int(shard.get("continues", False)) for shard in self.shards), 0]
         self._first_documents = [before - goes_on for before, goes_on in zip(begun, continued, strict=True)]
-        self.shard = lru_cache(maxsize=OPEN_SHARDS)(self._open)
+        self.shard = lru_cache(maxsize=OPEN_SHARDS)(self._open_checked)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -248,6 +248,16 @@ class Store:
             taken = min(count - done, self._starts[index + 1] - start - done)
             yield done, index, row, taken
             done += taken
+
+    def _open_checked(self, index: int) -> ShardView:
+        view = self._open(index)
+        found, wanted = len(view.columns["tokens"]), self.shards[index][self.unit]
+        if found != wanted:
+            raise UserError(
+                f"The shard {self.folder / self.shards[index]['file']} has {found:,} {self.unit}, but its manifest "
+                f"says {wanted:,}: make its store again."
+            )
+        return view
 
     def _open(self, index: int) -> ShardView:
         raise NotImplementedError

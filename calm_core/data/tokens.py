@@ -1,4 +1,4 @@
-"""Building token stores: corpus -> token shards, split by document into train and held-out."""
+"""Building token stores: corpus -> token shards of the training and the held-out text."""
 
 import sys
 import time
@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,20 +14,20 @@ import numpy as np
 import pyarrow as pa
 
 from calm_core.config.data_config import DataConfig
-from calm_core.data.builder import WHOLE, Share, StoreBuilder, shard_name, spread
+from calm_core.data.builder import ALL, ArrayTask, StoreBuilder, carry_out, recorded_header, shard_name, spread
 from calm_core.data.corpus import (
-    EARLY,
+    JUDGED_RECORDS,
     Block,
-    Document,
     Source,
     Tally,
     blocks,
     documents,
+    file_groups,
     fingerprint,
-    parts,
     records,
     sources,
 )
+from calm_core.data.split import Part, Split, choose_split, split_of
 from calm_core.data.store import token_dtype, write_shard
 from calm_core.errors import UserError
 from calm_core.manifest import read_manifest
@@ -37,19 +36,11 @@ from calm_core.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 20  # text that a process tokenizes at once
 
-TRAIN, HELD_OUT = "train", "held_out"
 
+def training_texts(config: DataConfig, megabytes: int, split: Split) -> Iterator[str]:
+    """Training text of the corpus for a tokenizer to learn from: at most `megabytes` million characters.
 
-def side(text: str, held_out: float) -> str:
-    """The split of a document, `train` or `held_out`: a function of its text alone, so it stays as the corpus grows."""
-    digest = blake2b(text.encode(), digest_size=8, person=b"held_out").digest()
-    return HELD_OUT if int.from_bytes(digest, "little") < held_out * 2**64 else TRAIN
-
-
-def training_texts(config: DataConfig, megabytes: int) -> Iterator[str]:
-    """Text of the train split for a tokenizer to learn from: `megabytes` million characters at most.
-
-    Each file gives an equal share; what a short one leaves of it goes to those after it.
+    Each file gives an equal fraction; what a short file does not use goes to those after it.
 
     Raises:
         UserError: if there is no text and malformed records are the reason.
@@ -57,13 +48,12 @@ def training_texts(config: DataConfig, megabytes: int) -> Iterator[str]:
     corpus, tally = sources(config.corpus), Tally()
     left = megabytes * 1_000_000
     for number, source in enumerate(corpus):
-        share = left // (len(corpus) - number)
+        from_file = left // (len(corpus) - number)
         for document in documents(records(source, config.text_field), config.text_field, tally):
-            if share <= 0:
+            if from_file <= 0:
                 break
-            if side(document.text, config.held_out) == TRAIN:
-                text = document.text[:share]
-                share, left = share - len(text), left - len(text)
+            if text := split.training_text(document.text)[:from_file]:
+                from_file, left = from_file - len(text), left - len(text)
                 yield text
     if not tally.kept:
         tally.require(0.0)
@@ -71,19 +61,26 @@ def training_texts(config: DataConfig, megabytes: int) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class TokenStoreBuild:
-    """A token store in the making. Each document is bos, its tokens and, where `data.eos` says so, eos.
+    """The building of a token store. A document is bos, its tokens and, with `data.eos`, eos.
 
-    The parts of the corpus may be shared among processes and machines: the store is the same to the byte.
+    The inputs are groups of corpus files. Several processes and machines may each do some of them: the store has the
+    same bytes as one built by a single process.
     """
 
     config: DataConfig
     tokenizer: Tokenizer
+    split: Split
     builder: StoreBuilder
-    parts: list[list[Source]]
+    groups: list[list[Source]]
 
     @classmethod
-    def begin(cls, config: DataConfig, tokenizer: Tokenizer, folder: Path) -> "TokenStoreBuild":
-        """Begin the store of a corpus, or go on with it; nothing is written yet.
+    def begin(
+        cls, config: DataConfig, tokenizer: Tokenizer, folder: Path, held_out_tokens: int = 0
+    ) -> "TokenStoreBuild":
+        """Start the store of a corpus, or continue it; nothing is written yet.
+
+        A store that was started keeps its split; otherwise `choose_split` holds out at least `held_out_tokens` if the
+        corpus allows it.
 
         Raises:
             UserError: if there is no such corpus, or the folder holds something else.
@@ -97,38 +94,47 @@ class TokenStoreBuild:
             "data.eos": config.eos,
             "data.shard_bytes": config.shard_bytes,
         }
-        files = parts(corpus, config.shard_bytes)
-        special = {"pad": tokenizer.pad, "bos": tokenizer.bos, "eos": tokenizer.eos}
-        names = [part[0].name for part in files]
-        builder = StoreBuilder(folder, "tokens", made_from, names, vocab_size=tokenizer.vocab_size, **special)
-        return cls(config, tokenizer, builder, files)
+        groups = file_groups(corpus, config.shard_bytes)
+        properties = {
+            "vocab_size": tokenizer.vocab_size,
+            "pad": tokenizer.pad,
+            "bos": tokenizer.bos,
+            "eos": tokenizer.eos,
+        }
+        started = recorded_header(folder)
+        is_started = started is not None and started.get("made_from") == made_from
+        split = split_of(started) if is_started else choose_split(config, held_out_tokens)
+        if split != Split("document", config.held_out):
+            properties["split"] = split.as_dict()
+        builder = StoreBuilder(folder, "tokens", made_from, [group[0].name for group in groups], **properties)
+        return cls(config, tokenizer, split, builder, groups)
 
-    def run(self, share: Share = WHOLE, workers: int = 1) -> None:
-        """Tokenize what is not done yet of a share of the parts.
+    def run(self, task: ArrayTask = ALL, workers: int = 1) -> None:
+        """Tokenize the inputs of a task that are not done yet.
 
         Raises:
             UserError: if a file cannot be read, or too many records are malformed.
         """
         tally, size, started = Tally(), 0, time.perf_counter()
-        tokenize = partial(_tokenize_block, self.config, self.tokenizer, self.builder)
-        mine = [part for part in share.of(range(len(self.parts))) if not self.builder.is_done(part)]
-        with Progress("tokenizing", len(mine), "parts") as progress:
-            for done in spread(tokenize, self._blocks(mine), workers):
+        tokenize = partial(_tokenize_block, self.config, self.tokenizer, self.split, self.builder)
+        todo = [number for number in task.of(range(len(self.groups))) if not self.builder.is_done(number)]
+        with Progress("tokenizing", len(todo), "groups of files") as progress:
+            for done in spread(tokenize, self._blocks(todo), workers):
                 shown = len(tally.examples)
                 tally.add(done.records)
                 for example in tally.examples[shown:]:
-                    print(f"left out: {example}", file=sys.stderr)
-                tally.require(self.config.max_malformed, at_least=EARLY)
-                self.builder.add(done.part, done.piece, done.last, done.shards, records=done.records.as_dict())
+                    print(f"skipped: {example}", file=sys.stderr)
+                tally.require(self.config.max_malformed, at_least=JUDGED_RECORDS)
+                self.builder.add(done.group, done.number, done.last, done.shards, records=done.records.as_dict())
                 size += done.bytes
                 rate = size / 1e6 / (time.perf_counter() - started)
                 progress.advance(int(done.last), f"{size / 1e6:,.1f} MB of text, {rate:,.1f} MB/s")
 
     def finish(self) -> dict[str, Any]:
-        """Complete the store; its manifest.
+        """Complete the store and return its manifest.
 
         Raises:
-            UserError: naming parts that are not done; if too many records are malformed or none holds text.
+            UserError: naming inputs that are not done; if too many records are malformed or none holds text.
         """
         tally = Tally()
         for entry in self.builder.entries():
@@ -141,67 +147,73 @@ class TokenStoreBuild:
             )
         return self.builder.finish(records=tally.as_dict())
 
-    def _blocks(self, mine: Iterable[int]) -> Iterator[Block]:
-        cut = (blocks(part, self.parts[part], self.config.text_field, self.config.shard_bytes) for part in mine)
-        return (block for block in chain.from_iterable(cut) if not self.builder.has(block.part, block.piece))
+    def _blocks(self, groups: Iterable[int]) -> Iterator[Block]:
+        read = (blocks(group, self.groups[group], self.config.text_field, self.config.shard_bytes) for group in groups)
+        return (block for block in chain.from_iterable(read) if not self.builder.has(block.group, block.number))
 
 
 def build_tokens(config: DataConfig, tokenizer: Tokenizer, folder: Path, workers: int = 1) -> dict[str, Any]:
-    """Tokenize a whole corpus into a token store; its manifest.
+    """Tokenize a whole corpus into a token store and return its manifest.
 
-    A store that is finished is left as it is; one that was killed half made is gone on with, and ends the same.
+    A finished store is left as it is; one whose build was killed is continued, with the same result.
 
     Raises:
         UserError: if the corpus has no text or cannot be read, or the folder holds something else.
     """
     build = TokenStoreBuild.begin(config, tokenizer, folder)
-    if build.builder.is_complete:
-        return read_manifest(folder, "tokens")
-    build.run(workers=workers)
-    return build.finish()
+    carry_out(build.builder, partial(build.run, workers=workers), build.finish)
+    return read_manifest(folder, "tokens")
 
 
-class _Piece(NamedTuple):
-    """A block that is tokenized: what the journal notes of it."""
+class _TokenizedBlock(NamedTuple):
+    """What the journal records of a tokenized block."""
 
-    part: int
-    piece: int
+    group: int
+    number: int
     last: bool
     bytes: int
     shards: dict[str, dict[str, Any]]
     records: Tally
 
 
-def _tokenize_block(config: DataConfig, tokenizer: Tokenizer, builder: StoreBuilder, block: Block) -> _Piece:
-    """Write the shards of a block, one for each split among its documents."""
+def _tokenize_block(
+    config: DataConfig, tokenizer: Tokenizer, split: Split, builder: StoreBuilder, block: Block
+) -> _TokenizedBlock:
+    """Write the shards of a block, one for each side of the split that has text in it."""
     tally, dtype = Tally(), token_dtype(tokenizer.vocab_size)
-    bos, end = np.array([tokenizer.bos], dtype), np.array([tokenizer.eos] if config.eos else [], dtype)
+    bos, eos, none = np.array([tokenizer.bos], dtype), np.array([tokenizer.eos], dtype), np.empty(0, dtype)
     names, tokens = defaultdict(list), defaultdict(list)
-    for batch in _batches(documents(block.records, config.text_field, tally)):
-        for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-            split = side(document.text, config.held_out)
-            names[split].append(document.name)
-            tokens[split].append(np.concatenate([bos, np.asarray(ids).astype(dtype), end]))
+    parts = (
+        (document.name, part)
+        for document in documents(block.records, config.text_field, tally)
+        for part in split.parts(document.text)
+    )
+    for batch in _batches(parts):
+        encoded = tokenizer.encode_batch([part.text for _, part in batch])
+        for (name, part), ids in zip(batch, encoded, strict=True):
+            begin, end = bos if part.begins else none, eos if part.ends and config.eos else none
+            names[part.side].append(name)
+            tokens[part.side].append(np.concatenate([begin, np.asarray(ids).astype(dtype), end]))
     shards = {}
-    for split, documents_of_split in tokens.items():
+    for side, documents_of_side in tokens.items():
         builder.begin()
-        offsets = np.cumsum([0, *map(len, documents_of_split)])
+        offsets = np.cumsum([0, *map(len, documents_of_side)])
         columns = {
-            "tokens": pa.LargeListArray.from_arrays(offsets, np.concatenate(documents_of_split)),
-            "document": pa.array(names[split], pa.string()),
+            "tokens": pa.LargeListArray.from_arrays(offsets, np.concatenate(documents_of_side)),
+            "document": pa.array(names[side], pa.string()),
         }
-        path = builder.folder / shard_name(split, block.part, block.piece)
-        rows = len(documents_of_split)
+        path = builder.folder / shard_name(side, block.group, block.number)
+        rows = len(documents_of_side)
         entry = write_shard(path, columns, {"tokenizer": tokenizer.content_hash})
-        shards[split] = {**entry, "rows": rows, "tokens": int(offsets[-1]), "documents": rows}
-    return _Piece(block.part, block.piece, block.last, block.bytes, shards, tally)
+        shards[side] = {**entry, "rows": rows, "tokens": int(offsets[-1]), "documents": rows}
+    return _TokenizedBlock(block.group, block.number, block.last, block.bytes, shards, tally)
 
 
-def _batches(stream: Iterable[Document]) -> Iterator[list[Document]]:
+def _batches(parts: Iterable[tuple[str, Part]]) -> Iterator[list[tuple[str, Part]]]:
     batch, characters = [], 0
-    for document in stream:
-        batch.append(document)
-        characters += len(document.text)
+    for name, part in parts:
+        batch.append((name, part))
+        characters += len(part.text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -10,8 +10,8 @@ import sentencepiece
 
 from calm_core.config.data_config import TokenizerConfig
 from calm_core.errors import UserError
-from calm_core.io import replacing, write_json
-from calm_core.manifest import MANIFEST, format_version, read_manifest, require_same
+from calm_core.io import replacing
+from calm_core.manifest import MANIFEST, format_version, read_manifest, require_same, write_manifest
 from calm_core.tokenizer.protocol import Tokenizer
 from calm_core.tokenizer.sentencepiece import SentencePieceTokenizer
 
@@ -71,9 +71,7 @@ def train_tokenizer(
     except RuntimeError as error:
         raise _sentence(error, config) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        path.parent / MANIFEST, {"format_version": format_version(KIND), "kind": KIND, "made_from": dict(made_from)}
-    )
+    write_manifest(path.parent, {"format_version": format_version(KIND), "kind": KIND, "made_from": dict(made_from)})
     with replacing(path) as temporary:
         temporary.write_bytes(model.getvalue())
     return SentencePieceTokenizer(model.getvalue())

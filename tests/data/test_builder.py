@@ -2,11 +2,15 @@
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -15,13 +19,13 @@ import pytest
 from calm_core.autoencoder.artefact import load_autoencoder, save_autoencoder
 from calm_core.config.data_config import DataConfig
 from calm_core.data import chunks
-from calm_core.data.builder import JOURNAL, Share, StoreBuilder, spread
+from calm_core.data.builder import JOURNAL, ArrayTask, StoreBuilder, carry_out, spread
 from calm_core.data.chunks import ChunkStoreBuild, build_chunks
 from calm_core.data.store import TokenStore
 from calm_core.data.tokens import TokenStoreBuild, build_tokens
 from calm_core.errors import UserError
 from calm_core.io import hash_file, read_json, write_json
-from calm_core.manifest import MANIFEST
+from calm_core.manifest import MANIFEST, read_manifest
 
 # A build that stops at a given shard, which is half written under its temporary name, and waits to be killed.
 STALLED = """
@@ -111,13 +115,13 @@ def test_shares_make_the_store_that_one_machine_makes(config, tokens, tokenizer,
         "chunks": (lambda: ChunkStoreBuild.begin(tokens, autoencoder, tmp_path / "chunks"), built_chunks),
     }
     for name, (begin, whole) in builds.items():
-        begin().run(Share(1, 2))
+        begin().run(ArrayTask(1, 2))
         first = begin()
         assert not first.builder.is_done(0)
-        with pytest.raises(UserError, match=r"\d of the \d+ parts of .* are not done: 0 \(.*share p mod n"):
+        with pytest.raises(UserError, match=r"\d of the \d+ inputs of .* are not done: 0 \(.*task p mod n"):
             first.finish()
         assert not (tmp_path / name / MANIFEST).exists()
-        begin().run(Share(0, 2))
+        begin().run(ArrayTask(0, 2))
         begin().finish()
         assert contents(tmp_path / name) == contents(whole)
 
@@ -133,7 +137,7 @@ def test_a_shard_that_went_missing_is_named_before_the_manifest_is_written(confi
 
 def test_a_finished_store_is_left_alone(config, tokens, tokenizer):
     before = {path: path.stat().st_mtime_ns for path in tokens.iterdir()}
-    assert build_tokens(config, tokenizer, tokens) == read_json(tokens / MANIFEST)
+    assert build_tokens(config, tokenizer, tokens) == read_manifest(tokens, "tokens")
     assert {path: path.stat().st_mtime_ns for path in tokens.iterdir()} == before
 
 
@@ -146,6 +150,58 @@ def test_a_store_of_other_inputs_is_refused(config, tokens, tokenizer, autoencod
     with pytest.raises(UserError, match="store of tokens, not of chunks"):
         build_chunks(tokens, autoencoder, tokens)
     assert contents(tokens) == before
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from calm_core.config.data_config import DataConfig
+from calm_core.data.tokens import build_tokens
+from calm_core.tokenizer import load_tokenizer
+
+corpus, tokenizer, folder = sys.argv[1:]
+build_tokens(DataConfig(corpus=[corpus], held_out=0.25, shard_bytes=2000), load_tokenizer(tokenizer), Path(folder))
+"""
+
+
+def test_builds_of_one_folder_at_once_all_succeed(config, tokenizer_path, tmp_path):
+    folder = tmp_path / "tokens"
+    command = [sys.executable, "-c", BUILD, config.corpus[0], str(tokenizer_path), str(folder)]
+    builds = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    errors = [build.communicate()[1] for build in builds]
+    assert [build.returncode for build in builds] == [0, 0, 0], errors
+    assert read_manifest(folder, "tokens")["splits"].keys() == {"train", "held_out"}
+    assert not (folder / JOURNAL).exists()
+
+
+def test_a_build_waits_for_another_and_takes_its_store(config, tokenizer, tokens, tmp_path):
+    first = TokenStoreBuild.begin(config, tokenizer, tmp_path / "tokens")
+    second = TokenStoreBuild.begin(config, tokenizer, tmp_path / "tokens")
+
+    def build_first():
+        with first.builder.locked():
+            started.set()
+            first.run()
+            first.finish()
+
+    started = threading.Event()
+    thread = threading.Thread(target=build_first)
+    thread.start()
+    started.wait()
+    never = partial(pytest.fail, "the second build has nothing to do")
+    assert carry_out(second.builder, never, never)
+    thread.join()
+    assert contents(tmp_path / "tokens") == contents(tokens)
+
+
+def test_without_locks_a_build_warns_and_continues(config, tokenizer, tokens, tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    build_tokens(config, tokenizer, tmp_path / "tokens")
+    assert contents(tmp_path / "tokens") == contents(tokens)
+    assert re.search(rf"warning: the file system of {tmp_path}\S* has no locks .*-o flock", capsys.readouterr().err)
 
 
 def test_a_half_made_store_of_other_inputs_is_refused(tmp_path):
@@ -180,7 +236,7 @@ def test_the_manifest_counts_every_record(tokenizer, tmp_path, capsys):
     counts = manifest["records"]
     assert [counts[name] for name in ("kept", "repaired", "empty", "malformed")] == [2, 1, 2, 2]
     assert counts["examples"][0] == "some.jsonl:5 has no text in 'text'"
-    assert "left out: some.jsonl:6 is not valid JSON" in capsys.readouterr().err
+    assert "skipped: some.jsonl:6 is not valid JSON" in capsys.readouterr().err
     assert manifest["splits"]["train"]["documents"] == 2
     assert "held_out" not in manifest["splits"]
 
@@ -226,15 +282,15 @@ def test_a_damaged_manifest_is_refused(autoencoder, tmp_path):
 
 
 def test_shares_cover_the_work_once():
-    shares = [Share.parse(f"{index}/3").of(range(10)) for index in range(3)]
+    shares = [ArrayTask.parse(f"{index}/3").of(range(10)) for index in range(3)]
     assert sorted(part for share in shares for part in share) == list(range(10))
-    assert Share().of(range(10)) == range(10)
+    assert ArrayTask().of(range(10)) == range(10)
 
 
 @pytest.mark.parametrize("text", ["3/3", "1", "-1/2", "1/0", "a/b", "1/2/3"])
 def test_what_is_no_share_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is no share"):
-        Share.parse(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="is no task"):
+        ArrayTask.parse(text)
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+import os
 from itertools import pairwise
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm_core.data.corpus import Record, Source, Tally, blocks, documents, fingerprint, parts, records, sources
+from calm_core.data.corpus import Record, Source, Tally, blocks, documents, file_groups, fingerprint, records, sources
 from calm_core.errors import UserError
 
 
@@ -133,7 +134,7 @@ def test_a_text_file_is_one_record_with_every_byte(tmp_path):
 def test_small_files_join_into_parts_and_large_ones_stand_alone(tmp_path):
     for name, size in {"a": 4, "b": 5, "c": 3, "d": 30, "e": 10, "f": 0}.items():
         (tmp_path / f"{name}.txt").write_bytes(b"x" * size)
-    found = parts(sources([f"{tmp_path}/*.txt"]), block_bytes=10)
+    found = file_groups(sources([f"{tmp_path}/*.txt"]), block_bytes=10)
     assert [[source.name[0] for source in part] for part in found] == [["a", "b"], ["c"], ["d"], ["e", "f"]]
 
 
@@ -143,7 +144,7 @@ def test_blocks_hold_the_records_in_order_and_at_most_their_bytes(tmp_path_facto
     path.write_bytes(b"".join(b"x" * size + b"\n" for size in sizes))
     found = list(blocks(7, [Source(path, path.name)], "text", limit))
     assert [record for block in found for record in block.records] == read_records_of(path)
-    assert [(block.part, block.piece) for block in found] == [(7, piece) for piece in range(len(found))]
+    assert [(block.group, block.number) for block in found] == [(7, piece) for piece in range(len(found))]
     assert [block.last for block in found] == [False] * (len(found) - 1) + [True]
     for block, following in pairwise(found):
         assert block.bytes <= limit or len(block.records) == 1
@@ -240,3 +241,80 @@ def test_tallies_add_up():
     first.add(second)
     assert (first.kept, first.repaired, first.empty, first.malformed) == (1, 1, 1, 8)
     assert len(first.examples) == 5
+
+
+@pytest.mark.parametrize("column", [pa.string_view(), pa.binary_view(), pa.large_binary()], ids=str)
+def test_parquet_of_newer_text_types(tmp_path, column):
+    path = tmp_path / "part.parquet"
+    pq.write_table(pa.table({"text": pa.array(["naïve", None], pa.string()).cast(column)}), path)
+    assert [record.content for record in read_records_of(path)] == ["naïve".encode(), None]
+
+
+def test_parquet_with_a_column_twice_is_refused(tmp_path):
+    path = tmp_path / "part.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(UserError, match=r"part\.parquet has several columns named 'text'"):
+        read_records_of(path)
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "A.JSONL", "a.json", "a.json.gz", "a.Json.GZ", "a.ndjson.xz"])
+def test_json_lines_under_other_endings(tmp_path, name):
+    content = gzip.compress(LINES) if name.lower().endswith(".gz") else LINES
+    (tmp_path / name).write_bytes(lzma.compress(LINES) if name.endswith(".xz") else content)
+    (source,) = sources([str(tmp_path / name)])
+    assert b"".join(record.content for record in records(source, "text")) == LINES
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('[{"text": "a"},\n {"text": "b\\n"}]', ["a", "b\n"]),
+        ('\n[\n{"text": "a"}]', ["a"]),
+        ('{\n  "text": "a"\n}\n', ["a"]),
+        ("", []),
+    ],
+)
+def test_json_that_is_not_one_record_a_line(tmp_path, content, texts):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    assert [document.text for document in documents(read_records_of(path), "text", Tally())] == texts
+
+
+def test_text_files_may_be_compressed(tmp_path):
+    (tmp_path / "A.TXT.gz").write_bytes(gzip.compress(b"one\n"))
+    assert read_records_of(tmp_path / "A.TXT.gz") == [("A.TXT.gz", "text", b"one\n")]
+
+
+def test_links_are_read_by_their_own_names(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    data = tmp_path / "snapshots" / "data"
+    data.mkdir(parents=True)
+    table = pa.table({"text": ["in parquet"]})
+    pq.write_table(table, tmp_path / "blobs" / "1")
+    (tmp_path / "blobs" / "2").write_bytes(gzip.compress(b'{"text": "in gzip"}\n'))
+    (tmp_path / "blobs" / "3").write_text("in text")
+    for number, name in enumerate(("a.parquet", "b.jsonl.gz", "c.txt", "d.txt"), 1):
+        (data / name).symlink_to(f"../../blobs/{min(number, 3)}")
+    found = sources([f"{data}/*"])
+    assert [source.name for source in found] == ["a.parquet", "b.jsonl.gz", "c.txt"]  # d.txt is the file of c.txt
+    whole = [record for source in found for record in records(source, "text")]
+    assert [document.text for document in documents(whole, "text", Tally())] == ["in parquet", "in gzip", "in text"]
+
+
+def test_a_dangling_link_and_a_name_that_is_not_utf8_are_named(tmp_path):
+    (tmp_path / "a.txt").symlink_to("gone.txt")
+    with pytest.raises(UserError, match=r"a\.txt, a link to gone\.txt, which is missing"):
+        sources([f"{tmp_path}/*.txt"])
+    (tmp_path / "a.txt").unlink()
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")
+    open(path, "w").close()
+    with pytest.raises(UserError, match=r"caf\\xe9\.txt, a name that is not UTF-8: rename the file"):
+        sources([f"{tmp_path}/*.txt"])
+
+
+def test_a_long_zstd_window_is_explained(tmp_path):
+    window_of_2_gib = b"\x28\xb5\x2f\xfd\x00\xa8"
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(window_of_2_gib + (len(LINES) << 3 | 1).to_bytes(3, "little") + LINES)
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst was compressed with a window of more than 128 MiB .*--long=31"):
+        read_records_of(path)

@@ -14,10 +14,18 @@ from calm_core.data.chunks import build_chunks, chunked, documents_of
 from calm_core.data.corpus import Tally, documents, records, sources
 from calm_core.data.dataset import Windows
 from calm_core.data.encoded_store import EncodedStore
+from calm_core.data.split import Split
 from calm_core.data.store import ChunkStore, TokenStore
-from calm_core.data.tokens import build_tokens, side
+from calm_core.data.tokens import build_tokens
 from calm_core.data.verification import faults
 from calm_core.errors import UserError
+from calm_core.io import read_json, write_json
+from calm_core.manifest import CHECKSUM, MANIFEST, read_manifest, store_hash
+
+
+def side(text, held_out):
+    (part,) = Split("document", held_out).parts(text)
+    return part.side
 
 
 def corpus_of(config, split):
@@ -285,3 +293,33 @@ def test_wide_vocabularies_are_stored_as_int32(config, tokenizer, tmp_path, monk
     monkeypatch.setattr(tokenizer, "vocab_size", 100_000)
     build_tokens(config, tokenizer, tmp_path / "tokens")
     assert all_tokens(TokenStore(tmp_path / "tokens", "train")).dtype == np.int32
+
+
+def change_a_digit(folder, keep_checksum):
+    manifest = read_json(folder / MANIFEST)
+    manifest["splits"]["train"]["shards"][0]["rows"] -= 1
+    if not keep_checksum:
+        manifest.pop(CHECKSUM)
+    write_json(folder / MANIFEST, manifest)
+
+
+def test_a_changed_digit_in_a_manifest_is_noticed(chunks):
+    change_a_digit(chunks, keep_checksum=True)
+    with pytest.raises(UserError, match=r"manifest\.json has changed since it was written"):
+        ChunkStore(chunks, "train")
+
+
+def test_a_manifest_without_checksum_is_compared_with_its_shards(chunks):
+    change_a_digit(chunks, keep_checksum=False)
+    store = ChunkStore(chunks, "train")
+    with pytest.raises(UserError, match=r"train-00000-00000\.arrow has [\d,]+ rows, but its manifest says"):
+        store.read(0, 1, ("tokens",))
+
+
+def test_the_checksum_of_a_manifest_is_the_hash_that_it_has_without_one(chunks):
+    manifest = read_json(chunks / MANIFEST)
+    before = store_hash(chunks)
+    assert manifest.pop(CHECKSUM) == before
+    write_json(chunks / MANIFEST, manifest)
+    assert store_hash(chunks) == before
+    assert read_manifest(chunks, "chunks") == manifest

@@ -11,7 +11,7 @@ from calm_core.data.store import ChunkStore, TokenStore
 from calm_core.data.verification import faults, side_by_side, statistics
 from calm_core.errors import UserError
 from calm_core.io import read_json, write_json
-from calm_core.manifest import MANIFEST
+from calm_core.manifest import CHECKSUM, MANIFEST, read_manifest, write_manifest
 
 VERIFY = Path(__file__).parents[2] / "data_prep" / "verify.py"
 
@@ -54,6 +54,7 @@ def test_each_bad_file_is_named(chunks, monkeypatch, capsys):
 def test_counts_that_are_not_the_shards_are_named(copied, counted):
     manifest = read_json(copied / MANIFEST)
     manifest["splits"]["train"]["shards"][1][counted] += 1
+    manifest.pop(CHECKSUM)
     write_json(copied / MANIFEST, manifest)
     found = list(faults(copied))
     assert len(found) == 2
@@ -98,8 +99,9 @@ def test_a_store_is_shown_beside_its_reconstruction(
     tokens, chunks, autoencoder, tokenizer_path, tmp_path, monkeypatch, capsys
 ):
     autoencoder.content_hash = save_autoencoder(autoencoder, tmp_path / "frozen", autoencoder.tokenizer_hash, {})
-    manifest = chunks / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("an autoencoder", autoencoder.content_hash))
+    manifest = read_manifest(chunks, "chunks")
+    manifest["made_from"]["autoencoder"] = autoencoder.content_hash
+    write_manifest(chunks, manifest)
     options = ["--tokenizer", tokenizer_path, "--autoencoder", tmp_path / "frozen", "--chunks", "8"]
     monkeypatch.setattr("sys.argv", ["inspect_chunks.py", str(chunks), *map(str, options)])
     with pytest.raises(SystemExit) as ended:

@@ -90,7 +90,7 @@ def test_the_way_from_text_to_scores(cluster: Cluster, tiny_experiment: Path, tm
     assert json.loads((run / "samples.json").read_text())
     for task in (0, 1):
         assert (
-            f"finished share {task} of 2"
+            f"finished task {task} of 2"
             in (run / "slurm" / f"build_chunks-{task}" / "latest" / "rank-0000.log").read_text()
         )
     assert "nothing to do: every stage is finished" in pipeline()
