@@ -9,7 +9,7 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +127,28 @@ def read_json(path: Path) -> Any:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged, it is not valid JSON ({error}): make it again.") from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that holds one on each line, in order; [] if there is no file. NaN is read as None.
+
+    A line that is no JSON object is skipped: a crash can cut the last one short, and a later write can follow it.
+    """
+    records = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            record = json.loads(line, parse_constant=lambda name: None)
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
+def append_json_line(path: Path, record: dict[str, Any]) -> None:
+    """Append a line with `record` to a file and fsync it; after a line that was cut short, on a line of its own."""
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(record).encode() + b"\n")
+    sync(path)

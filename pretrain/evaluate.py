@@ -47,11 +47,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="txt, jsonl or parquet file to score on instead of held-out documents; needs no training data",
     )
     parser.add_argument("--tokens", type=Path, help="token store to score an autoencoder on that lies outside its run")
+    parser.add_argument(
+        "--least-rebuilt",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="end with exit code 2 if an autoencoder rebuilds a smaller share of the tokens (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the numbers; an autoencoder's plot goes beside it")
     arguments = parser.parse_args(argv)
     autoencoders = [path for path in arguments.paths if find_autoencoder(path)]
     if autoencoders and len(arguments.paths) > 1:
         raise UserError(f"{autoencoders[0]} is an autoencoder, which compares with nothing: evaluate it by itself.")
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
     result: Any
     with TemporaryDirectory() as scratch:
         if autoencoders:
@@ -68,6 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(arguments.output, result)
         if autoencoders:
             plot_noise_curve(result, arguments.output.with_suffix(".png"))
+    if autoencoders and (rebuilt := result["token_accuracy"]) < arguments.least_rebuilt:
+        raise UserError(
+            f"{autoencoders[0]} rebuilds {rebuilt:.1%} of the held-out tokens, less than pipeline.least_rebuilt="
+            f"{arguments.least_rebuilt:g}: train it longer or make it larger, or lower pipeline.least_rebuilt."
+        )
 
 
 def evaluate_autoencoder(folder: Path, arguments: Namespace, scratch: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The whole way as one command: tokenizer, tokens, autoencoder, chunks, CALM, evaluation, samples, summary.
+"""The whole workflow as one command: tokenizer, tokens, autoencoder, chunks, CALM, evaluation, samples, summary.
 
-Each stage is the script that one runs by hand, with the same configuration. Run again it skips what is finished;
-killed and run again it goes on.
+Each stage runs the script that one would run by hand, with the same configuration. A second run skips finished stages;
+a run that was killed continues where it stopped.
 """
 
 from dataclasses import fields
@@ -16,7 +16,7 @@ SECTIONS = tuple(field.name for field in fields(Experiment))
 
 
 def run(experiment: Experiment, dry_run: bool) -> int:
-    """Run the stages and sum them up, or print their command lines."""
+    """Run the stages and write a summary, or print their command lines."""
     if dry_run:
         print("\n".join(" ".join(stage.command) for stage in stages(experiment)))
         return ExitCode.OK
@@ -25,7 +25,7 @@ def run(experiment: Experiment, dry_run: bool) -> int:
             if code := run_stages(experiment):
                 return code
     except StoppedError as stopped:
-        print(f"stopped by {stopped}; run again, it goes on from here")
+        print(f"stopped by {stopped}; run the same command again to continue")
         return ExitCode.STOPPED
     from calm_core.report.summary import format_summary, plot_experiment, write_summary
 

@@ -1,6 +1,6 @@
-"""All stages of an experiment as jobs that wait for each other: tokens, autoencoder, chunks, CALM, its evaluation.
+"""All stages of an experiment as jobs that wait for each other: tokens, autoencoder, chunks, CALM, evaluation.
 
-Submitted again it passes over what is finished and joins on to what is still in the queue.
+Submitted again, it skips finished stages and waits for the jobs that are still in the queue.
 """
 
 import sys
@@ -10,60 +10,60 @@ from pathlib import Path
 
 from calm_core import config as configuration
 from calm_core.cluster import slurm
-from calm_core.cluster.launcher import JobFile, check, enter_work_folder, sbatch, site_options
+from calm_core.cluster.launcher import Launcher, check, enter_work_folder, sbatch, site_options
 from calm_core.config import command
 from calm_core.config.experiment import Experiment
 from calm_core.errors import ExitCode
 from calm_core.io import read_json, write_json
-from calm_core.workflow.stages import ROOT, Ledger, Stage, config_path, inputs_of, require_named, stages, stamp
-
-LAUNCHERS = {
-    "train_tokenizer": "tokenize",
-    "tokenize_corpus": "tokenize",
-    "train_autoencoder": "autoencoder",
-    "build_chunks": "build_chunks",
-    "train_calm": "calm_m",
-}  # the rest: "evaluate"
-
-SHARED = ("tokenize_corpus", "build_chunks")  # stages that the tasks of an array can share
+from calm_core.workflow.ledger import Ledger, stamp
+from calm_core.workflow.stages import ROOT, Stage, config_path, inputs_of, require_given_products, stages
 
 
 @dataclass(frozen=True)
-class Link:
+class ChainedJob:
     """One job of the chain.
 
     Attributes:
-        name: of the job, another one for each.
+        name: of the job, unique in the chain.
         stage: that it runs.
+        launcher: the file to submit.
         options: of sbatch.
         arguments: of the launcher.
     """
 
     name: str
-    stage: str
+    stage: Stage
     launcher: Path
     options: list[str]
     arguments: list[str]
 
 
-def links(experiment: Experiment, config: Path, todo: list[Stage]) -> Iterator[Link]:
-    """The jobs of the stages that are to be done, in order."""
-    pipeline = experiment.pipeline
-    own = config.stem if (ROOT / "launchers" / f"{config.stem}.slurm").exists() else ""
+def chain(experiment: Experiment, config: Path, todo: list[Stage]) -> Iterator[ChainedJob]:
+    """The jobs of the stages that have to run, in order. A model that has a launcher of its own is trained by that."""
+    tasks, nodes = experiment.pipeline.shares, experiment.pipeline.nodes
     for stage in todo:
-        file = LAUNCHERS.get(stage.name, "evaluate")
-        if stage.name == "train_calm" and own:
-            file = own
-        path, arguments = ROOT / "launchers" / f"{file}.slurm", ["--stage", stage.name, str(config_path(experiment))]
+        layout = stage.training and stage.training.layout
+        path = _launcher_of(stage, config)
+        arguments = ["--stage", stage.name, str(config_path(experiment))]
         options = [f"--job-name={stage.name}"]
-        if stage.name == "train_calm" and pipeline.nodes:
-            options.append(f"--nodes={pipeline.nodes}")
-        if stage.name in SHARED and pipeline.shares > 1:
-            yield Link(stage.name, stage.name, path, [*options, f"--array=0-{pipeline.shares - 1}"], arguments)
+        if layout and nodes:
+            options.append(f"--nodes={nodes}")
+        if stage.shareable and tasks > 1:
+            yield ChainedJob(stage.name, stage, path, [*options, f"--array=0-{tasks - 1}"], arguments)
             finish = f"{stage.name}-finish"
-            yield Link(finish, stage.name, path, [f"--job-name={finish}"], [*arguments, "--finish"])
+            yield ChainedJob(finish, stage, path, [f"--job-name={finish}"], [*arguments, "--finish"])
         else:
-            yield Link(stage.name, stage.name, path, options, arguments)
+            yield ChainedJob(stage.name, stage, path, options, arguments)
+
+
+def _launcher_of(stage: Stage, config: Path) -> Path:
+    """The launcher that trains this configuration by default, such as calm_xl; else the stage's."""
+    folder = ROOT / "launchers"
+    if (own := folder / f"{config.stem}.slurm").is_file():
+        launcher = Launcher.read(own)
+        if (launcher.stage, Path(launcher.config).stem) == (stage.name, config.stem):
+            return own
+    return folder / f"{stage.launcher}.slurm"
 
 
 def unfinished(experiment: Experiment) -> list[Stage]:
@@ -74,23 +74,23 @@ def unfinished(experiment: Experiment) -> list[Stage]:
     return [
         stage
         for number, stage in enumerate(plan, 1)
-        if not stage.given and not ledger.finished(stage.name, stamp(inputs, products[:number]))
+        if not stage.given and not ledger.is_finished(stage.name, stamp(inputs, products[:number]))
     ]
 
 
 def submit(experiment: Experiment, config: Path, dry_run: bool) -> int:
-    """Check all jobs, then submit them, each after the one before; or print them.
+    """Check all jobs, then submit them, each after the one before; or only print them.
 
     Raises:
         UserError: if one of them cannot run; none is submitted then. Or if Slurm does not answer: submit again.
     """
     todo = unfinished(experiment)
-    require_named(todo)
-    jobs = list(links(experiment, config, todo))
-    for link in jobs:
-        options = [*site_options(), *link.options]
-        print(f"{link.name}: sbatch {' '.join([*options, str(link.launcher), *link.arguments])}")
-        for line in check(JobFile.read(link.launcher).with_options(options), options, experiment, link.stage):
+    require_given_products(todo)
+    jobs = list(chain(experiment, config, todo))
+    for job in jobs:
+        options = [*site_options(), *job.options]
+        print(f"{job.name}: sbatch {' '.join([*options, str(job.launcher), *job.arguments])}")
+        for line in check(Launcher.read(job.launcher).with_options(options), options, job.stage.training):
             print(f"    {line}")
     if not jobs:
         print("nothing to do: every stage is finished")
@@ -99,25 +99,25 @@ def submit(experiment: Experiment, config: Path, dry_run: bool) -> int:
     return ExitCode.OK
 
 
-def _submit(experiment: Experiment, jobs: list[Link]) -> None:
+def _submit(experiment: Experiment, jobs: list[ChainedJob]) -> None:
     folder = Path(experiment.run) / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     configuration.save(experiment, config_path(experiment))
     known = folder / "chain.json"
     submitted = read_json(known) if known.exists() else {}
     before = ""
-    for link in jobs:
-        job = submitted.get(link.name, "")
-        if not job or not slurm.is_queued(job):
+    for job in jobs:
+        number = submitted.get(job.name, "")
+        if not number or not slurm.is_queued(number):
             after = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"] if before else []
-            array = any(option.startswith("--array") for option in link.options)
+            array = any(option.startswith("--array") for option in job.options)
             output = f"--output={folder.resolve()}/%x-{'%A_%a' if array else '%j'}.out"
-            job = sbatch([*site_options(), *link.options, output, *after], link.launcher, link.arguments)
-            write_json(known, submitted := {**submitted, link.name: job})
-            print(f"{link.name}: job {job}{f' after {before}' if before else ''}")
+            number = sbatch([*site_options(), *job.options, output, *after], job.launcher, job.arguments)
+            write_json(known, submitted := {**submitted, job.name: number})
+            print(f"{job.name}: job {number}{f' after {before}' if before else ''}")
         else:
-            print(f"{link.name}: in the queue already, job {job}")
-        before = job
+            print(f"{job.name}: in the queue already, job {number}")
+        before = number
 
 
 def main(arguments: list[str]) -> int:

@@ -1,7 +1,7 @@
 """A job from start to end: `python -m calm_core.cluster.job --stage STAGE --config DEFAULT [CONFIG] [key=value ...]`.
 
-The batch script becomes this process. It checks configuration and nodes, starts the ranks, and decides when they have
-ended whether the job goes back into the queue. It runs outside a container and needs neither torch nor a GPU.
+The batch script becomes this process. It checks the configuration and the nodes, runs the stage, and then decides
+whether the job goes back into the queue. It runs outside any container and needs neither torch nor a GPU.
 """
 
 import argparse
@@ -9,24 +9,33 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from calm_core.cluster.policy import bad_nodes, decide, first_failure, fruitless_attempts, unmet
 from calm_core.cluster.slurm import Job, SlurmError
-from calm_core.cluster.status import StageRecords, endings, progress_of, write_record
-from calm_core.cluster.steps import Steps, last_lines, say
+from calm_core.cluster.status import (
+    StageRecords,
+    attempts_without_progress,
+    endings,
+    first_failure,
+    progress_of,
+    write_record,
+)
+from calm_core.cluster.steps import Steps, last_lines, log
 from calm_core.errors import ExitCode, UserError
 from calm_core.io import read_json
-from calm_core.workflow.stages import Ledger, stamp
+from calm_core.workflow.ledger import Ledger, stamp
 
 ROOT = Path(__file__).parents[2]
 
-LINES = 25  # of the failing rank's log that the main log repeats
+LOG_LINES = 25  # of the failing rank's log that the main log repeats
 
-LOCK_MINUTES = 15.0  # a process on a node that was lost may live, and hold the run, as long as a collective may take
+LOCK_MINUTES = 15.0  # a process on a lost node may hold the run's lock for as long as a collective may take
+
+Reports = Mapping[str, Mapping[str, Any]]  # what `preflight` found on each node that reported
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,222 +44,322 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--stage", required=True)
     parser.add_argument("--config", required=True, help="used unless another one is given")
     parser.add_argument("--list", help="file with a configuration and its key=value on each line")
-    parser.add_argument("--finish", action="store_true", help="put together what the tasks of an array have made")
+    parser.add_argument("--finish", action="store_true", help="combine what the tasks of an array have made")
     parser.add_argument("experiment", nargs="*", help="[CONFIG.yaml] [key=value ...]")
     parsed = parser.parse_intermixed_args(arguments)
     try:
-        attempt = begin(Job.of(os.environ), parsed)
-    except SlurmError as silence:
-        say(str(silence))
+        job = Job.of(os.environ)
+        task, port = read_task(parsed, job), job.free_port()
+    except SlurmError as error:
+        log(str(error))
         return ExitCode.FAILED
-    except UserError as refusal:
-        say(f"refused: {refusal}")
+    except UserError as error:
+        log(f"refused: {error}")
         return ExitCode.USAGE
-    return attempt.run() if attempt else ExitCode.OK
+    if task is None:
+        log(f"nothing to do: line {job.array[0]} of {parsed.list} holds no configuration")
+        return ExitCode.OK
+    return run(job, task, port)
 
 
-def begin(job: Job, parsed: argparse.Namespace) -> "Attempt | None":
-    """The attempt that the arguments ask for; None where the list has nothing for this task.
+@dataclass(frozen=True)
+class Task:
+    """What a job has to run.
+
+    Attributes:
+        stage: its name.
+        experiment: configuration and key=value.
+        options: further ones of the stage's script.
+        array_task: the number of this task of an array that shares the stage; None if the job does all of it.
+        share: which share of the work, counted from 0, and of how many.
+    """
+
+    stage: str
+    experiment: list[str]
+    options: tuple[str, ...] = ()
+    array_task: int | None = None
+    share: tuple[int, int] = (0, 1)
+
+
+def read_task(parsed: argparse.Namespace, job: Job) -> Task | None:
+    """The task that the arguments describe; None where the list has nothing for this task of an array.
 
     Raises:
-        UserError: if the job is not the array that it should be.
+        UserError: if there is no configuration, or the job is not the array that it has to be.
     """
-    given = line_of(place(parsed.list), job) if parsed.list else parsed.experiment
+    given = line_of(find_file(parsed.list), job) if parsed.list else parsed.experiment
     if parsed.list and not given:
-        say(f"nothing to do: line {job.array[0]} of {parsed.list} holds no configuration")
         return None
     if not given or "=" in given[0]:
         given = [parsed.config, *given]
-    given[0] = place(given[0])
-    return Attempt(job, parsed.stage, given, parsed.finish, shared=not parsed.list)
+    experiment = [find_file(given[0]), *given[1:]]
+    if job.array and not parsed.list:
+        index, count = job.share
+        return Task(parsed.stage, experiment, ("--shard", f"{index}/{count}"), job.array[0], job.share)
+    return Task(parsed.stage, experiment, ("--finish",) if parsed.finish else ())
 
 
-def place(path: str) -> str:
-    """A path that someone has given: where the job was submitted from, else below the project."""
-    near = Path(os.environ["SLURM_SUBMIT_DIR"], path)
-    return str(near if near.exists() else ROOT / path)
+def find_file(path: str) -> str:
+    """A path that a person has given, below the folder of submission, or else below the project.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    for folder in (Path(os.environ["SLURM_SUBMIT_DIR"]), ROOT):
+        if (folder / path).is_file():
+            return str(folder / path)
+    raise UserError(f"There is no file {path}: give a configuration, as in `sbatch LAUNCHER configs/calm_m.yaml`.")
 
 
 def line_of(path: str, job: Job) -> list[str]:
-    """The words of the line of a list that is this task's, counted from 1; none for a comment or beyond the end.
+    """The words of this task's line of a list, counted from 1; [] for a comment or beyond the end.
 
     Raises:
         UserError: if the job is no array whose tasks are lines.
     """
     lines = Path(path).read_text().splitlines()
-    task = job.array[0] if job.array else 0
-    if task < 1:
+    number = job.array[0] if job.array else 0
+    if number < 1:
         raise UserError(f"{path} is a list of configurations: submit with --array=1-{len(lines)}.")
-    return lines[task - 1].partition("#")[0].split() if task <= len(lines) else []
+    return lines[number - 1].partition("#")[0].split() if number <= len(lines) else []
 
 
+def run(job: Job, task: Task, port: int) -> int:
+    """Check the nodes, run the stage, decide what follows; the exit code for Slurm. Ranks connect to `port`."""
+    log(f"{task.stage}: job {job.id}, restart {job.restart}, {len(job.nodes)} nodes {','.join(job.nodes)}")
+    limit = int(job.environment.get("CALM_RESTARTS") or 3)
+    steps = Steps(job, {**job.environment, "MASTER_ADDR": job.address, "MASTER_PORT": str(port)})
+    reports = check_nodes(job, task, steps, port)
+    if steps.end_requested:
+        return requeue_before_start(job, steps, limit, ExitCode.STOPPED, "Slurm needs the nodes")
+    if not reports:
+        reason = "no node has answered: see the lines above, and launchers/site.env"
+        return requeue_before_start(job, steps, limit, ExitCode.FAILED, reason)
+    plan = next((report["plan"] for report in reports.values() if report["plan"]), None)
+    if plan is None:  # on every node: one that alone cannot read a file is a bad node
+        log(f"refused: {next(iter(reports.values()))['problems'][0]}")
+        return ExitCode.USAGE
+    records = StageRecords.of(Path(plan["run"]), task.stage, task.array_task)
+    try:
+        folder = records.attempt(f"{job.id}.{job.restart}")
+    except OSError as error:
+        return requeue_before_start(job, steps, limit, ExitCode.FAILED, f"no records can be kept here: {error}")
+    return Attempt(job, task, steps, limit, {**plan, "share": task.share}, records, folder).run(reports)
+
+
+def check_nodes(job: Job, task: Task, steps: Steps, port: int) -> Reports:
+    """The report of each node's preflight, by node; a node that did not answer has none."""
+    seconds = float(job.environment.get("CALM_CHECK_SECONDS") or 120)
+    size = ["--nodes", ",".join(job.nodes), "--tasks", str(job.tasks_per_node)]
+    meeting = ["--address", job.address, "--port", str(port)]
+    with TemporaryDirectory(prefix=".preflight-", dir=Path.cwd()) as folder:
+        arguments = [task.stage, "--reports", folder, *size, *meeting, *task.experiment]
+        command = steps.command(1, [], "calm_core.cluster.preflight", *arguments)
+        printed = steps.output(command, 3 * seconds + 60)
+        # By name: on NFS the listing of a folder may be older than the files in it.
+        paths = {node: Path(folder, f"{node}.json") for node in job.nodes}
+        reports = {node: read_json(path) for node, path in paths.items() if path.exists()}
+    if printed and bad_nodes(job.nodes, reports):
+        print(last_lines(printed, LOG_LINES), flush=True)
+    return reports
+
+
+def bad_nodes(nodes: Sequence[str], reports: Reports) -> dict[str, str]:
+    """The nodes that must not be used, and why, from what each found and from which ones the others could not reach.
+
+    A single faulty node keeps all from the all-reduce. No node is excluded for that while another has a fault of its
+    own, and none if the all-reduce fails although all could be reached.
+    """
+    bad = {node: "no answer" for node in nodes if node not in reports}
+    bad |= {node: "; ".join(report["problems"]) for node, report in reports.items() if report["problems"]}
+    if bad:
+        return bad
+    unreached = [node for report in reports.values() for node in report["unreached"]]
+    # A first node that none of several others reaches is more likely at fault than all of them.
+    faulty = nodes[:1] if len(unreached) == len(nodes) - 1 > 1 else unreached
+    return dict.fromkeys(faulty, "not reached by the others")
+
+
+def network_error(reports: Reports) -> str:
+    """Why the all-reduce among the nodes failed, as one of them reports it; '' if it succeeded."""
+    return next((report["network_error"] for report in reports.values() if report["network_error"]), "")
+
+
+def requeue_before_start(job: Job, steps: Steps, limit: int, code: int, reason: str) -> int:
+    """Requeue a job that has no records yet, after a failure at most `limit` times; the exit code for Slurm."""
+    if steps.ended_by_slurm:
+        return code
+    if not steps.end_requested and job.restart >= limit:
+        log(f"ended with code {code}: {reason}")
+        return code
+    log(f"requeued before the start: {reason}")
+    try:
+        job.requeue()
+    except SlurmError as error:
+        log(f"Slurm does not requeue it: {error}")
+    return code
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the job goes back into the queue, and why."""
+
+    requeue: bool
+    reason: str
+
+
+def decide(code: int, end_requested: bool, fruitless: int, limit: int) -> Decision:
+    """What becomes of a job whose processes have ended.
+
+    Args:
+        code: exit code of the process that failed first, negative if a signal killed it; 0 or 75 if none failed.
+        end_requested: whether Slurm had asked for the end (time limit, preemption).
+        fruitless: attempts of this job in a row, this one included, that began at the step where it still is.
+        limit: restarts without progress that are allowed.
+    """
+    if code == ExitCode.OK:
+        return Decision(False, "finished")
+    if code == ExitCode.USAGE:
+        return Decision(False, "an error of configuration, which a restart would repeat: correct it and submit again")
+    if end_requested:
+        return Decision(True, "Slurm needed the nodes; the next start continues from the checkpoint")
+    if code == ExitCode.STOPPED:
+        return Decision(False, "stopped by a person, checkpoint saved; submit again to continue")
+    if fruitless > limit:
+        return Decision(False, f"{limit} restarts without progress: look for the cause and submit again")
+    return Decision(True, f"restart {fruitless} of {limit} without progress" if fruitless else "it has made progress")
+
+
+@dataclass(frozen=True)
 class Attempt:
-    """One start of a job, the first or after a requeue."""
+    """One start of a job, the first or one after a requeue, once its configuration is known to be sound.
 
-    def __init__(self, job: Job, stage: str, experiment: list[str], finish: bool, shared: bool) -> None:
-        self._job, self._stage, self._experiment = job, stage, experiment
-        self._options = ["--finish"] if finish else []
-        self._task, self._share = None, (0, 1)
-        if shared and job.array:
-            self._task, self._share = job.array[0], job.share
-            self._options = ["--shard", "{}/{}".format(*self._share)]
-        self._limit = int(os.environ.get("CALM_RESTARTS") or 3)
-        self._steps = Steps(job, os.environ | {"MASTER_ADDR": job.address, "MASTER_PORT": str(job.port)})
+    Attributes:
+        job: that this process belongs to.
+        task: that it has to run.
+        steps: of the job.
+        limit: restarts without progress that are allowed.
+        plan: what `preflight` made of the configuration, and the share of the task.
+        records: of the stage, over all attempts.
+        folder: of this attempt, in them.
+    """
 
-    def run(self) -> int:
-        """Check, train, decide; the exit code for Slurm."""
-        job = self._job
-        say(f"{self._stage}: job {job.id}, restart {job.restart}, {len(job.nodes)} nodes {','.join(job.nodes)}")
-        verdicts = self._check()
-        if self._steps.asked:
-            return self._give_way(ExitCode.STOPPED, "Slurm needs the nodes")
-        if not verdicts:
-            return self._give_way(ExitCode.FAILED, "no node has answered: see the lines above, and launchers/site.env")
-        plan = next((verdict["plan"] for verdict in verdicts.values() if verdict["plan"]), None)
-        if plan is None:  # by all of them: a node that alone cannot read a file is a bad node
-            say(f"refused: {next(iter(verdicts.values()))['problems'][0]}")
-            return ExitCode.USAGE
-        bad = bad_nodes(job.nodes, verdicts)
+    job: Job
+    task: Task
+    steps: Steps
+    limit: int
+    plan: Mapping[str, Any]
+    records: StageRecords
+    folder: Path
+
+    def run(self, reports: Reports) -> int:
+        """Run the stage if the nodes are sound, and decide; the exit code for Slurm."""
+        bad = bad_nodes(self.job.nodes, reports)
         for node, problem in bad.items():
-            say(f"bad node {node}: {problem}")
-        self._plan = {**plan, "share": self._share}
-        self._records = StageRecords.of(Path(plan["run"]), self._stage, self._task)
-        try:
-            self._folder = self._records.attempt(f"{job.id}.{job.restart}")
-        except OSError as error:
-            return self._give_way(ExitCode.FAILED, f"no records can be kept here: {error}")
-        if (fruitless := self._fruitless()) > self._limit:
+            log(f"bad node {node}: {problem}")
+        if (fruitless := self._fruitless()) > self.limit:
             return self._end(ExitCode.FAILED, f"given up after {fruitless} attempts without progress")
-        self._note("start", step=progress_of(self._plan), nodes=job.nodes)
+        self._note("start", step=progress_of(self.plan), nodes=self.job.nodes)
         if bad:
             self._note("bad nodes", nodes=bad)
-            return self._judge(ExitCode.FAILED, exclude=bad)
-        if problem := unmet(verdicts):
-            say(f"no all-reduce among nodes that are each sound, so that none can be named: {problem}")
+            return self._finish(ExitCode.FAILED, exclude=bad)
+        if problem := network_error(reports):
+            log(f"the all-reduce failed although each node is sound, so that none is excluded: {problem}")
             self._note("no all-reduce", problem=problem)
-            return self._judge(ExitCode.FAILED)
-        return self._start()
-
-    def _start(self) -> int:
-        """Run the stage's script. Whether it has been finished before is the script's to say: it knows its inputs."""
-        plan = self._plan
-        if plan["layout"]:
-            say(plan["layout"])
-        write_record(self._folder, ROOT, plan, self._job.nodes)
+            return self._finish(ExitCode.FAILED)
+        if self.plan["layout"]:
+            log(self.plan["layout"])
+        write_record(self.folder, ROOT, self.plan, self.job.nodes)
         self._await_lock()
-        began, before, there = time.time(), progress_of(plan), Path(plan["product"]).exists()
-        code = self._train()
-        if code == ExitCode.OK and plan["training"] and there and progress_of(plan) == before:
-            say(f"finished before: {plan['product']} is there")
-        if code == ExitCode.OK and self._task is None and plan["inputs"]:
-            ledger = Ledger(Path(plan["run"]) / "stages.json")
+        return self._finish(self._run_stage())
+
+    def _run_stage(self) -> int:
+        """Run the stage's script and note its success in the workflow's ledger; the exit code.
+
+        The script runs even if the stage is finished: it knows its inputs, and says so.
+        """
+        plan, step = self.plan, progress_of(self.plan)
+        was_there, began = Path(plan["product"]).exists(), time.time()
+        code = self._run_ranks()
+        if code == ExitCode.OK and plan["training"] and was_there and progress_of(plan) == step:
+            log(f"finished before: {plan['product']} is there")
+        if code == ExitCode.OK and self.task.array_task is None and plan["inputs"]:
+            ledger, stage = Ledger(Path(plan["run"]) / "stages.json"), self.task.stage
             products = [Path(product) for product in plan["products"]]
-            ledger.note(self._stage, ledger.seconds(self._stage) + time.time() - began, stamp(plan["inputs"], products))
-        return self._judge(code)
-
-    def _check(self) -> dict[str, dict[str, Any]]:
-        """The verdict of each node's preflight, by node."""
-        seconds = float(os.environ.get("CALM_CHECK_SECONDS") or 120)
-        job = self._job
-        size = ["--nodes", ",".join(job.nodes), "--tasks", str(job.tasks_per_node)]
-        meeting = ["--address", job.address, "--port", str(job.port)]
-        with TemporaryDirectory(prefix=".preflight-", dir=Path.cwd()) as folder:
-            arguments = [self._stage, "--verdicts", folder, *size, *meeting, *self._experiment]
-            command = self._steps.command(1, [], "calm_core.cluster.preflight", *arguments)
-            printed = self._steps.output(command, 3 * seconds + 60)
-            # By name: on NFS the listing of a folder may be older than the files in it.
-            files = {node: Path(folder, f"{node}.json") for node in job.nodes}
-            verdicts = {node: read_json(path) for node, path in files.items() if path.exists()}
-        if printed and bad_nodes(job.nodes, verdicts):
-            print(last_lines(printed, LINES), flush=True)
-        return verdicts
-
-    def _train(self) -> int:
-        """Run the ranks; the code of the one that failed first, whose last lines are repeated here."""
-        tasks = self._job.tasks_per_node if self._plan["training"] else 0
-        logs = str(self._folder).replace("%", "%%") + "/rank-%4t.log"
-        options = [f"--output={logs}", "--open-mode=append", "--kill-on-bad-exit=1", "--wait=60"]
-        arguments = [str(self._folder / "ranks"), *self._plan["command"], *self._options]
-        say(f"starting {' '.join(arguments[1:])}")
-        say(f"logs: {self._folder}/rank-*.log")
-        code = self._steps.run(self._steps.command(tasks, options, "calm_core.cluster.rank", *arguments), self._asked)
-        records = endings(self._folder, self._job.world if tasks else 1)
-        if failure := first_failure(records):
-            who = f"rank {failure['rank']} on {failure['node']}"
-            say(f"{who} failed first, code {failure['code']}; its last lines:")
-            log = self._folder / f"rank-{failure['rank']:04}.log"
-            print(last_lines(log.read_text(errors="replace"), LINES), flush=True)
-            self._note("failure", who=who, code=failure["code"], log=str(log))
-            return failure["code"]
-        if any(record["code"] == ExitCode.STOPPED for record in records):
-            return ExitCode.STOPPED
+            ledger.note(stage, ledger.seconds(stage) + time.time() - began, stamp(plan["inputs"], products))
         return code
 
-    def _judge(self, code: int, exclude: Iterable[str] = ()) -> int:
-        """Requeue the job or end it."""
-        self._note("end", code=code, step=progress_of(self._plan))
-        if code != ExitCode.OK and self._steps.decided:
-            say("Slurm has ended this job by itself")
-            return ExitCode.STOPPED
-        verdict = decide(code, self._steps.asked, self._fruitless(), self._limit)
-        if not verdict.again:
-            return self._end(code, verdict.reason)
-        say(f"requeued: {verdict.reason}")
-        self._note("requeue", reason=verdict.reason, without=list(exclude))
-        return self._requeue(code, list(exclude))
+    def _run_ranks(self) -> int:
+        """Run the script on all ranks; the code of the rank that failed first, whose last lines are repeated here."""
+        tasks = self.job.tasks_per_node if self.plan["training"] else 0
+        logs = str(self.folder).replace("%", "%%") + "/rank-%4t.log"
+        options = [f"--output={logs}", "--open-mode=append", "--kill-on-bad-exit=1", "--wait=60"]
+        arguments = [str(self.folder / "ranks"), *self.plan["command"], *self.task.options]
+        log(f"starting {' '.join(arguments[1:])}")
+        log(f"logs: {self.folder}/rank-*.log")
+        command = self.steps.command(tasks, options, "calm_core.cluster.steps", *arguments)
+        code = self.steps.run(command, self._on_request, self.plan["environment"])
+        ended = endings(self.folder, self.job.world if tasks else 1)
+        if failure := first_failure(ended):
+            who = f"rank {failure['rank']} on {failure['node']}"
+            log(f"{who} failed first, code {failure['code']}; its last lines:")
+            path = self.folder / f"rank-{failure['rank']:04}.log"
+            print(last_lines(path.read_text(errors="replace") if path.exists() else "", LOG_LINES), flush=True)
+            self._note("failure", who=who, code=failure["code"], log=str(path))
+            return failure["code"]
+        return ExitCode.STOPPED if any(ending["code"] == ExitCode.STOPPED for ending in ended) else code
 
-    def _requeue(self, code: int, exclude: list[str]) -> int:
+    def _finish(self, code: int, exclude: Collection[str] = ()) -> int:
+        """Requeue the job, without the nodes to exclude, or end it; the exit code for Slurm."""
+        self._note("end", code=code, step=progress_of(self.plan))
+        if code != ExitCode.OK and self.steps.ended_by_slurm:
+            log("Slurm has ended this job by itself")
+            return ExitCode.STOPPED
+        decision = decide(code, self.steps.end_requested, self._fruitless(), self.limit)
+        if not decision.requeue:
+            return self._end(code, decision.reason)
+        log(f"requeued: {decision.reason}")
+        self._note("requeue", reason=decision.reason, without=list(exclude))
+        return self._requeue(code, exclude)
+
+    def _requeue(self, code: int, exclude: Collection[str]) -> int:
         try:
-            self._job.requeue()
-        except SlurmError as refusal:
-            if not self._steps.decided:  # else it is in the queue already, or cancelled in this very moment
-                return self._end(code, f"Slurm does not requeue it: {refusal}")
+            self.job.requeue()
+        except SlurmError as error:
+            if not self.steps.ended_by_slurm:  # else it is in the queue already, or was cancelled just now
+                return self._end(code, f"Slurm does not requeue it: {error}")
         try:
             if exclude:
-                self._job.exclude(exclude)
-        except SlurmError as refusal:
-            say(f"Slurm does not exclude {', '.join(exclude)}: {refusal}")
+                self.job.exclude(exclude)
+        except SlurmError as error:
+            log(f"Slurm does not exclude {', '.join(exclude)}: {error}")
         return ExitCode.STOPPED
 
-    def _give_way(self, code: int, reason: str) -> int:
-        """Back into the queue before there are records of the job; by itself as often as it may fail to progress."""
-        if self._steps.decided:
-            return code
-        if not self._steps.asked and self._job.restart >= self._limit:
-            say(f"ended with code {code}: {reason}")
-            return code
-        say(f"requeued before the start: {reason}")
-        try:
-            self._job.requeue()
-        except SlurmError as refusal:
-            say(f"Slurm does not requeue it: {refusal}")
-        return code
-
     def _end(self, code: int, reason: str) -> int:
-        say(f"ended with code {code}: {reason}")
+        log(f"ended with code {code}: {reason}")
         self._note("over", code=code, reason=reason)
         return code if code >= 0 else ExitCode.FAILED
 
     def _fruitless(self) -> int:
-        return fruitless_attempts(self._records.journal(), self._job.id, progress_of(self._plan))
+        return attempts_without_progress(self.records.journal(), self.job.id, progress_of(self.plan))
 
-    def _asked(self) -> None:
-        """Slurm asks for the end, unless it is a lost node that ends the job."""
-        lost = self._job.lost_nodes()
-        say(f"lost {', '.join(lost)}" if lost else "Slurm asks for the end: the ranks are told")
+    def _on_request(self) -> None:
+        """Note that Slurm asks for the end, or which lost node makes it end the job."""
+        lost = self.job.lost_nodes()
+        log(f"lost {', '.join(lost)}" if lost else "Slurm asks for the end: the ranks are told")
         self._note("lost" if lost else "asked", nodes=lost)
 
     def _note(self, event: str, **values: Any) -> None:
-        self._records.note(self._job.id, self._job.restart, event, **values)
+        self.records.note(self.job.id, self.job.restart, event, **values)
 
     def _await_lock(self) -> None:
-        """After a restart, wait for what is left of the attempt before to let go of the run."""
-        path = Path(self._plan["training"]) / ".lock"
-        if not (self._job.restart and self._plan["training"] and path.exists()):
+        """After a restart, wait until the processes of the attempt before have released the run."""
+        path = Path(self.plan["training"]) / ".lock"
+        if not (self.job.restart and self.plan["training"] and path.exists()):
             return
         end = time.monotonic() + 60 * LOCK_MINUTES
         with open(path) as lock:
-            while time.monotonic() < end and not self._steps.asked:
+            while time.monotonic() < end and not self.steps.end_requested:
                 try:
                     return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:

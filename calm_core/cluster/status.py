@@ -1,33 +1,32 @@
-"""The records that a stage leaves in RUN/slurm/STAGE/, and the state of a run told from them.
+"""The records that a stage leaves in RUN/slurm/STAGE/, and the state of a run read from them.
 
 journal.jsonl           one line an event: start, end, requeue, ...
 latest -> JOB.RESTART   the last attempt
 JOB.RESTART/            rank-0000.log ..., ranks/0.json ... (how each ended), record.json, config.yaml
 """
 
-import json
 import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from calm_core.checkpoint.folder import list_checkpoints
 from calm_core.cluster import slurm
 from calm_core.cluster.launcher import enter_work_folder
-from calm_core.cluster.policy import fruitless_attempts
 from calm_core.config import command
-from calm_core.errors import UserError
-from calm_core.io import read_json, write_json
+from calm_core.errors import ExitCode, UserError
+from calm_core.io import append_json_line, read_json, read_json_lines, write_json
 
-# Of the environment, what decides how a job runs; nothing that may hold a secret.
+# Prefixes of the environment variables that decide how a job runs; none may hold a secret.
 RECORDED = ("SLURM_", "NCCL_", "CALM_", "CUDA_", "OMP_", "GLOO_", "TORCH_", "UCX_", "FI_")
 
 BUILDING = "building"  # the journal of `data.builder`, which needs packages that the host may lack
+
+FAILURES = ("failure", "bad nodes", "no all-reduce")
 
 
 class StageRecords:
@@ -39,18 +38,17 @@ class StageRecords:
 
     @classmethod
     def of(cls, run: Path, stage: str, task: int | None) -> "StageRecords":
-        """Where they lie for a stage of a run."""
+        """The records of a stage of a run."""
         return cls(run / "slurm" / (stage if task is None else f"{stage}-{task}"))
 
     def note(self, job: str, restart: int, event: str, **values: Any) -> None:
         """Append an event to the journal."""
         line = {"time": round(time.time(), 3), "job": job, "restart": restart, "event": event, **values}
-        with open(self._journal, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_json_line(self._journal, line)
 
     def journal(self) -> list[dict[str, Any]]:
         """All events so far."""
-        return [json.loads(line) for line in self._journal.read_text().splitlines()] if self._journal.exists() else []
+        return read_json_lines(self._journal)
 
     def attempt(self, name: str) -> Path:
         """The folder of a new attempt, which `latest` then points to."""
@@ -64,13 +62,35 @@ class StageRecords:
 
 
 def endings(attempt: Path, world: int) -> list[dict[str, Any]]:
-    """How the ranks of an attempt ended, as far as they could still say."""
+    """How the ranks of an attempt ended; those that were lost together with their node have recorded nothing."""
     paths = [attempt / "ranks" / f"{rank}.json" for rank in range(world)]
     return [read_json(path) for path in paths if path.exists()]
 
 
+def first_failure(endings: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The ending of the rank that failed first: it is the cause, the others followed. None if no rank failed."""
+    failures = [ending for ending in endings if ending["code"] not in (ExitCode.OK, ExitCode.STOPPED)]
+    return min(failures, key=lambda ending: ending["time"], default=None)
+
+
+def attempts_without_progress(journal: Sequence[Mapping[str, Any]], job: str, step: int) -> int:
+    """Attempts of a job in a row, back from the last one, that began at `step` and that Slurm did not ask to end.
+
+    An attempt that has no end in the journal was lost together with its node: it counts.
+    """
+    count = 0
+    for event in reversed(journal):
+        if event["job"] != job or event["event"] == "asked":
+            break
+        if event["event"] == "start":
+            if event["step"] != step:
+                break
+            count += 1
+    return count
+
+
 def write_record(attempt: Path, root: Path, plan: Mapping[str, Any], nodes: tuple[str, ...]) -> None:
-    """What ran, in what: code version, configuration, software, nodes, environment."""
+    """Write what runs and where: code version, configuration, software, nodes, environment."""
     (attempt / "config.yaml").write_text(plan["config"])
     content = {
         **{name: plan[name] for name in ("command", "product", "training", "steps", "share", "software")},
@@ -83,9 +103,9 @@ def write_record(attempt: Path, root: Path, plan: Mapping[str, Any], nodes: tupl
 
 
 def progress_of(plan: Mapping[str, Any]) -> int:
-    """How far a stage has come, in a number that grows: the newest checkpoint's step, or what is done of its product.
+    """How far a stage is, as a number that grows: the step of the newest checkpoint, or the finished parts of a store.
 
-    The journal of a store that is being built says what is done; of an array's task, its share alone counts.
+    For a task of an array only the parts of its own share count. A finished product adds one.
     """
     if plan["training"]:
         found = list_checkpoints(Path(plan["training"]) / "checkpoints")
@@ -104,35 +124,30 @@ def _code_version(root: Path) -> str:
         return ""
 
 
-FAILURES = ("failure", "bad nodes", "no all-reduce")
-
-
 def describe(run: Path) -> Iterator[str]:
     """Lines on every stage that has had a job, oldest first.
 
     Raises:
         UserError: if no job has run there.
     """
-    journals = sorted(
-        (run / "slurm").glob("*/journal.jsonl"), key=lambda path: json.loads(path.open().readline())["time"]
-    )
-    if not journals:
+    folders = [path.parent for path in (run / "slurm").glob("*/journal.jsonl")]
+    stages = [(journal, records) for records in map(StageRecords, folders) if (journal := records.journal())]
+    if not stages:
         raise UserError(
             f"{run} holds no records of jobs: give the run folder of an experiment that a launcher has started."
         )
-    for path in journals:
-        yield from _describe_stage(StageRecords(path.parent))
+    for journal, records in sorted(stages, key=lambda stage: stage[0][0]["time"]):
+        yield from _describe_stage(journal, records)
 
 
-def _describe_stage(records: StageRecords) -> Iterator[str]:
-    journal = records.journal()
+def _describe_stage(journal: list[dict[str, Any]], records: StageRecords) -> Iterator[str]:
     job, last = journal[-1]["job"], journal[-1]
-    starts = [event for event in journal if event["event"] == "start" and event["job"] == job]
+    own = [event for event in journal if event["job"] == job]
     yield f"{records.folder.name}: {_state(job)}, job {job}"
     record = records.folder / "latest" / "record.json"
     if record.exists():
-        yield from _describe_training(read_json(record), starts, job, journal)
-    failures = [event for event in journal if event["event"] in FAILURES and event["job"] == job]
+        yield from _describe_progress(read_json(record), own, job)
+    failures = [event for event in own if event["event"] in FAILURES]
     if failures:
         yield f"    last error: {_error(failures[-1])}, {_ago(failures[-1]['time'])} ago"
     if last["event"] in ("over", "requeue"):
@@ -140,22 +155,17 @@ def _describe_stage(records: StageRecords) -> Iterator[str]:
     yield f"    logs: {records.folder / 'latest'}"
 
 
-def _describe_training(
-    record: dict[str, Any], starts: list[dict[str, Any]], job: str, journal: list[dict[str, Any]]
-) -> Iterator[str]:
+def _describe_progress(record: dict[str, Any], events: list[dict[str, Any]], job: str) -> Iterator[str]:
     step = progress_of(record)
-    fruitless = max(0, fruitless_attempts(journal, job, step) - 1)
-    restarts = f"restarts {len(starts) - 1 if starts else 0}, the last {fruitless} without progress"
-    if not record["training"]:
-        yield f"    {restarts}"
-        return
-    if now := _last_step(Path(record["training"]) / "metrics.jsonl"):
+    if record["training"] and (now := _last_step(Path(record["training"]) / "metrics.jsonl")):
         loss = "not finite" if now["loss"] is None else f"{now['loss']:.4f}"
         yield (
             f"    step {now['step']} of {record['steps']}, checkpoint {step}, loss {loss}, "
             f"{now['tokens_per_second']:,.0f} tokens/s"
         )
-    yield f"    {restarts}"
+    restarts = max(0, sum(event["event"] == "start" for event in events) - 1)
+    fruitless = max(0, attempts_without_progress(events, job, step) - 1)
+    yield f"    restarts {restarts}, the last {fruitless} without progress"
 
 
 def _state(job: str) -> str:
@@ -168,12 +178,8 @@ def _state(job: str) -> str:
 
 
 def _last_step(metrics: Path) -> dict[str, Any] | None:
-    """The last record of a training step; `training.run_log` reads them too, but with torch."""
-    for line in reversed(metrics.read_text().splitlines() if metrics.exists() else ()):
-        with suppress(ValueError):  # a line cut short by a crash
-            if (record := json.loads(line))["kind"] == "train":
-                return record
-    return None
+    """The last record of a training step."""
+    return next((record for record in reversed(read_json_lines(metrics)) if record["kind"] == "train"), None)
 
 
 def _error(event: dict[str, Any]) -> str:

@@ -53,6 +53,9 @@ class PipelineConfig:
     processes: int = option(2, "processes of each training; at most one per GPU where there are GPUs")
     nodes: int = option(0, "on a cluster: nodes that train CALM; 0 means those of its launcher")
     shares: int = option(1, "on a cluster: tasks of an array that tokenize, and that encode chunks, together")
+    least_rebuilt: float = option(
+        0.95, "share of held-out tokens that the autoencoder must rebuild for the stages after it to run"
+    )
 
     def __post_init__(self) -> None:
         for name in ("processes", "shares"):
@@ -60,6 +63,8 @@ class PipelineConfig:
                 raise UserError(f"pipeline.{name}={getattr(self, name)} must be at least 1.")
         if self.nodes < 0:
             raise UserError(f"pipeline.nodes={self.nodes} is no number of nodes: 0 means those of the launcher.")
+        if not 0 <= self.least_rebuilt <= 1:
+            raise UserError(f"pipeline.least_rebuilt={self.least_rebuilt} must be a share from 0 to 1.")
 
 
 @dataclass(frozen=True)

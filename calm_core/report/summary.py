@@ -29,7 +29,7 @@ def write_summary(experiment: Experiment) -> dict[str, Any]:
     depth = sum(f"brier_{n}" in scored for n in range(1, 5))
     summary = {
         "head": experiment.head.kind,
-        **({"autoencoder": _rebuilt(trainings["autoencoder"])} if "autoencoder" in trainings else {}),
+        **({} if experiment.head.reads_tokens else {"autoencoder": _rebuilt(paths.autoencoder_run)}),
         "calm": {
             "brier": [_with_error(scored, f"brier_{n}") for n in range(1, depth + 1)],
             "brier_lm": scored["brier_lm"],
@@ -85,10 +85,10 @@ def format_summary(summary: Mapping[str, Any]) -> str:
 
 
 def _trainings(experiment: Experiment) -> dict[str, Path]:
-    """The run folder of each training; a head that reads tokens needs no autoencoder."""
+    """The run folder of each training: none of an autoencoder that is not needed or was given."""
     paths = experiment.paths
-    before = {} if experiment.head.reads_tokens else {"autoencoder": paths.autoencoder_run}
-    return {**before, "calm": paths.calm_run}
+    needed = not experiment.head.reads_tokens and not experiment.data.autoencoder
+    return {**({"autoencoder": paths.autoencoder_run} if needed else {}), "calm": paths.calm_run}
 
 
 def _model_name(reads_tokens: bool) -> str:

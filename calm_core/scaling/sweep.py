@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from calm_core import config as configuration
-from calm_core.cluster.launcher import JobFile
+from calm_core.cluster.launcher import Launcher
 from calm_core.config.experiment import Experiment
 from calm_core.config.scaling_config import ScalingConfig
 from calm_core.errors import ExitCode, UserError
@@ -80,7 +80,7 @@ def run(config: ScalingConfig) -> int:
 
 def array_command(config: ScalingConfig) -> str:
     """How the listed models are trained by an array of jobs, each on the ranks that its batch is made for."""
-    ranks, here = config.base.pipeline.processes, JobFile.read(LAUNCHER)
+    ranks, here = config.base.pipeline.processes, Launcher.read(LAUNCHER)
     nodes, rest = divmod(ranks, here.tasks)
     size = [f"--ntasks-per-node={ranks}", f"--gpus-per-node={ranks}"] if rest else [f"--nodes={nodes}"]
     words = [f"--array=1-{len(points(config))}%{AT_ONCE}", *([] if ranks == here.nodes * here.tasks else size)]

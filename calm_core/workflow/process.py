@@ -8,15 +8,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 
 import psutil
 
 from calm_core.errors import ExitCode
 
-BEAT = 5.0  # seconds between the calls of `on_beat`
+REPORT_SECONDS = 5.0  # between calls of `on_progress`
 
-GRACE = 60.0  # seconds that a process asked to stop has to save its work: torchrun gives its own 30 of them
+STOP_SECONDS = (
+    60.0  # a process asked to stop has this long to save its work; torchrun gives its own children 30 of them
+)
 
 PR_SET_PDEATHSIG = 1
 
@@ -44,43 +47,49 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_process(command: Sequence[str], environment: Mapping[str, str], on_beat: Callable[[float], None]) -> int:
-    """Run a command with its output where this process's is; its exit code, 1 if a signal killed it.
+def run_process(command: Sequence[str], environment: Mapping[str, str], on_progress: Callable[[float], None]) -> int:
+    """Run a command that writes to this process's output; its exit code, 1 if a signal killed it.
 
-    `on_beat(seconds so far)` is called every few seconds and at the end. When this process is interrupted, the child is
-    asked to stop (SIGTERM: a training saves a checkpoint) and, after a while, killed with all its descendants. When
-    this process is killed outright, Linux sends that SIGTERM.
+    `on_progress(seconds so far)` is called every few seconds and at the end. When this process is interrupted, the
+    child is asked to stop (SIGTERM: a training saves a checkpoint) and, after a while, killed with all its descendants.
+    When this process is killed outright, Linux sends that SIGTERM.
     """
     start = time.monotonic()
-    # A session of its own: Ctrl-C at the terminal reaches this process alone, which stops the child in good order.
+    # In its own session: Ctrl-C at the terminal reaches this process alone, which then stops the child cleanly.
     process = subprocess.Popen(
-        command, env={**os.environ, **environment}, start_new_session=True, preexec_fn=_end_with_parent
+        command,
+        env={**os.environ, **environment},
+        start_new_session=True,
+        preexec_fn=partial(_end_with_parent, os.getpid()),
     )
     try:
         while process.returncode is None:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(BEAT)
-            on_beat(time.monotonic() - start)
+                process.wait(REPORT_SECONDS)
+            on_progress(time.monotonic() - start)
     finally:
         if process.returncode is None:
             _stop(process)
-            on_beat(time.monotonic() - start)
+            on_progress(time.monotonic() - start)
     return process.returncode if process.returncode >= 0 else ExitCode.FAILED
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
+    """Have Linux send SIGTERM to this process when its parent ends, also if it has ended already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _stop(process: subprocess.Popen) -> None:
     descendants = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     try:
-        process.wait(GRACE)
+        process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    for left in descendants:
+    for descendant in descendants:
         with suppress(psutil.NoSuchProcess):
-            left.kill()
+            descendant.kill()

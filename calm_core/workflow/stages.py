@@ -1,84 +1,74 @@
-"""The stages from text to text: which script makes what, their run in order, and how long each took."""
+"""The stages from text to text: the script, product and launcher of each, and running them in order on one machine.
+
+A new stage is an entry in `stages`, its script, and a launcher if none of those there fits.
+"""
 
 import os
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from calm_core import config as configuration
 from calm_core.config.experiment import Experiment
+from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import TrainingConfig
 from calm_core.data.corpus import fingerprint, sources
 from calm_core.errors import ExitCode, UserError
-from calm_core.io import new_hash, read_json, write_json
+from calm_core.workflow.ledger import Ledger, stamp
 from calm_core.workflow.process import run_process
-
-
-class Ledger:
-    """The file `stages.json`: for each stage its seconds over all attempts, and the stamp of its last success."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._stages: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
-
-    def seconds(self, stage: str) -> float:
-        """Seconds spent on a stage so far, in attempts that failed or were killed too."""
-        return self._stages.get(stage, {}).get("seconds", 0.0)
-
-    def finished(self, stage: str, stamp: str | None) -> bool:
-        """Whether the stage succeeded when everything was as `stamp` says."""
-        return stamp is not None and self._stages.get(stage, {}).get("stamp") == stamp
-
-    def note(self, stage: str, seconds: float, stamp: str | None = None) -> None:
-        """Record the seconds of a stage so far and, once it has succeeded, its stamp."""
-        self._stages[stage] = {"seconds": round(seconds, 1), "stamp": stamp}
-        write_json(self._path, self._stages)
-
-
-def stamp(inputs: str, products: Sequence[Path]) -> str | None:
-    """A hash of `inputs` and of the files' content; None if a file is missing.
-
-    The files are manifests, which name what they stand for by content hashes: whatever changes, changes the stamp.
-    """
-    digest = new_hash()
-    digest.update(inputs.encode())
-    for path in products:
-        if not path.is_file():
-            return None
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
 
 ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One script of the way.
+class StageTraining:
+    """The training that a stage runs.
 
     Attributes:
-        script: below the root of the project; its name is the stage's.
+        folder: of the training run.
+        config: its settings.
+        layout: over ranks; None for a model that is only data parallel.
+    """
+
+    folder: Path
+    config: TrainingConfig
+    layout: ParallelConfig | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One script of the workflow.
+
+    Attributes:
+        name: of the stage.
+        script: its path below the root of the project.
         arguments: of the script.
-        product: the file that is there when the stage has succeeded.
+        product: the file that exists once the stage has succeeded.
+        launcher: runs the stage on a cluster: a file of launchers/, without its ending.
         processes: that run the script together, under torchrun if more than one.
-        named: the key that names a product to be taken as it is; empty where the stage makes one of its own.
+        shareable: whether the tasks of an array can share the work.
+        training: that the script runs; None if it trains nothing.
+        product_key: the configuration key by which the user names an existing product; empty if the run makes its own.
     """
 
     name: str
     script: str
     arguments: list[str]
     product: Path
+    launcher: str = "evaluate"
     processes: int = 1
-    named: str = ""
+    shareable: bool = False
+    training: StageTraining | None = None
+    product_key: str = ""
 
     @property
     def given(self) -> bool:
-        """Whether the product that the configuration names is there."""
-        return bool(self.named) and self.product.exists()
+        """Whether the configuration names an existing product, so that there is nothing to run."""
+        return bool(self.product_key) and self.product.exists()
 
     @property
     def command(self) -> list[str]:
@@ -91,114 +81,179 @@ class Stage:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Threads for each of several processes, unless the user has set them."""
-        if self.processes == 1 or "OMP_NUM_THREADS" in os.environ:
-            return {}
-        return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.processes))}
+        """Variables that the script needs from its start, except those that the user has set."""
+        wanted = {}
+        if self.processes > 1:
+            wanted["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self.processes))
+        if self.training and self.training.layout and self.training.layout.tensor > 1:
+            # Megatron-core overlaps tensor-parallel communication by the order of kernels in a single queue. CUDA reads
+            # this when the process first uses the GPU.
+            wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+        return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def config_path(experiment: Experiment) -> Path:
-    """Where the pipeline puts the resolved configuration that all stages read."""
+    """Where the workflow writes the resolved configuration that all stages read."""
     return Path(experiment.run) / "config.yaml"
 
 
 def stages(experiment: Experiment) -> list[Stage]:
-    """All stages of an experiment, in order; a head that reads tokens has use for neither autoencoder nor chunks."""
-    data, paths, run = experiment.data, experiment.paths, Path(experiment.run)
-    config = [str(config_path(experiment))]
-    processes = min(experiment.pipeline.processes, torch.cuda.device_count() or experiment.pipeline.processes)
-    last = paths.calm_run / "checkpoints" / f"step-{experiment.training.steps}" / "manifest.json"
+    """All stages of an experiment, in order; a head that reads tokens needs no autoencoder and no chunks."""
+    autoencoder = [] if experiment.head.reads_tokens else _autoencoder_stages(experiment)
+    return [*_token_stages(experiment), *autoencoder, *_model_stages(experiment)]
 
-    def data_stage(name: str, script: str, product: Path, key: str, processes: int = 1) -> Stage:
-        named = f"data.{key}" if getattr(data, key) else ""
-        return Stage(name, script, config, product, processes, named)
 
-    def evaluation(name: str, of: Path, *arguments: str, product: Path) -> Stage:
-        return Stage(name, "pretrain/evaluate.py", [str(of), *arguments, "--output", str(product)], product)
+def find_stage(experiment: Experiment, name: str) -> Stage:
+    """The stage of a name.
 
-    tokens = [
-        data_stage("train_tokenizer", "data_prep/train_tokenizer.py", paths.tokenizer, "tokenizer"),
-        data_stage("tokenize_corpus", "data_prep/tokenize_corpus.py", paths.tokens / "manifest.json", "tokens"),
-    ]
-    autoencoder = [
-        data_stage(
-            "train_autoencoder",
-            "pretrain/train_autoencoder.py",
-            paths.autoencoder / "manifest.json",
-            "autoencoder",
-            processes,
+    Raises:
+        UserError: if the experiment has none.
+    """
+    plan = stages(experiment)
+    for stage in plan:
+        if stage.name == name:
+            return stage
+    raise UserError(f"There is no stage {name!r}: choose one of {', '.join(stage.name for stage in plan)}.")
+
+
+def _token_stages(experiment: Experiment) -> list[Stage]:
+    config, paths = [str(config_path(experiment))], experiment.paths
+    return [
+        Stage(
+            "train_tokenizer",
+            "data_prep/train_tokenizer.py",
+            config,
+            paths.tokenizer,
+            launcher="tokenize",
+            product_key=_product_key(experiment, "tokenizer"),
         ),
-        evaluation(
-            "evaluate_autoencoder",
-            paths.autoencoder,
-            "--tokens",
-            str(paths.tokens),
-            product=run / "autoencoder" / "evaluation.json",
+        Stage(
+            "tokenize_corpus",
+            "data_prep/tokenize_corpus.py",
+            config,
+            paths.tokens / "manifest.json",
+            launcher="tokenize",
+            shareable=True,
+            product_key=_product_key(experiment, "tokens"),
         ),
     ]
-    chunks = data_stage("build_chunks", "data_prep/build_chunks.py", paths.chunks / "manifest.json", "chunks")
-    latents = [*autoencoder, chunks] if data.latents == "stored" else autoencoder
-    model = [
-        Stage("train_calm", "pretrain/train_calm.py", config, last, processes),
-        evaluation("evaluate_calm", paths.calm_run, product=paths.calm_run / "evaluation.json"),
-        Stage("sample", "pretrain/sample.py", config, run / "samples.json"),
+
+
+def _autoencoder_stages(experiment: Experiment) -> list[Stage]:
+    config, paths = [str(config_path(experiment))], experiment.paths
+    result = paths.autoencoder_run / "evaluation.json"
+    required = str(experiment.pipeline.least_rebuilt)
+    train = Stage(
+        "train_autoencoder",
+        "pretrain/train_autoencoder.py",
+        config,
+        paths.autoencoder / "manifest.json",
+        launcher="autoencoder",
+        processes=_processes(experiment),
+        training=StageTraining(paths.autoencoder_run, experiment.autoencoder_training),
+        product_key=_product_key(experiment, "autoencoder"),
+    )
+    evaluate = Stage(
+        "evaluate_autoencoder",
+        "pretrain/evaluate.py",
+        [
+            *(str(paths.autoencoder), "--tokens", str(paths.tokens)),
+            *("--output", str(result), "--least-rebuilt", required),
+        ],
+        result,
+    )
+    build = Stage(
+        "build_chunks",
+        "data_prep/build_chunks.py",
+        config,
+        paths.chunks / "manifest.json",
+        launcher="build_chunks",
+        shareable=True,
+        product_key=_product_key(experiment, "chunks"),
+    )
+    return [train, evaluate, *([build] if experiment.data.latents == "stored" else [])]
+
+
+def _model_stages(experiment: Experiment) -> list[Stage]:
+    config, run = [str(config_path(experiment))], experiment.paths.calm_run
+    result = run / "evaluation.json"
+    return [
+        Stage(
+            "train_calm",
+            "pretrain/train_calm.py",
+            config,
+            run / "checkpoints" / f"step-{experiment.training.steps}" / "manifest.json",
+            launcher="train",
+            processes=_processes(experiment),
+            training=StageTraining(run, experiment.training, experiment.parallel),
+        ),
+        Stage("evaluate_calm", "pretrain/evaluate.py", [str(run), "--output", str(result)], result),
+        Stage("sample", "pretrain/sample.py", config, Path(experiment.run) / "samples.json"),
     ]
-    return [*tokens, *([] if experiment.head.reads_tokens else latents), *model]
+
+
+def _product_key(experiment: Experiment, name: str) -> str:
+    return f"data.{name}" if getattr(experiment.data, name) else ""
+
+
+def _processes(experiment: Experiment) -> int:
+    wanted = experiment.pipeline.processes
+    return min(wanted, torch.cuda.device_count() or wanted)
 
 
 def inputs_of(experiment: Experiment, plan: list[Stage]) -> str:
-    """All that the products of the stages depend on, for their stamps: configuration and corpus.
+    """Everything that the products of the stages depend on, for their stamps: configuration and corpus.
 
-    Where the run lies and what file began it are no inputs: a folder that was moved is as finished as it was.
+    The run's folder and the file that the configuration was read from are excluded: moving a run changes nothing.
     """
     corpus = "" if plan[1].given else fingerprint(sources(experiment.data.corpus))
     return configuration.to_yaml(replace(experiment, run="", config_file="")) + corpus
 
 
-def require_named(plan: Iterable[Stage]) -> None:
-    """Refuse to make what the configuration says is made already, by settings that may not be those it was made with.
+def require_given_products(plan: Iterable[Stage]) -> None:
+    """Check that every product that the configuration names exists.
+
+    It is not made here, since this run's settings may differ from those that it was meant to be made with.
 
     Raises:
-        UserError: naming the product that is not there.
+        UserError: naming the product that is missing.
     """
     for stage in plan:
-        if stage.named and not stage.given:
+        if stage.product_key and not stage.given:
+            key = stage.product_key
             raise UserError(
-                f"{stage.named} names {stage.product}, which is not there: make it first ({stage.script} with its own "
-                f"configuration), or leave {stage.named} empty to have it made in the run's folder."
+                f"{key} names {stage.product}, which is not there: make it first ({stage.script} with its own "
+                f"configuration), or leave {key} empty to have it made in the run's folder."
             )
 
 
 def run_stages(experiment: Experiment, names: Collection[str] | None = None) -> int:
-    """Run what is not finished yet, of the stages of these names or of all; the exit code of the first that fails.
+    """Run the unfinished stages of these names, or of all; the exit code of the first one that fails.
 
-    The seconds of a stage count all attempts; they and what was finished are kept in RUN/stages.json.
+    The seconds of a stage count all attempts; they and the stamps of finished stages are kept in RUN/stages.json.
     """
     run, plan = Path(experiment.run), stages(experiment)
     chosen = [stage for stage in plan if names is None or stage.name in names]
-    require_named(chosen)
+    require_given_products(chosen)
     run.mkdir(parents=True, exist_ok=True)
     configuration.save(experiment, config_path(experiment))
-    inputs = inputs_of(experiment, plan)
-    ledger = Ledger(run / "stages.json")
+    inputs, ledger = inputs_of(experiment, plan), Ledger(run / "stages.json")
     for number, stage in enumerate(plan, 1):
-        products = [before.product for before in plan[:number] if before.given or before in chosen]
-        title = f"== {number}/{len(plan)} {stage.name}"
-        before = ledger.seconds(stage.name)
         if stage not in chosen:
             continue
+        title = f"== {number}/{len(plan)} {stage.name}"
+        products = [earlier.product for earlier in plan[:number] if earlier.given or earlier in chosen]
+        before = ledger.seconds(stage.name)
         if stage.given:
             print(f"{title}: {stage.product} is given", flush=True)
-            continue
-        if ledger.finished(stage.name, stamp(inputs, products)):
+        elif ledger.is_finished(stage.name, stamp(inputs, products)):
             print(f"{title}: finished before, in {before:.0f} s", flush=True)
-            continue
-        print(f"{title}: {' '.join([stage.script, *stage.arguments])}", flush=True)
-        code = run_process(stage.command, stage.environment, partial(_note, ledger, stage.name, before))
-        if code:
-            return code
-        ledger.note(stage.name, ledger.seconds(stage.name), stamp(inputs, products))
-        print(f"{title}: {ledger.seconds(stage.name) - before:.0f} s", flush=True)
+        else:
+            print(f"{title}: {' '.join([stage.script, *stage.arguments])}", flush=True)
+            if code := run_process(stage.command, stage.environment, partial(_note, ledger, stage.name, before)):
+                return code
+            ledger.note(stage.name, ledger.seconds(stage.name), stamp(inputs, products))
+            print(f"{title}: {ledger.seconds(stage.name) - before:.0f} s", flush=True)
     return ExitCode.OK
 
 

@@ -1,18 +1,18 @@
-"""What a job makes of Slurm's answers, and of silence. Scripts that say what Slurm's clients say stand in for them."""
+"""How a job reads Slurm's answers, and no answer. Scripts that print what Slurm's commands print stand in for them."""
 
 import os
-import signal
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from calm_core.cluster.slurm import Job, SlurmError, fields, is_queued
-from calm_core.cluster.steps import Steps
 from calm_core.errors import UserError
 
 SILENCE = 'echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1'
-JOB = Job(id="7", restart=0, nodes=("node1",), tasks_per_node=1, cpus_per_task=1, array=None)
+JOB = Job(id="7", number=7, restart=0, nodes=("node1",), tasks_per_node=1, cpus_per_task=1)
 Client = Callable[[str, str], Path]
 
 
@@ -31,15 +31,6 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Client:
     return make
 
 
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """Afterwards signals mean what they meant before."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def test_a_client_that_gets_no_answer_is_started_again(client: Client) -> None:
     calls = client("scontrol", f"(( $(wc -l < $calls) > 1 )) || {{ {SILENCE}; }}; echo JobId=7 JobState=RUNNING A=b=c")
     assert fields("job", "7") == {"JobId": "7", "JobState": "RUNNING", "A": "b=c"}
@@ -50,7 +41,7 @@ def test_a_client_that_gets_no_answer_is_started_again(client: Client) -> None:
 def test_silence_is_no_answer(client: Client, silence: str) -> None:
     client("scontrol", silence)
     with pytest.raises(SlurmError, match="scontrol show --oneliner job 7: "):
-        fields("job", "7", patience=0.1)
+        fields("job", "7", wait=0.1)
 
 
 def test_an_unknown_job_is_an_answer(client: Client) -> None:
@@ -90,20 +81,17 @@ def test_the_address_is_the_name_where_slurm_says_none(client: Client) -> None:
     assert JOB.address == "node1"
 
 
-@pytest.mark.parametrize(("state", "code"), [("RUNNING", -signal.SIGUSR1), ("", -signal.SIGUSR1), ("CANCELLED", 0)])
-def test_ranks_are_told_unless_slurm_ends_the_job_itself(
-    monkeypatch: pytest.MonkeyPatch, handlers: None, state: str, code: int
-) -> None:
-    def answer(*command: str, patience: float = 0) -> str:
-        if not state:
-            raise SlurmError(" ".join(command))
-        return f"JobState={state} EndTime=Unknown"
+ENVIRONMENT = {"SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "node1"}
 
-    monkeypatch.setattr("calm_core.cluster.slurm._ask", answer)
-    steps, told = Steps(JOB, os.environ), []
-    os.kill(os.getpid(), signal.SIGUSR1)
-    assert steps.run(["sleep", "1"], lambda: told.append(1)) == code
-    assert told == [1]
+
+def array(task: int, first: int, last: int, count: int) -> dict[str, str]:
+    values = {"ID": task, "MIN": first, "MAX": last, "COUNT": count}
+    return {"SLURM_ARRAY_JOB_ID": "7"} | {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
+
+
+def scontrol(record: str, nodes: int = 1) -> str:
+    names = " ".join(f"node{number}" for number in range(1, nodes + 1))
+    return f"case $2 in hostnames) echo {names};; *) echo JobId=8 ArrayJobId=7 ArrayTaskId=1; echo {record};; esac"
 
 
 @pytest.mark.parametrize(
@@ -111,16 +99,54 @@ def test_ranks_are_told_unless_slurm_ends_the_job_itself(
     [(0, 3, 4, (2, 4)), (1, 4, 4, (1, 4)), (0, 14, 8, None), (2, 5, 3, None)],
 )
 def test_the_share_of_a_task(client: Client, first: int, last: int, count: int, share: tuple[int, int] | None) -> None:
-    client("scontrol", "echo node1")
-    array = {"ID": 2, "MIN": first, "MAX": last, "COUNT": count}
-    environment = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"}
-    job = Job.of(environment | {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in array.items()})
+    client("scontrol", scontrol("JobId=9 ArrayJobId=7 ArrayTaskId=2"))
+    job = Job.of(ENVIRONMENT | array(2, first, last, count))
     assert job.id == "7_2"
     if share:
         assert job.share == share
     else:
         with pytest.raises(UserError, match=f"submit --array=0-{count - 1}"):
             _ = job.share
+
+
+def test_variables_of_the_job_it_was_submitted_from_are_not_its_own(client: Client) -> None:
+    client("scontrol", scontrol("JobId=9 Restarts=0 TRES=cpu=1,node=1"))
+    outer = array(2, 0, 3, 4) | {"SLURM_RESTART_COUNT": "5", "SLURM_GPUS_ON_NODE": "8", "HOME": "/root"}
+    job = Job.of(ENVIRONMENT | outer)
+    assert (job.id, job.array, job.share, job.restart) == ("9", None, (0, 1), 0)
+    assert job.environment == ENVIRONMENT | {"HOME": "/root"}
+
+
+def test_restarts_and_gpus_of_its_own_are_kept(client: Client) -> None:
+    client("scontrol", scontrol("JobId=9 Restarts=2 TRES=cpu=1,gres/gpu=8"))
+    own = ENVIRONMENT | {"SLURM_RESTART_COUNT": "2", "SLURM_GPUS_ON_NODE": "8"}
+    job = Job.of(own)
+    assert (job.restart, job.environment) == (2, own)
+
+
+def test_ntasks_counts_before_tasks_per_node(client: Client) -> None:
+    client("scontrol", scontrol("JobId=9", nodes=2))
+    of = ENVIRONMENT | {"SLURM_NTASKS_PER_NODE": "8"}
+    assert Job.of(of).tasks_per_node == 8
+    assert Job.of(of | {"SLURM_NTASKS": "4"}).tasks_per_node == 2
+    with pytest.raises(UserError, match="3 tasks do not divide evenly over 2 nodes"):
+        Job.of(of | {"SLURM_NTASKS": "3"})
+
+
+def test_a_port_that_is_taken_is_passed_over_and_a_restart_begins_at_another() -> None:
+    first = JOB.free_port()
+    assert first == JOB.free_port()
+    assert replace(JOB, restart=1).free_port() != first
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", first))
+        taken.listen()
+        assert JOB.free_port() not in (first, replace(JOB, restart=1).free_port())
+
+
+def test_without_slurm_there_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SlurmError, match="There is no squeue on this machine"):
+        is_queued("7")
 
 
 def test_a_job_that_is_no_array_has_all_of_the_work() -> None:

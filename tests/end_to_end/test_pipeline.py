@@ -1,10 +1,11 @@
-"""The whole way from text to text on two processes: uninterrupted, run again, killed and run again."""
+"""The whole workflow on two processes: uninterrupted, run again, killed and run again."""
 
 import json
 import random
-import shutil
+import runpy
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ model: {{layers: 2, hidden: 32, ffn: 64, heads: 2}}
 head: {{noise: 8, samples: 4, target_samples: 8}}
 training: {{<<: *training, steps: 24, save_every: 4}}
 evaluation: {{windows: 16, samples: 8, micro_batch: 4}}
-pipeline: {{processes: 2}}
+pipeline: {{processes: 2, least_rebuilt: 0}}
 samples: {{prompts: [The people], max_tokens: 12, while_training: true}}
 """
 STAGES = 8
@@ -60,8 +61,18 @@ def pipeline(config: Path, run: Path) -> list[str]:
     return [sys.executable, str(ROOT / "pretrain" / "pipeline.py"), str(config), f"run={run}"]
 
 
-def script(name: str, *arguments: object) -> tuple[int, str]:
-    return finish([sys.executable, str(ROOT / "pretrain" / f"{name}.py"), *map(str, arguments)], seconds=300)
+@pytest.fixture
+def script(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
+    """Runs a script in this process, which has imported what it needs: its exit code and output."""
+
+    def run(name: str, *arguments: object) -> tuple[int, str]:
+        path = str(ROOT / "pretrain" / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(path, run_name="__main__")
+        return ended.value.code, "".join(capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +107,12 @@ def test_a_second_run_skips_every_stage(config, run):
     assert written <= {"config.yaml", "summary.json", "loss.png", "brier.png"}
 
 
-def test_killed_in_the_middle_of_training_it_goes_on_to_the_same_end(config, run):
+def test_with_given_products_and_killed_in_the_middle_of_training_it_reaches_the_same_end(config, run):
     other = config.parent / "killed"
-    shutil.copytree(run, other, ignore=lambda folder, names: ["calm"] if Path(folder) == run else [])
-    with running(pipeline(config, other)) as process:
+    made = {"tokenizer": "tokenizer/tokenizer.model", "tokens": "tokens", "autoencoder": "autoencoder/frozen"}
+    given = [f"data.{name}={run / path}" for name, path in {**made, "chunks": "chunks"}.items()]
+    command = [*pipeline(config, other), *given]
+    with running(command) as process:
         end = time.monotonic() + 300
         while not (other / "calm" / "checkpoints" / "step-8").exists():
             assert time.monotonic() < end
@@ -108,17 +121,19 @@ def test_killed_in_the_middle_of_training_it_goes_on_to_the_same_end(config, run
     # `running` has killed the whole tree outright
     interrupted = read_metrics(other / "calm" / "metrics.jsonl", "train")[-1]["step"]
     assert interrupted < 24
-    code, output = finish(pipeline(config, other), seconds=400)
+    code, output = finish(command, seconds=400)
     assert code == 0, output
     assert "resumed from" in output
+    assert output.count("is given") == 4
     losses = [[record["loss"] for record in read_metrics(r / "calm" / "metrics.jsonl", "train")] for r in (run, other)]
     assert losses[0] == losses[1]
     scores = [json.loads((r / "summary.json").read_text()) for r in (run, other)]
     assert scores[0]["calm"] == scores[1]["calm"]
     assert scores[0]["samples"] == scores[1]["samples"]
+    assert scores[0]["autoencoder"] == scores[1]["autoencoder"]
 
 
-def test_the_baseline_goes_from_text_to_text_without_an_autoencoder(config):
+def test_the_baseline_needs_no_autoencoder(config):
     run = config.parent / "baseline"
     changes = ["head.kind=softmax", "training.positions=64", "training.eval_every=24", "pipeline.processes=1"]
     code, output = finish([*pipeline(config, run), *changes], seconds=600)
@@ -140,7 +155,16 @@ def test_a_wrong_configuration_of_a_stage_ends_with_its_sentence_and_code(config
     assert "Traceback" not in output
 
 
-def test_the_evaluation_of_a_checkpoint_equals_that_in_training(run):
+def test_an_autoencoder_that_rebuilds_too_few_tokens_is_scored_and_refused(config, run, script):
+    result = config.parent / "poor" / "evaluation.json"
+    code, shown = script("evaluate", run / "autoencoder", "--output", result, "--least-rebuilt", 1)
+    assert code == 2
+    assert "rebuilds" in shown
+    assert "less than pipeline.least_rebuilt=1" in shown
+    assert json.loads(result.read_text())["token_accuracy"] < 1
+
+
+def test_the_evaluation_of_a_checkpoint_equals_that_in_training(run, script):
     last = read_metrics(run / "calm" / "metrics.jsonl", "eval")[-1]
     output = run.parent / "same.json"
     code, shown = script("evaluate", run, "--windows", 16, "--samples", 8, "--micro-batch", 4, "--output", output)
@@ -153,7 +177,7 @@ def test_the_evaluation_of_a_checkpoint_equals_that_in_training(run):
     assert result["spread_posterior"] > 0
 
 
-def test_a_text_is_scored_by_the_model_and_its_own_tokenizer(run):
+def test_a_text_is_scored_by_the_model_and_its_own_tokenizer(run, script):
     text = run.parent / "corpus.jsonl"
     code, shown = script("evaluate", run / "calm", "--text", text, "--windows", 8)
     assert code == 0, shown
@@ -162,7 +186,7 @@ def test_a_text_is_scored_by_the_model_and_its_own_tokenizer(run):
 
 
 @pytest.mark.parametrize("name", ["calm", "autoencoder"])
-def test_the_documents_of_a_step_are_named(run, name):
+def test_the_documents_of_a_step_are_named(run, name, script):
     code, shown = script("inspect_batch", run / name, "--step", 3)
     assert code == 0, shown
     lines = shown.splitlines()[1:]

@@ -5,7 +5,7 @@ import pytest
 
 from calm_core import config as configuration
 from calm_core.checkpoint.folder import list_checkpoints, retire
-from calm_core.cluster.launcher import JobFile, describe_layout
+from calm_core.cluster.launcher import Launcher, describe_layout
 from calm_core.config.experiment import PipelineConfig
 from calm_core.config.model_config import BackboneConfig
 from calm_core.config.parallel_config import ParallelConfig
@@ -17,6 +17,7 @@ from calm_core.plan import flops
 from calm_core.scaling.points import experiment, family_experiment, hours, points, rung, shared_experiment
 from calm_core.scaling.study_plan import autoencoder_flops, plan_table
 from calm_core.scaling.sweep import LAUNCHER
+from calm_core.workflow.stages import find_stage
 
 
 def on_ranks(study: ScalingConfig, ranks: int, **layout: int) -> ScalingConfig:
@@ -82,11 +83,11 @@ def test_no_checkpoint_of_a_budget_is_deleted(study: ScalingConfig, tmp_path: Pa
 
 
 def test_the_ranks_of_the_array_share_every_batch(study: ScalingConfig) -> None:
-    job = JobFile.read(LAUNCHER)
+    job = Launcher.read(LAUNCHER)
     for layout in ({}, {"tensor": 2}, {"pipeline": 2, "virtual": 2}):
         for point in points(on_ranks(study, job.nodes * job.tasks, **layout)):
             made = experiment(on_ranks(study, job.tasks, **layout), point)
-            assert describe_layout(made, "train_calm", job.nodes, job.tasks).startswith("8 ranks")
+            assert describe_layout(find_stage(made, "train_calm").training, job.nodes, job.tasks).startswith("8 ranks")
 
 
 def test_size_leaves_out_what_the_vocabulary_makes(study: ScalingConfig) -> None:

@@ -32,7 +32,7 @@ base:
   head: {{noise: 8, samples: 4, target_samples: 8}}
   training: {{micro_batch: 4, precision: fp32, save_every: 1, schedule: {{warmup: 2}}, wandb: disabled}}
   evaluation: {{windows: 8, samples: 4, micro_batch: 4}}
-  pipeline: {{processes: 1}}
+  pipeline: {{processes: 1, least_rebuilt: 0}}
 """
 
 

@@ -1,9 +1,9 @@
 """A throw-away Slurm cluster on this machine: real daemons, several nodes, everything below one folder.
 
 It needs root and the packages of `PACKAGES`, and neither systemd nor cgroups nor GPUs. All nodes are this host, each
-with a port of its own (Slurm's "multiple slurmd"), and promise more cores than there are. Nothing is enforced. Several
+with a port of its own (Slurm's "multiple slurmd"), and claim more cores than there are. No limit is enforced. Several
 clusters can run at once: their ports differ, and so do the numbers of their jobs, on which the jobs' own ports depend.
-A second process sees to it that nothing outlives the one that uses the cluster, however that ends.
+A second process removes everything when the one that uses the cluster ends, however it ends.
 """
 
 import os
@@ -23,8 +23,8 @@ import psutil
 PACKAGES = "munge slurmctld slurmd slurm-client"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-# A requeued job becomes eligible two minutes later; told to start before its remains are gone, it fails.
-SETTLED = 2.5
+# A requeued job becomes eligible two minutes later. Told to start before Slurm has cleaned up, it fails.
+SETTLE_SECONDS = 2.5
 
 CONF = """
 ClusterName=test
@@ -161,7 +161,7 @@ class Cluster:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"too late\n{self.run('squeue', '--all')}\n{say()}"
-            self._hurry()
+            self._start_requeued()
             time.sleep(0.1)
 
     def ended(self, job: str) -> bool:
@@ -187,7 +187,7 @@ class Cluster:
         return found
 
     def end_processes(self) -> list[list[str]]:
-        """Kill what jobs have left behind; the command lines of it."""
+        """Kill the processes that jobs have left behind; their command lines."""
         found = []
         for process in self.processes():
             with suppress(psutil.Error):
@@ -196,7 +196,7 @@ class Cluster:
         return found
 
     def clear(self) -> None:
-        """Cancel every job, mend every node, and wait until nothing is left."""
+        """Cancel every job, bring back every node, and wait until nothing is left."""
         jobs = self.run("squeue", "--noheader", "--format=%A").split()
         if jobs:
             self.run("scancel", "--quiet", *jobs)
@@ -249,12 +249,12 @@ class Cluster:
         idle = self.run("sinfo", "--noheader", "-N", "-p", "batch", "-t", "idle", "-o", "%N", check=False)
         return len(idle.split()) == len(self.nodes)
 
-    def _hurry(self) -> None:
+    def _start_requeued(self) -> None:
         waiting = self.run("squeue", "--noheader", "--array", "-t", "PD", "-o", "%i %r", check=False).splitlines()
         jobs = [line.split()[0] for line in waiting if line.endswith(" BeginTime")]
         self._pending_since = {job: self._pending_since.get(job, time.monotonic()) for job in jobs}
         for job in jobs:
-            if time.monotonic() - self._pending_since[job] > SETTLED:
+            if time.monotonic() - self._pending_since[job] > SETTLE_SECONDS:
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
 
@@ -306,5 +306,5 @@ def _sweep(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdin.read()  # until the one that holds the other end lets go of it, or is no more
+    sys.stdin.read()  # until the process at the other end closes it or ends
     _sweep(Path(sys.argv[1]))

@@ -1,4 +1,5 @@
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside the tests
 from cluster import Cluster, missing
+from launching import ROOT
 from trained import STEPS, Training
+
+from calm_core.cluster.slurm import FIRST_PORT, PORTS
 
 SITE = """
 export CALM_HOST_PYTHON={python} CALM_PYTHON={python}
@@ -44,13 +48,24 @@ def training(cluster: Cluster, tiny: Path, tmp_path: Path) -> Training:
 
 @pytest.fixture(scope="session")
 def uninterrupted(slurm: Cluster, tiny_experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
-    """The training that the others must equal."""
+    """The training that the others must equal, submitted as awkwardly as a user can.
+
+    From within a task of an array, by a link in a folder whose name ends in `.slurm`, with fewer tasks than the
+    launcher's tasks per node, while another process listens at the port where its search for a free one begins.
+    """
     folder = tmp_path_factory.mktemp("uninterrupted")
     _use_site(slurm, folder)
     training = Training.of_copy(slurm, tiny_experiment, folder)
     training.set_steps(STEPS)
-    training.submit()
-    training.wait_for_end()
+    link = folder / "my jobs.slurm" / "calm.slurm"
+    link.parent.mkdir()
+    link.symlink_to(ROOT / "launchers" / "calm_m.slurm")
+    job = training.submit_from_an_array(link, "--nodes=2", "--ntasks=2")
+    with socket.socket() as taken:
+        taken.bind(("", FIRST_PORT + int(job) % PORTS))
+        taken.listen()
+        slurm.run("scontrol", "release", job)
+        training.wait_for_end()
     return training
 
 

@@ -1,4 +1,4 @@
-"""Many jobs: a sweep, and the whole way from text to scores, on a real Slurm."""
+"""Many jobs: a sweep, and the whole workflow, on a real Slurm."""
 
 import json
 import re
@@ -44,12 +44,15 @@ def test_a_sweep_with_one_failing_member(training: Training, tmp_path: Path) -> 
         assert "finished before" in (tmp_path / f"sweep-{job}_{task}.out").read_text()
 
 
-def test_the_way_from_text_to_scores(cluster: Cluster, tiny_experiment: Path, tmp_path: Path) -> None:
+def test_the_workflow_as_jobs_that_wait_for_each_other(cluster: Cluster, tiny_experiment: Path, tmp_path: Path) -> None:
     run, config = tmp_path / "run", tmp_path / "mine.yaml"
     text = (tiny_experiment / "config.yaml").read_text() + f"run: {run}\ntokenizer: {{vocab_size: 300}}\n"
     config.write_text(
-        text + "pipeline: {shares: 2, nodes: 2}\nsamples: {prompts: [a], temperatures: [1.0], max_tokens: 8}\n"
+        text + "pipeline: {shares: 2, nodes: 2, least_rebuilt: 0}\n"
+        "samples: {prompts: [a], temperatures: [1.0], max_tokens: 8}\n"
     )
+    made = {"tokenizer": "tokenizer/tokenizer.model", "tokens": "tokens", "autoencoder": "autoencoder/frozen"}
+    given = [f"data.{name}={tiny_experiment / path}" for name, path in made.items()]
     small = " ".join([*SMALL, "--nodes=1", "--mem=1G", "--no-requeue"])
 
     def pipeline(*arguments: str) -> str:
@@ -78,10 +81,11 @@ def test_the_way_from_text_to_scores(cluster: Cluster, tiny_experiment: Path, tm
     assert not run.exists()
     assert not cluster.busy()
 
-    submitted = pipeline()
+    names = names[names.index("evaluate_autoencoder") :]
+    submitted = pipeline(*given)
     jobs = dict(re.findall(r"^(\S+): job (\d+)", submitted, re.MULTILINE))
     assert list(jobs) == names
-    assert pipeline().count("in the queue already") >= len(names) - 1  # nothing twice
+    assert pipeline(*given).count("in the queue already") >= len(names) - 1  # nothing twice
     cluster.wait(lambda: not cluster.busy(), seconds=1200)
     assert {name: cluster.state(job) for name, job in jobs.items()} == dict.fromkeys(names, "COMPLETED"), "\n".join(
         path.read_text() for path in sorted((run / "slurm").glob("*.out"))
@@ -93,4 +97,5 @@ def test_the_way_from_text_to_scores(cluster: Cluster, tiny_experiment: Path, tm
             f"finished task {task} of 2"
             in (run / "slurm" / f"build_chunks-{task}" / "latest" / "rank-0000.log").read_text()
         )
-    assert "nothing to do: every stage is finished" in pipeline()
+    assert json.loads((run / "autoencoder" / "evaluation.json").read_text())
+    assert "nothing to do: every stage is finished" in pipeline(*given)

@@ -1,6 +1,5 @@
-"""A real training on a cluster of a test, and what may befall it."""
+"""A real training on the cluster of a test, and the faults that a test gives it."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -13,18 +12,26 @@ from cluster import Cluster
 from launching import ROOT
 
 from calm_core.checkpoint.folder import list_checkpoints
+from calm_core.io import read_json_lines
 from calm_core.training.run_log import read_metrics
 
 FOREVER = 100_000
-STEPS = 120  # of the run that nothing interrupts: more than an interrupted one does, on a fast machine too
-FORGETFUL = """#!/bin/bash
-# Slurm's client, which every other time finds nobody.
+STEPS = 120  # of the uninterrupted run: more than an interrupted one does, on a fast machine too
+UNRELIABLE = """#!/bin/bash
+# Slurm's client, which gets no answer every other time.
 echo >> {calls}
 (( $(wc -l < {calls}) % 2 )) || exec {client} "$@"
 echo "Unable to contact slurm controller (connect failure)" >&2
 exit 1
 """
-SMALL = ("--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1")
+TINY = ("--gpus-per-node=0", "--cpus-per-task=1")
+SMALL = ("--ntasks-per-node=1", *TINY)
+
+# A batch script of an array whose last task submits a job, and notes its id.
+OUTER = """#!/bin/bash
+[[ $SLURM_ARRAY_TASK_ID == $SLURM_ARRAY_TASK_MAX ]] || exit 0
+sbatch --parsable "$@" > id.new && mv id.new id
+"""
 
 
 class Training:
@@ -54,19 +61,29 @@ class Training:
         self.job = self.cluster.submit(*words, folder=self.folder, **self._environment)
         return self.job
 
-    def forget_every_other_answer(self) -> None:
-        """Let Slurm be as if its controller were restarting, again and again, for jobs to come."""
+    def submit_from_an_array(self, launcher: Path, *options: str) -> str:
+        """Submit the training from within a task of an array; the id of the job, which is held in the queue."""
+        outer = self.folder / "outer.sh"
+        outer.write_text(OUTER)
+        words = ["--array=3-4", "--output=outer-%a.out", outer, "--hold", *TINY, *options, launcher, self.config]
+        self.cluster.submit(*words, folder=self.folder)
+        self.cluster.wait((self.folder / "id").exists)
+        self.job = (self.folder / "id").read_text().strip()
+        return self.job
+
+    def lose_every_other_answer(self) -> None:
+        """From now on, every other call of Slurm fails in jobs, as if its controller were restarting."""
         client, path = self.folder / "clients" / "scontrol", self.cluster.environment["PATH"]
         client.parent.mkdir()
-        client.write_text(FORGETFUL.format(calls=f"{client}.calls", client=shutil.which(client.name, path=path)))
+        client.write_text(UNRELIABLE.format(calls=f"{client}.calls", client=shutil.which(client.name, path=path)))
         client.chmod(0o755)
         self._environment = {"PATH": f"{client.parent}:{path}"}
 
-    def tool(self, name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        """Run one of the launchers that a person calls, where this training works."""
+    def tool(self, name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run one of the shell scripts that a person calls, in the folder of this training."""
         return subprocess.run(
             [ROOT / "launchers" / name, *map(str, arguments)],
-            env=self.cluster.environment | {"CALM_WORK": str(self.folder)},
+            env=self.cluster.environment | {"CALM_WORK": str(self.folder)} | environment,
             capture_output=True,
             text=True,
             check=False,
@@ -79,7 +96,7 @@ class Training:
         return self.saved
 
     def thaw(self) -> None:
-        """Let rank 1 go on."""
+        """Resume rank 1."""
         self.rank(1).resume()
 
     def rank(self, number: int) -> psutil.Process | None:
@@ -96,12 +113,12 @@ class Training:
         return self.cluster.job(self.job)
 
     def wait_for(self, words: str) -> None:
-        """Wait until the main log says something."""
+        """Wait until the main log contains some words."""
         self.cluster.wait(lambda: words in self.log(), say=self.log)
 
     def log(self) -> str:
         """The main log."""
-        path = self.folder / f"calm_m-{self.job}.out"
+        path = self.folder / f"train-{self.job}.out"
         return path.read_text() if path.exists() else ""
 
     def rank_log(self, restart: int, rank: int = 0) -> str:
@@ -111,7 +128,7 @@ class Training:
     def events(self, name: str) -> list[dict[str, Any]]:
         """The events of a name in the journal of this job."""
         path = self.run / "slurm" / "train_calm" / "journal.jsonl"
-        events = [json.loads(line) for line in path.read_text().splitlines()]
+        events = read_json_lines(path)
         return [event for event in events if event["event"] == name and event["job"] == self.job]
 
     @property
@@ -127,8 +144,8 @@ class Training:
         assert [record["step"] for record in records] == list(range(1, len(records) + 1))
         return {record["step"]: record["loss"] for record in records}
 
-    def went_on_from(self, *saved: int) -> bool:
-        """Whether the restarts went on from just these checkpoints."""
+    def resumed_from(self, *saved: int) -> bool:
+        """Whether the restarts resumed from exactly these checkpoints."""
         resumed = [f"resumed from {self.run}/calm/checkpoints/step-{step}\n" for step in saved]
         return all(line in self.rank_log(number) for number, line in enumerate(resumed, 1)) and (
             [event["step"] for event in self.events("start")] == [0, *saved]

@@ -15,7 +15,7 @@ from calm_core.workflow.process import run_process
 
 PARENT = """
 import sys
-from calm_core.pipeline.process import StoppedError, run_process, stoppable
+from calm_core.workflow.process import StoppedError, run_process, stoppable
 try:
     with stoppable():
         run_process([sys.executable, "-c", sys.argv[1]], {}, lambda seconds: None)

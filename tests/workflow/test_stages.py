@@ -4,11 +4,14 @@ from pathlib import Path
 import pytest
 
 from calm_core import config
+from calm_core.cluster.launcher import Launcher
 from calm_core.config.data_config import DataConfig
 from calm_core.config.experiment import Experiment, PipelineConfig
 from calm_core.config.model_config import HeadConfig
+from calm_core.config.parallel_config import ParallelConfig
 from calm_core.errors import UserError
-from calm_core.workflow.stages import ROOT, Ledger, run_stages, stages, stamp
+from calm_core.workflow.ledger import Ledger, stamp
+from calm_core.workflow.stages import ROOT, find_stage, run_stages, stages
 
 
 @pytest.fixture
@@ -78,9 +81,9 @@ def test_seconds_and_stamps_survive_the_process(tmp_path):
     ledger = Ledger(path)
     assert ledger.seconds("train") == 12.3
     assert ledger.seconds("evaluate") == 0
-    assert ledger.finished("train", "a stamp")
-    assert not ledger.finished("train", "another")
-    assert not ledger.finished("evaluate", "a stamp")
+    assert ledger.is_finished("train", "a stamp")
+    assert not ledger.is_finished("train", "another")
+    assert not ledger.is_finished("evaluate", "a stamp")
 
 
 def test_a_stage_that_runs_again_is_not_finished(tmp_path):
@@ -88,8 +91,8 @@ def test_a_stage_that_runs_again_is_not_finished(tmp_path):
     ledger.note("train", 10, "a stamp")
     ledger.note("train", 15)
     assert ledger.seconds("train") == 15
-    assert not ledger.finished("train", "a stamp")
-    assert not ledger.finished("train", None)
+    assert not ledger.is_finished("train", "a stamp")
+    assert not ledger.is_finished("train", None)
 
 
 def test_a_stamp_follows_inputs_and_content(tmp_path):
@@ -102,3 +105,28 @@ def test_a_stamp_follows_inputs_and_content(tmp_path):
     assert original != stamp("other config", [first, second])
     first.write_text("changed")
     assert original != stamp("config", [first, second])
+
+
+def test_the_autoencoder_must_rebuild_the_configured_share_of_tokens(experiment):
+    strict = replace(experiment, pipeline=PipelineConfig(least_rebuilt=0.5))
+    assert find_stage(experiment, "evaluate_autoencoder").arguments[-2:] == ["--least-rebuilt", "0.95"]
+    assert find_stage(strict, "evaluate_autoencoder").arguments[-2:] == ["--least-rebuilt", "0.5"]
+    with pytest.raises(UserError, match=r"pipeline\.least_rebuilt=95"):
+        PipelineConfig(least_rebuilt=95)
+
+
+def test_tensor_parallelism_sets_the_single_queue_that_it_needs_before_cuda_starts(experiment, monkeypatch):
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    tensor = replace(experiment, parallel=ParallelConfig(tensor=2), pipeline=PipelineConfig(processes=1))
+    assert find_stage(tensor, "train_calm").environment == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert find_stage(tensor, "train_autoencoder").environment == {}
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    assert find_stage(tensor, "train_calm").environment == {}
+
+
+def test_every_stage_has_a_launcher(experiment):
+    for stage in stages(experiment):
+        launcher = Launcher.read(ROOT / "launchers" / f"{stage.launcher}.slurm")
+        assert find_stage(experiment, launcher.stage).launcher == stage.launcher
+    with pytest.raises(UserError, match="There is no stage 'x': choose one of train_tokenizer, "):
+        find_stage(experiment, "x")

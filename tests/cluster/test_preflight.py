@@ -4,14 +4,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from calm_core.cluster.preflight import Limits, meet, problems_of_node
+from calm_core.cluster.preflight import Requirements, all_reduce, problems_of_node
 
-LIMITS = Limits(scratch=Path("/tmp"), scratch_gib=0, memory_gib=0, seconds=5)
+REQUIRED = Requirements(scratch=Path("/tmp"), scratch_gib=0, memory_gib=0, seconds=5)
 GPUS = torch.cuda.device_count()
 
 
-def problems(tmp_path: Path, promised: int = GPUS, **limits: object) -> list[str]:
-    return problems_of_node(promised, [tmp_path / "run"], Limits(**{**vars(LIMITS), "scratch": tmp_path, **limits}))
+def problems(tmp_path: Path, promised: int = GPUS, **required: object) -> list[str]:
+    return problems_of_node(
+        promised, [tmp_path / "run"], Requirements(**{**vars(REQUIRED), "scratch": tmp_path, **required})
+    )
 
 
 def test_a_sound_node(tmp_path: Path) -> None:
@@ -32,10 +34,10 @@ def test_each_fault_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(GPUS > 0, reason="one process cannot stand for two nodes with GPUs")
-def test_who_never_came_is_named_by_the_first_node() -> None:
+def test_the_first_node_names_those_that_never_connected() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    apart, absent = meet(0, ["a", "b"], "127.0.0.1", port, seconds=0.5)
-    assert apart
-    assert absent == ["b"]
+    error, unreached = all_reduce(0, ["a", "b"], "127.0.0.1", port, seconds=0.5)
+    assert error
+    assert unreached == ["b"]

@@ -8,16 +8,17 @@ import pytest
 from launching import ROOT
 
 from calm_core import config
-from calm_core.cluster.launcher import TRAININGS, JobFile, describe_layout, enter_work_folder, nearest_nodes
+from calm_core.cluster.launcher import Launcher, describe_layout, enter_work_folder, main, nearest_nodes
 from calm_core.config.experiment import Experiment
 from calm_core.errors import UserError
-from calm_core.workflow.stages import stages
+from calm_core.workflow.stages import StageTraining, find_stage
 
 LAUNCHERS = sorted((ROOT / "launchers").glob("*.slurm"))
 
 
-def experiment(job: JobFile) -> Experiment:
-    return config.load(Experiment, ROOT / job.config, [])
+def training(launcher: Launcher, *overrides: str) -> StageTraining | None:
+    path = launcher.config if (ROOT / launcher.config).exists() else "configs/calm_m.yaml"  # train.slurm has no default
+    return find_stage(config.load(Experiment, ROOT / path, list(overrides)), launcher.stage).training
 
 
 @pytest.mark.parametrize("path", [*LAUNCHERS, *(ROOT / "launchers").glob("*.sh")], ids=lambda path: path.name)
@@ -27,8 +28,8 @@ def test_it_is_sound_shell(path: Path) -> None:
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
 def test_it_can_come_back(path: Path) -> None:
-    options = JobFile.read(path).options
-    assert options["job-name"] == path.stem
+    options = Launcher.read(path).options
+    assert options["job-name"] == path.resolve().stem
     assert options["signal"].startswith("B:USR1@")
     assert {"requeue", "open-mode"} <= set(options)
     assert "/" not in options["output"]  # a folder would have to be there before the job is
@@ -36,10 +37,9 @@ def test_it_can_come_back(path: Path) -> None:
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
 def test_what_it_runs_is_there(path: Path) -> None:
-    job = JobFile.read(path)
-    assert job.stage in {stage.name for stage in stages(experiment(job))}
-    if job.stage in TRAININGS:
-        assert describe_layout(experiment(job), job.stage, job.nodes, job.tasks).startswith(f"{job.nodes * job.tasks} ")
+    job = Launcher.read(path)
+    if trained := training(job):
+        assert describe_layout(trained, job.nodes, job.tasks).startswith(f"{job.nodes * job.tasks} ")
         assert job.options["gpus-per-node"] == job.options["ntasks-per-node"]
 
 
@@ -51,33 +51,33 @@ def test_a_launcher_for_each_configuration_of_the_paper() -> None:
 
 
 def test_an_impossible_size_is_refused_with_the_nearest_that_works() -> None:
-    job = JobFile.read(ROOT / "launchers" / "calm_xl.slurm")
-    xl = experiment(job)
-    assert nearest_nodes(xl, job.stage, 64, 8) == 64
-    assert nearest_nodes(xl, job.stage, 40, 8) == 32
+    job = Launcher.read(ROOT / "launchers" / "calm_xl.slurm")
+    xl = training(job)
+    assert nearest_nodes(xl, 64, 8) == 64
+    assert nearest_nodes(xl, 40, 8) == 32
     with pytest.raises(UserError, match=r"not a multiple of .* On nodes of 8 ranks, sbatch --nodes=64 is the nearest"):
-        describe_layout(xl, job.stage, 63, 8)
+        describe_layout(xl, 63, 8)
     with pytest.raises(UserError, match=r"does not divide the 63 ranks .* On nodes of 1 ranks, sbatch --nodes=64"):
-        describe_layout(xl, job.stage, 63, 1)
+        describe_layout(xl, 63, 1)
 
 
 @pytest.mark.parametrize(("tensor", "data", "accumulated"), [(2, 256, 1), (4, 128, 2), (8, 64, 4)])
 def test_the_largest_model_divides_by_other_tensor_parallelism(tensor: int, data: int, accumulated: int) -> None:
-    job = JobFile.read(ROOT / "launchers" / "calm_xl.slurm")
-    xl = config.load(Experiment, ROOT / job.config, [f"parallel.tensor={tensor}"])
+    job = Launcher.read(ROOT / "launchers" / "calm_xl.slurm")
+    xl = training(job, f"parallel.tensor={tensor}")
     line = f"512 ranks = tensor {tensor} x pipeline 1 x data {data}; global batch 256 = {data} x micro-batch 1 x "
-    assert describe_layout(xl, job.stage, job.nodes, job.tasks) == f"{line}{accumulated} accumulated"
+    assert describe_layout(xl, job.nodes, job.tasks) == f"{line}{accumulated} accumulated"
 
 
 def test_options_of_sbatch_take_the_place_of_the_file_s() -> None:
-    job = JobFile.read(ROOT / "launchers" / "calm_xl.slurm").with_options(["--nodes=32", "--exclusive"])
+    job = Launcher.read(ROOT / "launchers" / "calm_xl.slurm").with_options(["--nodes=32", "--exclusive"])
     assert (job.nodes, job.tasks) == (32, 8)
     assert job.resources().startswith("nodes 32, ntasks-per-node 8, gpus-per-node 8")
 
 
 def test_an_unknown_launcher_is_refused() -> None:
     with pytest.raises(UserError, match=r"choose one of ar_l, .*calm_xl"):
-        JobFile.read(ROOT / "launchers" / "calm_xxl.slurm")
+        Launcher.read(ROOT / "launchers" / "calm_xxl.slurm")
 
 
 def test_the_job_and_the_status_need_no_torch() -> None:
@@ -93,3 +93,29 @@ def test_tools_read_relative_paths_as_jobs_do(tmp_path: Path, monkeypatch: pytes
     words = ["mine.yaml", "run=x", "runs/x"]
     assert enter_work_folder(words) == [str(tmp_path / "mine.yaml"), "run=x", "runs/x"]
     assert Path.cwd() == tmp_path / "work"
+
+
+def test_ntasks_counts_before_the_launchers_tasks_per_node() -> None:
+    launcher = Launcher.read(ROOT / "launchers" / "train.slurm")
+    assert launcher.with_options(["--ntasks=2"]).tasks == 2
+    assert launcher.with_options(["--nodes=2", "--ntasks=4"]).tasks == 2
+    with pytest.raises(UserError, match=r"--ntasks=3 does not divide over 2 nodes"):
+        _ = launcher.with_options(["--nodes=2", "--ntasks=3"]).tasks
+    with pytest.raises(UserError, match=r"--nodes=1-4 must be a whole number"):
+        _ = launcher.with_options(["--nodes=1-4"]).nodes
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["calm_m", "-N", "2"], "-N is not understood here"),
+        (["train"], "There is no configuration .*configs/train.yaml"),
+        (["calm_m"], "There is no sbatch on this machine"),
+    ],
+)
+def test_submit_ends_in_a_sentence(
+    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=sentence):
+        main(words)

@@ -5,9 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from calm_core.cluster.policy import fruitless_attempts
 from calm_core.cluster.slurm import SlurmError
-from calm_core.cluster.status import StageRecords, describe, endings, progress_of
+from calm_core.cluster.status import (
+    StageRecords,
+    attempts_without_progress,
+    describe,
+    endings,
+    first_failure,
+    progress_of,
+)
 from calm_core.data.builder import StoreBuilder
 from calm_core.errors import UserError
 from calm_core.io import write_json
@@ -27,7 +33,66 @@ def test_the_journal_keeps_what_each_attempt_noted(tmp_path: Path) -> None:
     assert StageRecords.of(tmp_path, "build_chunks", 3).folder == tmp_path / "slurm" / "build_chunks-3"
 
 
-def test_ranks_that_died_with_their_node_are_left_out(tmp_path: Path) -> None:
+def start(step: int, job: str = "7") -> dict:
+    return {"job": job, "event": "start", "step": step}
+
+
+def end(asked: bool, job: str = "7") -> dict:
+    return {"job": job, "event": "asked" if asked else "end"}
+
+
+@pytest.mark.parametrize(
+    ("journal", "count"),
+    [
+        ([], 0),
+        ([start(5)], 1),
+        ([start(5), start(5), end(False), start(5)], 3),  # the first was lost with its node
+        ([start(0), end(False), start(5), end(False)], 1),  # progress between them
+        ([start(5), end(False), start(5), end(True), start(5)], 1),  # ended because Slurm asked
+        ([start(5), end(True)], 0),
+        ([start(5, "6"), end(False, "6"), start(5)], 1),  # submitted anew by a person
+        ([start(4), end(False)], 0),  # the attempt has made progress itself
+    ],
+)
+def test_attempts_without_progress(journal: list[dict], count: int) -> None:
+    assert attempts_without_progress(journal, "7", step=5) == count
+
+
+def test_the_first_failure_is_the_cause() -> None:
+    records = [
+        {"rank": 0, "code": 1, "time": 3.0},
+        {"rank": 1, "code": -9, "time": 2.0},
+        {"rank": 2, "code": 75, "time": 1.0},
+        {"rank": 3, "code": 0, "time": 0.0},
+    ]
+    assert first_failure(records)["rank"] == 1
+    assert first_failure(records[2:]) is None
+
+
+@pytest.mark.parametrize("cut", ['{"time": 1, "jo', "7", "\x00\x00", "\xff{"])
+def test_a_journal_cut_short_by_a_lost_node_is_read_and_continued(tmp_path: Path, cut: str) -> None:
+    records = StageRecords.of(tmp_path, "train_calm", None)
+    records.attempt("7.0")
+    records.note("7", 0, "start", step=3)
+    with open(records.folder / "journal.jsonl", "a", encoding="latin-1") as journal:
+        journal.write(cut)
+    records.note("7", 1, "start", step=3)
+    assert [event["restart"] for event in records.journal()] == [0, 1]
+    assert attempts_without_progress(records.journal(), "7", step=3) == 2
+    assert next(describe(tmp_path)).startswith("train_calm: ")
+
+
+def test_a_journal_without_a_whole_line_is_as_none(tmp_path: Path) -> None:
+    records = StageRecords.of(tmp_path, "train_calm", None)
+    records.attempt("7.0")
+    (records.folder / "journal.jsonl").write_text('{"time": 1')
+    with pytest.raises(UserError, match="holds no records of jobs"):
+        list(describe(tmp_path))
+    records.note("7", 1, "start", step=0)
+    assert len(records.journal()) == 1
+
+
+def test_ranks_lost_with_their_node_have_no_ending(tmp_path: Path) -> None:
     attempt = StageRecords.of(tmp_path, "train_calm", None).attempt("7.0")
     write_json(attempt / "ranks" / "1.json", {"rank": 1, "code": -9})
     (attempt / "ranks" / ".0.json.partial").write_text("{")
@@ -65,13 +130,13 @@ def test_records_of_failures_are_no_progress(tmp_path: Path) -> None:
     records = StageRecords.of(tmp_path, "sample", None)
     for restart in range(3):
         records.attempt(f"7.{restart}")
-        assert fruitless_attempts(records.journal(), "7", progress_of(samples)) == restart
+        assert attempts_without_progress(records.journal(), "7", progress_of(samples)) == restart
         records.note("7", restart, "start", step=progress_of(samples))
     write_json(tmp_path / "samples.json", [])
     assert progress_of(samples) == 1
 
 
-def test_status_tells_a_person_how_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_of_a_running_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"JobState": "RUNNING", "NodeList": "node[1-2]"}
     monkeypatch.setattr("calm_core.cluster.slurm.fields", lambda kind, job: known)
     records = StageRecords.of(tmp_path, "train_calm", None)
@@ -91,7 +156,7 @@ def test_status_tells_a_person_how_it_goes(tmp_path: Path, monkeypatch: pytest.M
     assert "last error: rank 3 on node2 ended with code 76, LOG, 0:00 h ago" in text
 
 
-def test_status_without_an_answer_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_when_slurm_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def silent(kind: str, job: str) -> dict:
         raise SlurmError
 
