@@ -37,12 +37,12 @@ def main() -> None:
 
 def measure(folder: Path, saves: int, topology: Topology) -> None:
     """Time steps and saves of both kinds, in turn."""
-    from calm_core.checkpoint.save import Saver
+    from calm_core.checkpoint.save import SavePolicy, Saver
 
     engine, train = demo(topology)
     steps, during, background, waiting = [], [], [], []
     train()
-    with Saver(folder, engine, keep=1) as saver:
+    with Saver(folder, engine, SavePolicy(keep=1)) as saver:
         for number in range(saves):
             steps += [seconds(train), seconds(train)]
             stalls = [seconds(partial(saver.save, 2 * number, {"updates": 0}))]
@@ -54,7 +54,7 @@ def measure(folder: Path, saves: int, topology: Topology) -> None:
                 stalls.append(time.perf_counter() - start)
             background.append(sum(stalls))
             waiting.append(seconds(partial(save_now, saver, 2 * number + 1)))
-    parameters = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
+    parameters = sum(p.numel() for part in engine.model_parts for p in part.parameters())
     rows = {
         "step": steps,
         "step while one is written": during,
@@ -102,7 +102,7 @@ def demo(topology: Topology) -> tuple["Engine", Callable[[], None]]:  # noqa: F8
 
     def train() -> None:
         engine.forward_backward(forward_step, range(count), Pass(training.positions, training.micro_batch))
-        engine.step(1e-3, admit=lambda norm: True)
+        engine.step(1e-3, loss=1.0)
 
     return engine, train
 

@@ -8,6 +8,7 @@ from calm_core.config import command
 from calm_core.config.experiment import Experiment
 from calm_core.errors import ExitCode
 from calm_core.plan.dry_run import plan_calm
+from calm_core.report.run_page import write_run_page
 from calm_core.training.launch import run_calm
 
 SECTIONS = ("data", "model", "head", "parallel", "training", "evaluation", "samples", "profile", "plan")
@@ -15,7 +16,7 @@ SECTIONS = ("data", "model", "head", "parallel", "training", "evaluation", "samp
 
 def train(experiment: Experiment, dry_run: bool) -> ExitCode:
     """Train, or print what would be trained."""
-    return plan_calm(experiment, SECTIONS) if dry_run else run_calm(experiment)
+    return plan_calm(experiment, SECTIONS) if dry_run else run_calm(experiment, write_run_page)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""The folder of a checkpoint, complete or absent whenever a process dies.
+"""The folder of a checkpoint: complete or absent, whenever a process dies.
 
-`step-N/tensors/` holds the tensors and `step-N/manifest.json` plain values, a checksum of every other file and one of
-itself. A checkpoint is written under another name, the manifest last, everything synced, and then renamed.
+`step-N/tensors/` holds the tensors; `step-N/manifest.json` holds plain values, a checksum of every other file and one
+of itself. A checkpoint is written under another name, the manifest last, with all files synced, and then renamed.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ _PARTIAL, _DELETING = ".partial", ".deleting"
 
 
 class DamagedError(UserError):
-    """A checkpoint's files are not those that were written; another checkpoint of the run may do."""
+    """A checkpoint's files differ from what was written; another checkpoint of the run may be usable."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Checkpoint:
 
     Attributes:
         path: its folder.
-        step: the training step after which it was saved.
-        state: what the caller saved with it (plain JSON values).
+        step: its training step.
+        state: plain JSON values that the caller saved with it.
         checksums: content hash of each file below `tensors/`.
     """
 
@@ -54,8 +54,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint's manifest.
 
     Raises:
-        UserError: if there is no complete checkpoint at `path`, or one of another format.
-        DamagedError: if the manifest is not as it was written.
+        UserError: if there is no complete checkpoint at `path`, or its format is another.
+        DamagedError: if the manifest has changed since it was written.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
@@ -75,7 +75,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def begin(final: Path) -> Path:
-    """An empty folder for the files of the checkpoint that is to become `final`."""
+    """Create an empty folder for the files of the checkpoint `final`."""
     partial = final.with_name(final.name + _PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "tensors").mkdir(parents=True)
@@ -83,38 +83,41 @@ def begin(final: Path) -> Path:
 
 
 def finish(partial: Path, final: Path, state: dict[str, Any], checksums: dict[str, str]) -> None:
-    """Complete a checkpoint whose tensors are written and synced: it exists once this has renamed it."""
+    """Complete a checkpoint whose tensors are written and synced: write its manifest and rename it."""
     manifest = {"format_version": FORMAT_VERSION, "step": _step(final), "state": state, "files": checksums}
     sync(partial / "tensors")
     write_json(partial / "manifest.json", {"checksum": _checksum_of_values(manifest), **manifest})
-    shutil.rmtree(final, ignore_errors=True)  # where the run came by here before, and found it damaged
+    shutil.rmtree(final, ignore_errors=True)  # a damaged checkpoint of the same step
     os.replace(partial, final)
     sync(final.parent)
 
 
-def retire(newest: Path, keep: int) -> list[Path]:
-    """Leave the last `keep` checkpoints up to `newest`; the folders to `remove`: others, and what was left half done.
+def retire(newest: Path, keep: int, milestones: Collection[int] = ()) -> list[Path]:
+    """Retain the last `keep` checkpoints up to `newest` and those of milestones; the folders to `remove`.
 
-    A checkpoint beyond `newest` is damaged, or the run would have gone on from it: it counts for nothing.
+    These are the other checkpoints and what interrupted saves and deletions left behind. A checkpoint after `newest`
+    is damaged, or the run would have resumed from it: it is not counted.
     """
     older = [path for path in list_checkpoints(newest.parent) if _step(path) <= _step(newest)]
     for path in older[:-keep]:
-        doomed = path.with_name(path.name + _DELETING)  # half removed, it would be no checkpoint
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(path, doomed)
+        if _step(path) in milestones:
+            continue
+        deleting = path.with_name(path.name + _DELETING)  # not a checkpoint any more, even when half deleted
+        shutil.rmtree(deleting, ignore_errors=True)
+        os.replace(path, deleting)
     return [path for path in newest.parent.glob("step-*") if path.suffix in (_PARTIAL, _DELETING)]
 
 
 def remove(folders: Iterable[Path]) -> None:
-    """Delete folders; what cannot be deleted stays, for the next time."""
+    """Delete folders; what cannot be deleted stays until the next call."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def damaged_files(checkpoint: Checkpoint, share: slice) -> list[Path]:
-    """Those of a share of the checkpoint's tensor files that are missing or have changed."""
+def damaged_files(checkpoint: Checkpoint, selection: slice) -> list[Path]:
+    """Those tensor files of the checkpoint that are missing or have changed, among a selection by sorted name."""
     tensors = checkpoint.path / "tensors"
-    paths = [tensors / name for name in sorted(checkpoint.checksums)[share]]
+    paths = [tensors / name for name in sorted(checkpoint.checksums)[selection]]
     return [path for path in paths if not path.exists() or hash_file(path) != checkpoint.checksums[path.name]]
 
 

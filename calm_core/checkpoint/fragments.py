@@ -1,4 +1,4 @@
-"""This rank's share of weights and optimizer state, as boxes of global tensors."""
+"""The weights and optimizer state that ZeRO-1 assigns to this rank, as boxes of global tensors."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ class Box:
         return prod(self.shape)
 
     def moved(self, by: tuple[int, ...]) -> "Box":
-        """The box of the same shape that begins so much further on."""
+        """The box of the same shape whose start is moved by an offset."""
         return Box(tuple(a + b for a, b in zip(self.start, by, strict=True)), self.shape)
 
     def overlap(self, other: "Box") -> "Box | None":
-        """What two boxes have in common, None if nothing."""
+        """The intersection of two boxes, None if it is empty."""
         ends = zip(self.start, self.shape, other.start, other.shape, strict=True)
         sides = [(max(a, c), min(a + b, c + d)) for a, b, c, d in ends]
         if any(first >= last for first, last in sides):
@@ -38,15 +38,15 @@ class Box:
         return Box(tuple(first for first, _ in sides), tuple(last - first for first, last in sides))
 
     def within(self, outer: "Box") -> tuple[slice, ...]:
-        """The slices that take this box out of `outer`, which contains it."""
+        """The slices that select this box from `outer`, which contains it."""
         offsets = (a - b for a, b in zip(self.start, outer.start, strict=True))
         return tuple(slice(offset, offset + length) for offset, length in zip(offsets, self.shape, strict=True))
 
 
 def boxes_of_range(shape: tuple[int, ...], first: int, last: int) -> list[Box]:
-    """The boxes that, one after the other, are the elements `first` to `last - 1` of a tensor of `shape`, row by row.
+    """The boxes that together are the elements `first` to `last - 1` of a tensor of `shape` in row-major order.
 
-    Of a matrix there are at most three: the end of a row, whole rows, the beginning of a row.
+    A matrix has at most three: the end of a row, whole rows, the beginning of a row.
     """
     if first == last:
         return []
@@ -66,22 +66,20 @@ def _in_row(index: int, shape: tuple[int, ...], first: int, last: int) -> list[B
     return [Box((index, *box.start), (1, *box.shape)) for box in boxes_of_range(shape[1:], first, last)]
 
 
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
-
-KINDS = (WEIGHT, *MOMENTS)
+WEIGHT = "weight"
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A run of elements of this rank's flat part that is a box of a global tensor.
+    """Consecutive elements of this rank's flat tensor that are a box of a global tensor.
 
     Attributes:
         name: of the global tensor, without its kind.
         shape: of the global tensor.
-        box: which part of it.
-        group: parameter group of the optimizer.
-        start: where the run begins in the group's flat part.
-        mine: whether this rank is the one that writes it; tensor-parallel ranks share what is not split.
+        box: the block of the global tensor.
+        group: index of the optimizer's parameter group.
+        start: index of the first element in the group's flat tensor.
+        mine: whether this rank writes it; all tensor-parallel ranks hold a tensor that is not split, the first writes.
     """
 
     name: str
@@ -92,15 +90,15 @@ class Fragment:
     mine: bool
 
     def of(self, flat: Tensor) -> Tensor:
-        """This run of the group's flat part (a view)."""
+        """These elements of the group's flat tensor (a view)."""
         return flat.narrow(0, self.start, self.box.numel)
 
 
-def fragments(chunks: Sequence[MegatronModule]) -> Iterator[Fragment]:
-    """What this rank's optimizer holds, once an engine has taken the model chunks."""
+def fragments(model_parts: Sequence[MegatronModule]) -> Iterator[Fragment]:
+    """What this rank's optimizer holds, once an engine has been made of the model parts."""
     first = parallel_state.get_tensor_model_parallel_rank() == 0
-    for name, parameter in named_parameters(chunks):
-        # DeepSpeed's own note of where a parameter's elements (lp) lie in this rank's flat part (hp).
+    for name, parameter in named_parameters(model_parts):
+        # DeepSpeed's record of where a parameter's elements (lp) lie in this rank's flat tensor (hp).
         mapping = parameter._hp_mapping
         if mapping is None:
             continue
@@ -127,14 +125,16 @@ def box_of(piece: Piece, parameter: nn.Parameter) -> Box:
 
 
 def flat_parts(engine: Engine) -> list[dict[str, Tensor]]:
-    """This rank's flat part of each parameter group: {"weight": float32 `[n]`, "exp_avg": ..., "exp_avg_sq": ...}."""
-    adam = engine.optimizer.optimizer
-    flats = [group["params"][0] for group in adam.param_groups]
-    return [{WEIGHT: flat.detach(), **{moment: adam.state[flat][moment] for moment in MOMENTS}} for flat in flats]
+    """What this rank's optimizer holds of each parameter group, float32 `[n]` each: the weights and its state.
+
+    With AdamW: {"weight": ..., "exp_avg": ..., "exp_avg_sq": ...}.
+    """
+    flats = [group["params"][0] for group in engine.optimizer.param_groups]
+    return [{WEIGHT: flat.detach(), **engine.optimizer.moments(flat)} for flat in flats]
 
 
 class HostCopy:
-    """Room on the host for one copy of an engine's flat parts, taken once: pinned where they lie on a GPU."""
+    """Host memory for one copy of an engine's flat tensors, allocated once; pinned if they are on a GPU."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -145,7 +145,7 @@ class HostCopy:
         ]
 
     def take(self) -> list[dict[str, Tensor]]:
-        """The flat parts as they are now, valid until the next call."""
+        """The flat tensors as they are now, valid until the next call."""
         for copy, part in zip(self._parts, flat_parts(self._engine), strict=True):
             for kind, flat in part.items():
                 copy[kind].copy_(flat, non_blocking=True)
@@ -155,11 +155,11 @@ class HostCopy:
 
 
 def _range_of(piece: Piece, parameter: nn.Parameter) -> tuple[int, int]:
-    """The elements of the flattened local parameter that are `piece`, which is of whole rows."""
+    """The range of elements of the flattened local parameter that are `piece`, which consists of whole rows."""
     if piece.view is None:
         return 0, parameter.numel()
     dim, first, count = piece.view
     if dim != 0:
-        raise ValueError(f"{piece.name} is no run of whole rows")
+        raise ValueError(f"{piece.name} does not consist of whole rows")
     row = prod(parameter.shape[1:])
     return first * row, (first + count) * row

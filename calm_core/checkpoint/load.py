@@ -1,7 +1,7 @@
-"""Checkpoints that any layout of ranks can read: tensors under global names, float32 weights and both Adam moments.
+"""Checkpoints that any layout of ranks can read: float32 weights and optimizer state under global names.
 
-Each rank writes what ZeRO-1 gives it (see `fragments`, `saver`); reading takes what a rank needs from whatever boxes
-there are (see `tensor_folder`). How the folder becomes a complete checkpoint: see `checkpoint_folder`.
+Each rank writes what ZeRO-1 assigns to it (see `fragments` and `save`); on reading, a rank assembles what it needs from
+the boxes in all files (see `tensor_folder`). How the folder becomes a complete checkpoint: see `folder`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from calm_core.checkpoint.folder import Checkpoint, DamagedError, begin, damaged_files, finish
-from calm_core.checkpoint.fragments import KINDS, WEIGHT, Box, box_of, flat_parts, fragments
-from calm_core.checkpoint.save import Saver, told_apart
+from calm_core.checkpoint.fragments import WEIGHT, Box, box_of, flat_parts, fragments
+from calm_core.checkpoint.save import SavePolicy, Saver, explain_file_errors
 from calm_core.checkpoint.tensor_folder import INDEX, Entry, TensorFolder, write_file, write_index
 from calm_core.distributed.collectives import on_every_rank
 from calm_core.distributed.engine import Engine
@@ -31,58 +31,57 @@ def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: i
     Raises:
         UserError: if the checkpoint cannot be written; those before it stay.
     """
-    with Saver(folder, engine, keep) as saver:
+    with Saver(folder, engine, SavePolicy(keep)) as saver:
         saver.save(step, state)
         return saver.wait().path
 
 
 def load(checkpoint: Checkpoint, engine: Engine) -> None:
-    """Put weights and Adam's state of a checkpoint into the engine, whatever layout wrote it. Collective.
+    """Load weights and optimizer state of a checkpoint, written by any layout, into the engine. Collective.
 
     Raises:
         DamagedError: if a file is not as it was written; nothing is loaded.
         UserError: if the model has another shape; likewise.
     """
-    source = _open(checkpoint, engine.chunks, KINDS)
-    for name, parameter in named_parameters(engine.chunks):
+    flats, own = flat_parts(engine), list(fragments(engine.model_parts))
+    state = [(f"{kind}/{fragment.name}", fragment.shape) for fragment in own for kind in flats[fragment.group]]
+    source = _open(checkpoint, [*_weights_of(engine.model_parts), *state])
+    for name, parameter in named_parameters(engine.model_parts):
         parameter.data.copy_(_local(source, name, parameter))
-    flats = flat_parts(engine)
-    for fragment in fragments(engine.chunks):
+    for fragment in own:
         for kind, flat in flats[fragment.group].items():
             fragment.of(flat).copy_(source.read(f"{kind}/{fragment.name}", fragment.box).flatten())
-    updates = torch.tensor(float(checkpoint.state["updates"]))
-    for adam in engine.optimizer.optimizer.state.values():
-        adam["step"].copy_(updates)
+    engine.optimizer.set_update_count(checkpoint.state["updates"])
 
 
-def load_weights(checkpoint: Checkpoint, chunks: Sequence[MegatronModule], only: str = "") -> list[str]:
-    """Put the weights alone into model chunks, in their own precision; the names of what was loaded. Collective.
+def load_weights(checkpoint: Checkpoint, model_parts: Sequence[MegatronModule], only: str = "") -> list[str]:
+    """Load the weights alone into model parts, in their own precision; the names of what was loaded. Collective.
 
     Args:
-        checkpoint: where from.
-        chunks: model chunks, before an engine takes them.
-        only: load the parameters whose global name starts so, and leave the others.
+        checkpoint: the checkpoint to read.
+        model_parts: parts of the model, before an engine is made of them.
+        only: load only the parameters whose global names begin with this.
 
     Raises:
         DamagedError: if a file is not as it was written; nothing is loaded.
         UserError: if the model has another shape; likewise.
     """
-    source = _open(checkpoint, chunks, (WEIGHT,), only)
-    loaded = [(name, parameter) for name, parameter in named_parameters(chunks) if name.startswith(only)]
+    source = _open(checkpoint, _weights_of(model_parts, only))
+    loaded = [(name, parameter) for name, parameter in named_parameters(model_parts) if name.startswith(only)]
     for name, parameter in loaded:
         parameter.data.copy_(_local(source, name, parameter))
     return [name for name, _ in loaded]
 
 
 def verify(checkpoint: Checkpoint) -> None:
-    """Compare every file with its checksum, the work shared by all ranks. Collective.
+    """Compare every file with its checksum; the ranks divide the files among them. Collective.
 
     Raises:
         DamagedError: naming the first file that is missing or changed.
-        UserError: if a file must not be read.
+        UserError: if a file may not be read.
     """
     share = slice(dist.get_rank(), None, dist.get_world_size())
-    compare = told_apart(
+    compare = explain_file_errors(
         lambda: damaged_files(checkpoint, share), f"{checkpoint.path} could not be read", "make its files readable"
     )
     if damaged := sorted(chain.from_iterable(on_every_rank(compare))):
@@ -91,30 +90,44 @@ def verify(checkpoint: Checkpoint) -> None:
 
 def full_weights(engine: Engine) -> dict[str, Tensor]:
     """The float32 master weights of a model without tensor or pipeline parallelism, by global name. Collective."""
-    return {name: safe_get_full_fp32_param(p).cpu() for name, p in named_parameters(engine.chunks)}
+    return {name: safe_get_full_fp32_param(p).cpu() for name, p in named_parameters(engine.model_parts)}
 
 
-def _open(
-    checkpoint: Checkpoint, chunks: Sequence[MegatronModule], kinds: Sequence[str], only: str = ""
-) -> TensorFolder:
-    """The tensors of a checkpoint that is whole and has all that these model chunks want of it."""
+Wanted = Sequence[tuple[str, tuple[int, ...]]]  # names and shapes of global tensors
+
+
+def _weights_of(model_parts: Sequence[MegatronModule], only: str = "") -> Wanted:
+    """The weights that these model parts consist of."""
+    return [
+        (f"{WEIGHT}/{piece.name}", tuple(global_shape(piece, piece.of(parameter))))
+        for name, parameter in named_parameters(model_parts)
+        if name.startswith(only)
+        for piece in pieces(name, parameter)
+    ]
+
+
+def _open(checkpoint: Checkpoint, wanted: Wanted) -> TensorFolder:
+    """The tensors of a checkpoint, verified to be whole and to include what each rank wants. Collective."""
     verify(checkpoint)
 
-    def checked() -> TensorFolder:
+    def open_checked() -> TensorFolder:
         source = TensorFolder(checkpoint.path / "tensors")
-        for name, parameter in named_parameters(chunks):
-            for piece in pieces(name, parameter) if name.startswith(only) else ():
-                for kind in kinds:
-                    wanted = tuple(global_shape(piece, piece.of(parameter)))
-                    _check_shape(checkpoint.path, f"{kind}/{piece.name}", source.shapes, wanted)
+        for name, shape in wanted:
+            _check_shape(checkpoint.path, name, source.shapes, shape)
         return source
 
-    found: list[TensorFolder] = []
-    on_every_rank(lambda: found.append(checked()))
-    return found[0]
+    opened: list[TensorFolder] = []
+    on_every_rank(lambda: opened.append(open_checked()))
+    return opened[0]
 
 
 def _check_shape(path: Path, name: str, saved: dict[str, tuple[int, ...]], wanted: tuple[int, ...]) -> None:
+    kind = name.partition("/")[0]
+    if not any(known.startswith(f"{kind}/") for known in saved):
+        raise UserError(
+            f"{path} holds no optimizer state {kind}: it was written by another optimizer, or without its state; start "
+            "from its weights by training.init_from."
+        )
     if name not in saved:
         raise UserError(f"{path} has no tensor {name}: it holds a model of another shape.")
     if saved[name] != wanted:
@@ -136,11 +149,11 @@ _FILE = "weights.safetensors"
 
 
 def write_weights(final: Path, weights: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-    """Write the checkpoint folder `final` (`step-N`), whole or not at all.
+    """Write the checkpoint folder `final` (`step-N`) completely or not at all.
 
     Args:
-        final: where to.
-        weights: float32 tensors by their global names (`model.parameters`), gate and up projections apart.
+        final: the folder to write.
+        weights: float32 tensors by their global names (`model.parameters`), gate and up projections separately.
         state: plain values of the manifest.
 
     Raises:
@@ -154,12 +167,12 @@ def write_weights(final: Path, weights: Mapping[str, Tensor], state: dict[str, A
         finish(partial, final, state, {INDEX: index, _FILE: checksum})
     except OSError as error:
         raise UserError(
-            f"checkpoint {final} could not be written ({error}): free some room, or go elsewhere."
+            f"checkpoint {final} could not be written ({error}): free some space, or choose another folder."
         ) from error
 
 
 def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """All weights of a checkpoint, with moments or without, float32 on the CPU, by their global names.
+    """All weights of a checkpoint, with or without optimizer state, float32 on the CPU, by their global names.
 
     Raises:
         DamagedError: if a file is not as it was written.

@@ -43,8 +43,8 @@ class Topology:
     last: bool
 
     @property
-    def chunks(self) -> list[tuple[bool, bool, int | None]]:
-        """(holds the model's first part, holds its last, interleaving index) of each model chunk of this rank."""
+    def model_parts(self) -> list[tuple[bool, bool, int | None]]:
+        """(is the model's first part, is its last, interleaving index) of each model part of this rank."""
         count = self.layout.virtual
         if count == 1:
             return [(self.first, self.last, None)]

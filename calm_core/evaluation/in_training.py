@@ -46,16 +46,16 @@ def evaluate(engine: Engine, held_out: HeldOut, stop: Callable[[], bool] | None 
     # One micro-batch for each pipeline stage to work on at a time, since roll-outs keep their keys and values.
     windows, together = own_windows(held_out, engine.topology), engine.topology.layout.pipeline
     parts: list[ClusteredScores] = []
-    for chunk in engine.chunks:
-        chunk.eval()
+    for model_part in engine.model_parts:
+        model_part.eval()
     try:
         for start in range(0, len(windows), together):
             if stop is not None and stop():
                 return None
             parts += _Group(engine, held_out, windows[start : start + together]).scores()
     finally:
-        for chunk in engine.chunks:
-            chunk.train()
+        for model_part in engine.model_parts:
+            model_part.train()
     return {**held_out.description(), **summarize(_gathered(parts, engine))}
 
 

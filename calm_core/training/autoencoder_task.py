@@ -1,7 +1,8 @@
 """Training of the autoencoder: token windows in, reconstruction loss out. Data-parallel only."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,29 +12,32 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from calm_core.autoencoder.artefact import save_autoencoder
 from calm_core.autoencoder.model import Autoencoder, autoencoder_loss
 from calm_core.checkpoint.load import full_weights
 from calm_core.config import differences
 from calm_core.config.model_config import AutoencoderConfig
 from calm_core.data.dataset import Blend, Samples
 from calm_core.data.store import TokenStore
+from calm_core.distributed.collectives import on_first_rank
 from calm_core.distributed.engine import Engine
 from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
 from calm_core.evaluation.autoencoder_health import evaluate_autoencoder
+from calm_core.manifest import MANIFEST
 from calm_core.model.noise import SampleNoise, stream_seed
 from calm_core.plan import flops
 from calm_core.plan.flops import AutoencoderShape
 
 EVALUATED_CHUNKS = 4096
 
-# Settings under which the same weights serve as well.
+# Settings that may change without changing what the weights mean.
 _NOT_OF_THE_WEIGHTS = ("kl_weight", "kl_floor", "token_dropout", "latent_dropout", "init_std")
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """A micro-batch of runs of chunks: global sample indices `[B]`, and tokens `[S, B, K]`."""
+    """A micro-batch of windows: global sample indices `[B]`, and tokens `[S, B, K]`."""
 
     samples: np.ndarray
     tokens: Tensor
@@ -49,17 +53,29 @@ class AutoencoderModule(MegatronModule):
         self.autoencoder = Autoencoder(config, vocab_size, k)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """There is no stage before this one (called by the schedule)."""
+        """Called by the schedule; there is no previous stage."""
 
 
 class AutoencoderTask:
-    """The autoencoder on the windows of token stores (see `training.task.Task`)."""
+    """The autoencoder on the windows of token stores (see `training.task.Task`).
+
+    After the last step it is frozen: written to the folder `artefact`, in float32, with the hashes of its tokenizer and
+    training data.
+    """
 
     name = "autoencoder"
+    section = "autoencoder_training"
     stages: ClassVar[list[dict[str, Any]]] = []  # it has no pipeline
 
     def __init__(
-        self, config: AutoencoderConfig, k: int, positions: int, seed: int, train: Blend, held_out: TokenStore
+        self,
+        config: AutoencoderConfig,
+        k: int,
+        positions: int,
+        seed: int,
+        train: Blend,
+        held_out: TokenStore,
+        artefact: Path,
     ) -> None:
         self.config, self.k, self.positions, self.seed = config, k, positions, seed
         self.vocab_size = train.first.vocab_size
@@ -69,11 +85,12 @@ class AutoencoderTask:
         sizes = AutoencoderShape(self.vocab_size, k, config.hidden, config.ffn_width, config.latent)
         self.flops_per_sample = float(positions * flops.autoencoder_training(sizes))
         self.identity = {"model": shape, "data": train.identity, "positions": positions, "seed": seed}
-        self._held_out = held_out
+        self.summary = f"K={k}, latent of {config.latent}, hidden {config.hidden}"
+        self._held_out, self._artefact, self._train = held_out, artefact, train
         self._device = torch.device("cpu")
 
     def build(self, topology: Topology, dtype: torch.dtype) -> list[MegatronModule]:
-        """The whole model on every rank, initial weights a function of the seed alone."""
+        """The whole model on every rank; the initial weights depend on the seed alone."""
         self._device = topology.device
         torch.manual_seed(stream_seed(self.seed, "initial/autoencoder", 0))
         return [AutoencoderModule(self.config, self.vocab_size, self.k).to(self._device, dtype)]
@@ -88,13 +105,17 @@ class AutoencoderTask:
         return ""
 
     def load(self, samples: np.ndarray) -> TokenBatch:
-        """The chunks of the windows behind these samples."""
+        """The chunks of the windows of these samples."""
         tokens = self.samples.batch(samples, ("tokens",))["tokens"][:, :-1]
         chunks = torch.from_numpy(tokens).view(len(samples), self.positions, self.k)
         return TokenBatch(samples, chunks.transpose(0, 1))
 
+    def require(self, samples: int) -> None:
+        """Refuse a run that consumes more samples than the stores have."""
+        self.samples.require(samples)
+
     def documents(self, samples: np.ndarray) -> list[str]:
-        """The names of the documents behind these samples."""
+        """The names of the documents that these samples are from."""
         return self.samples.documents(samples)
 
     def forward_step(self, micro_batches: Iterator[TokenBatch], model: AutoencoderModule) -> tuple[Any, Any]:
@@ -106,17 +127,22 @@ class AutoencoderTask:
         return losses.loss, lambda loss: (loss, metrics)
 
     def texts(self, engine: Engine) -> list[dict[str, Any]]:
-        """An autoencoder continues no prompts."""
+        """None: an autoencoder continues no prompts."""
         return []
 
-    def evaluate(self, engine: Engine) -> dict[str, Any]:
-        """Reconstruction of held-out documents: the same on every rank, for it is soon done."""
-        model = engine.chunks[0].autoencoder
+    def evaluate(self, engine: Engine, stop: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """Reconstruction of held-out documents; computed on every rank, since it takes little time."""
+        model = engine.model_parts[0].autoencoder
         return evaluate_autoencoder(model, self._held_out, EVALUATED_CHUNKS, self.seed)
 
-    def finished(self, engine: Engine) -> Autoencoder:
-        """The trained model in float32, from the master weights."""
+    def is_finished(self) -> bool:
+        """Whether the frozen autoencoder has been written."""
+        return (self._artefact / MANIFEST).exists()
+
+    def finish(self, engine: Engine) -> None:
+        """Freeze the autoencoder: write its float32 master weights as an artefact."""
         model = Autoencoder(self.config, self.vocab_size, self.k)
         weights = {name.removeprefix("autoencoder."): w for name, w in full_weights(engine).items()}
         model.load_state_dict(weights)
-        return model.eval()
+        tokenizer, made_from = self._train.first.tokenizer_hash, {"tokens": self._train.identity}
+        on_first_rank(lambda: save_autoencoder(model.eval(), self._artefact, tokenizer, made_from))

@@ -1,6 +1,6 @@
 """Training of CALM: chunk windows in, head loss out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -36,7 +36,7 @@ from calm_core.plan.layout import check_layout
 from calm_core.plan.pipeline_split import describe, pipeline_split, shares
 from calm_core.tokenizer import Tokenizer
 
-# Settings under which the same weights serve as well.
+# Settings that may change without changing what the weights mean.
 _NOT_OF_THE_WEIGHTS = (
     "backbone.init_std",
     "head.samples",
@@ -49,11 +49,11 @@ _NOT_OF_THE_WEIGHTS = (
 class CalmTask:
     """The CALM network on the windows of chunk stores (see `training.task.Task`).
 
-    A head that reads tokens learns from the windows of token stores, as from chunks of one token, without an
-    autoencoder.
+    A head that reads tokens is trained on the windows of token stores, as chunks of one token, without an autoencoder.
     """
 
     name = "calm"
+    section = "training"
 
     def __init__(
         self,
@@ -70,11 +70,12 @@ class CalmTask:
     ) -> None:
         check_layout(shape, positions, layout)
         samples.require_whole_model(layout.tensor, layout.pipeline)
-        scored_positions(positions, shape.k)  # a window too short to be scored: known now
+        scored_positions(positions, shape.k)  # refuses windows that are too short to be scored
         self.shape, self.layout, self.seed = shape, layout, seed
         self.split = pipeline_split(shape, positions, layout)
         self.samples = Samples(train, positions, seed)
         self.tokens_per_sample = positions * shape.k
+        self.summary = f"K={shape.k}, {shape.head.kind} head, {shape.backbone.layers} layers of {shape.backbone.hidden}"
         self.stages = [
             {"stage": stage, "layers": sum(self.split[stage :: layout.pipeline]), "share of FLOPs": share}
             for stage, share in enumerate(shares(shape, positions, layout, self.split))
@@ -89,27 +90,27 @@ class CalmTask:
         self._held_out = HeldOut(
             Windows(held_out, positions), autoencoder, train.first.token_counts(), seed, evaluation
         )
-        self._said, self._tokenizer = samples, tokenizer
+        self._prompts, self._tokenizer = samples, tokenizer
         self._device = torch.device("cpu")
         self._columns = list(train.first.columns)
 
     def build(self, topology: Topology, dtype: torch.dtype) -> list[MegatronModule]:
-        """This rank's chunks of the network, initial weights a function of the seed alone."""
-        own_windows(self._held_out, topology)  # too few for these ranks: known now, not at the first evaluation
+        """This rank's parts of the network; the initial weights depend on the seed alone."""
+        own_windows(self._held_out, topology)  # refuses too few windows for these ranks
         self._device = topology.device
         self._columns = needed_columns(self.samples.store, first=topology.first, last=topology.last)
         if self.layout.pipeline > 1:
             topology.say(describe(self.shape, self.samples.positions, self.layout, self.split))
         config = transformer_config(self.shape.backbone, self.layout, dtype, self.split)
-        chunks = [
+        model_parts = [
             CalmModel(config, self.shape, first=first, last=last, vp_stage=index)
-            for first, last, index in topology.chunks
+            for first, last, index in topology.model_parts
         ]
-        initialize(chunks, self.shape.backbone.init_std, self.seed)
-        return [chunk.to(self._device) for chunk in chunks]
+        initialize(model_parts, self.shape.backbone.init_std, self.seed)
+        return [part.to(self._device) for part in model_parts]
 
     def shared_with(self, model: dict[str, Any]) -> str:
-        """All weights of a network of this shape; those of the backbone where only the rest differs."""
+        """All weights of a network of this shape; those of the backbone if only the rest differs."""
         changed = [c for c in differences(model, self.identity["model"]) if c[0] not in _NOT_OF_THE_WEIGHTS]
         for key, theirs, ours in changed:
             if key.startswith("backbone."):
@@ -119,18 +120,22 @@ class CalmTask:
         return "backbone." if changed else ""
 
     def load(self, samples: np.ndarray) -> ChunkBatch:
-        """What this rank's stages need of the windows behind these samples."""
+        """What this rank's pipeline stage needs of the windows of these samples."""
         return read_batch(self.samples, samples, samples, self._columns)
 
+    def require(self, samples: int) -> None:
+        """Refuse a run that consumes more samples than the stores have."""
+        self.samples.require(samples)
+
     def documents(self, samples: np.ndarray) -> list[str]:
-        """The names of the documents behind these samples."""
+        """The names of the documents that these samples are from."""
         return self.samples.documents(samples)
 
     def forward_step(self, micro_batches: Iterator[ChunkBatch], model: CalmModel) -> tuple[Any, Any]:
         """Forward of one micro-batch; the loss is the mean over its samples of the mean over the positions of each.
 
-        A target of nothing but padding counts for nothing. So every sample weighs alike, however much padding it has:
-        the loss of a step is that of its samples, whatever ranks and micro-batches they are divided into.
+        A target that is all padding has weight 0. Every sample has the same weight, however much padding it has, so the
+        loss of a step depends on its samples alone and not on how they are divided into ranks and micro-batches.
         """
         batch = next(micro_batches)
         noise = SampleNoise(self.seed, batch.samples, self._device)
@@ -143,18 +148,25 @@ class CalmTask:
         return output, partial(_mean_loss, weights=own_positions(weights, model.config))
 
     def texts(self, engine: Engine) -> list[dict[str, Any]]:
-        """The prompts of the configuration continued by the first rank, if there is a tokenizer to say them with."""
+        """The continuations of the configured prompts, if there is a tokenizer."""
         if self._tokenizer is None or engine.topology.rank:
             return []
-        model = engine.chunks[0].eval()
-        speaker = Loaded(model, self._held_out.autoencoder, self._tokenizer, self.samples.positions)
-        records = continue_prompts(speaker, self._said, self.seed)
+        model = engine.model_parts[0].eval()
+        loaded = Loaded(model, self._held_out.autoencoder, self._tokenizer, self.samples.positions)
+        records = continue_prompts(loaded, self._prompts, self.seed)
         model.train()
         return [{name: record[name] for name in ("temperature", "prompt", "text")} for record in records]
 
-    def evaluate(self, engine: Engine) -> dict[str, Any]:
+    def evaluate(self, engine: Engine, stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
         """Brier scores and loss on held-out documents."""
-        return evaluate(engine, self._held_out)
+        return evaluate(engine, self._held_out, stop)
+
+    def is_finished(self) -> bool:
+        """Nothing remains to be done after the last step."""
+        return True
+
+    def finish(self, engine: Engine) -> None:
+        """Nothing remains to be done after the last step."""
 
 
 def position_weights(tokens: Tensor, pad: int | None) -> Tensor:
@@ -164,7 +176,7 @@ def position_weights(tokens: Tensor, pad: int | None) -> Tensor:
 
 
 def _mean_loss(output: HeadLoss, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The share of these positions `[S', B]` in the mean loss; sequence-parallel ranks hold parts of one sum."""
+    """The weighted sum over these positions `[S', B]`; sequence-parallel ranks hold parts of one sum."""
     loss = (output.loss * weights).sum()
     terms = {name: (term * weights).sum() for name, term in output.terms.items()}
     return loss, {"loss": loss.detach().clone(), **terms}

@@ -1,10 +1,9 @@
-"""What this machine can do, what of it is in use, and how it is made to repeat itself."""
+"""The machine: its peak, its memory, which implementations are active, and deterministic algorithms."""
 
 import importlib.util
 import os
 import resource
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,9 +23,9 @@ _BF16_PEAKS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s that one rank could reach at best, and where the figure is from.
+    """The peak FLOP/s of one rank, and the source of the figure.
 
-    A known GPU has its data sheet's bf16 peak; anything else is measured by a large matrix product.
+    For a known GPU it is the bf16 peak of its data sheet; anything else is measured by a large matrix product.
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
@@ -48,8 +47,13 @@ def _measured_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, s
     return 2 * size**3 / best
 
 
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or "CPU"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def peak_memory(device: torch.device) -> int:
-    """Bytes this process has held at most: of the GPU's allocator, or resident on a CPU."""
+    """The peak memory of this process in bytes: of the GPU's allocator, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -67,17 +71,18 @@ def backends(device: torch.device) -> str:
     )
 
 
-# Space of its own for each stream of cuBLAS, without which its sums may be ordered differently from run to run.
+# A workspace for each cuBLAS stream; without it the order of its sums may differ between runs.
 _CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Within the block, only algorithms that give the same bits each time, if `wanted`.
+    """Within the block, use only algorithms that give the same bits each time, if `wanted`.
 
-    A CPU with a fixed number of threads does so anyway. A GPU does not: attention, embeddings and cuBLAS add in an
-    order that varies, so that two runs drift apart from the last bit on. Must be entered before the first matrix
-    product on the GPU, for cuBLAS reads its setting once.
+    A CPU with a fixed number of threads always does. On a GPU attention, embeddings and cuBLAS add in varying order.
+    Must be entered before the first matrix product on the GPU, because cuBLAS reads its setting once. An operation that
+    has no deterministic form raises an error: with `warn_only` PyTorch would run attention's non-deterministic backward
+    without a word.
     """
     if not wanted:
         yield
@@ -85,8 +90,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
     os.environ.update({name: value for name, value in _CUBLAS.items() if name not in os.environ})
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # every buffer here is written before it is read
-    torch.use_deterministic_algorithms(True, warn_only=True)  # what has no such form is named in a warning
-    warnings.filterwarnings("once", message=".*deterministic.*")
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:

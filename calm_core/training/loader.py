@@ -1,5 +1,6 @@
-"""The batches of a run, loaded one step ahead of their use."""
+"""The batches of a run, loaded one step ahead."""
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -21,7 +22,7 @@ def step_samples(
 
 
 class Loader:
-    """Loads the micro-batches of each step in a thread while the step before it computes.
+    """Loads the micro-batches of each step in a thread during the previous step.
 
     Args:
         load: global sample indices -> micro-batch.
@@ -52,11 +53,13 @@ class Loader:
     ) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def next(self) -> list[Any]:
-        """The micro-batches of the next step."""
+    def next(self) -> tuple[list[Any], float]:
+        """The micro-batches of the next step, and the seconds spent waiting for them."""
+        began = time.perf_counter()
         batches = self._next.result()
+        waited = time.perf_counter() - began
         self._next = self._submit()
-        return batches
+        return batches, waited
 
     def _submit(self) -> Future | None:
         start = next(self._starts, None)

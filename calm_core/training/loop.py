@@ -1,14 +1,13 @@
-"""The training loop: batches in, updates out, with metrics, evaluation and checkpoints along the way."""
+"""The training loop: batches in, updates out, with metrics, checkpoints and evaluations along the way."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from calm_core import config as configuration
-from calm_core.checkpoint.save import Saver
+from calm_core.checkpoint.save import SavePolicy, Saver
 from calm_core.config.training_config import TrainingConfig
 from calm_core.distributed.collectives import average_metrics, on_first_rank
 from calm_core.distributed.engine import Engine, Pass
@@ -19,10 +18,10 @@ from calm_core.training.hardware import deterministic
 from calm_core.training.loader import Loader, step_samples
 from calm_core.training.profiler import StepProfiler
 from calm_core.training.reporter import Reporter
-from calm_core.training.resume import Progress, is_finished, start
+from calm_core.training.resume import Progress, check_samples, is_finished, start, state_of
 from calm_core.training.run_folder import RunFolder
+from calm_core.training.run_log import is_evaluated
 from calm_core.training.signals import Requests
-from calm_core.training.spikes import Verdict, judge
 from calm_core.training.task import Task
 from calm_core.training.watchdog import Watchdog
 
@@ -33,140 +32,171 @@ def train(
     topology: Topology,
     folder: RunFolder,
     experiment: Any,
-    at_end: Callable[[Engine], None] | None = None,
-    product: Path | None = None,
+    write_page: Callable[[Path], object] | None = None,
 ) -> ExitCode:
-    """Train `task` to `config.steps`, resuming where the run folder says.
+    """Train `task` to `config.steps`, resuming from the newest checkpoint in the run folder.
 
     Args:
         task: model, data and evaluation.
         config: how to train it.
         topology: the layout.
-        folder: where the run lives.
+        folder: of the run.
         experiment: the whole resolved configuration, saved with the run and in each checkpoint.
-        at_end: called with the trained engine after the last step; collective.
-        product: the last file that `at_end` writes; a run is finished when it and the last checkpoint are there.
+        write_page: brings the page of the experiment in this folder up to date.
 
     Returns:
-        OK, or STOPPED if a signal or a file asked for it (a checkpoint is saved).
+        OK, or STOPPED if a signal or a file asked for it; then a checkpoint is saved.
 
     Raises:
-        UserError: if the folder or a checkpoint cannot serve this run, or its loss stays non-finite or
-            keeps jumping.
+        UserError: if the folder or a checkpoint does not fit this run, or its loss remains not finite or a spike.
     """
-    accumulated = config.micro_batches(topology.data_size, topology.layout.micro_batch_multiple)
     resolved = configuration.to_dict(experiment)
-    _check_hang_time(config, topology)
-    with ExitStack() as held:
-        held.enter_context(deterministic(config.deterministic))
-        watchdog = Watchdog(config.hang_start_minutes, config.hang_minutes, topology.rank, folder.logs)
-        held.enter_context(watchdog)
-        on_first_rank(lambda: held.enter_context(folder.locked()))
-        if is_finished(task, config, folder, resolved) and (product is None or product.exists()):
-            topology.say(f"finished: {folder.path} holds all {config.steps} steps")
+    check(task, config, topology, folder)
+    watchdog = Watchdog(config.hang_start_minutes, config.hang_minutes, topology.rank, folder.logs)
+    with deterministic(config.deterministic), watchdog, ExitStack() as stack:
+        on_first_rank(lambda: stack.enter_context(folder.locked()))
+        if is_finished(task, config, topology, folder, resolved):
             return ExitCode.OK
         engine, progress = start(task, config, topology, folder, resolved)
-        held.callback(engine.close)
+        stack.callback(engine.close)
         on_first_rank(lambda: configuration.save(experiment, folder.config))
-        reporter = held.enter_context(Reporter(task, config, topology, folder, progress, engine.dtype, resolved))
-        requests = held.enter_context(Requests(folder.path))
-        saver = held.enter_context(Saver(folder.checkpoints, engine, config.keep))
+        reporter = stack.enter_context(Reporter(task, config, folder, engine, progress, resolved, write_page))
+        requests = stack.enter_context(Requests(folder.path))
+        saver = stack.enter_context(Saver(folder.checkpoints, engine, save_policy(config)))
+        save = partial(save_step, saver, reporter, watchdog)
+        evaluate = partial(evaluate_step, task, config, engine, folder, reporter, requests, watchdog)
+        loader = stack.enter_context(open_loader(task, config, topology, progress))
+        profiler = stack.enter_context(
+            StepProfiler(experiment.profile, folder.path / "profile", topology, progress.step)
+        )
 
-        def state() -> dict[str, Any]:
-            return {
-                "progress": asdict(progress),
-                "updates": progress.updates,
-                "config": resolved,
-                "identity": task.identity,
-            }
-
-        def plan(consumed: int) -> list[Any]:
-            return step_samples(consumed, accumulated, config.micro_batch, topology.data_rank, topology.data_size)
-
-        remaining = config.steps - progress.step
-        loader = held.enter_context(Loader(task.load, plan, progress.consumed, config.global_batch, remaining))
-        profiler = StepProfiler(experiment.profile, folder.path / "profile", topology, progress.step)
-        held.enter_context(profiler)
-        while progress.step < config.steps:
-            batches = reporter.waited(loader.next)
+        evaluated = evaluate(progress.step)  # if the process before this one saved the step but did not evaluate it
+        while evaluated and progress.step < config.steps:
             profiler.begin(progress.step + 1)
-            progress = _train_step(task, config, engine, batches, progress, reporter)
+            progress = train_step(task, config, engine, loader, progress, reporter)
             profiler.end(progress.step)
             watchdog.alive(f"step {progress.step}")
-            last, milestone = progress.step == config.steps, progress.step in config.milestones
-            if last or milestone or _due(progress.step, config.eval_every):
-                reporter.evaluation(progress.step, task.evaluate(engine), task.texts(engine))
-                watchdog.alive(f"the evaluation after step {progress.step}")
-            reporter.saving(progress.step, saver.poll)
+
+            state = partial(state_of, progress, engine, resolved, task.identity)
+            save(progress.step, state, now=progress.step == config.steps)
+            evaluated = evaluate(progress.step)
             asked = requests.agreed(topology.device)
-            now = last or asked.save or asked.stop
-            if now or milestone or _due(progress.step, config.save_every):
-                reporter.saving(progress.step, saver.wait)
-                reporter.saving(progress.step, partial(saver.save, progress.step, state()))
-                if now or not config.background_saves:
-                    reporter.saving(progress.step, saver.wait)
-                requests.obeyed(asked)
-                watchdog.alive(f"the checkpoint of step {progress.step}")
-            if asked.stop and not last:
-                reporter.ended("stopped")
-                return ExitCode.STOPPED
-        if at_end is not None:
-            at_end(engine)
+            if asked.save or asked.stop:
+                save(progress.step, state, now=True)
+                requests.met(asked)
+            if asked.stop:
+                break
+        if progress.step < config.steps or not evaluated:
+            reporter.ended("stopped")
+            topology.say(f"stopped on request after step {progress.step}: a checkpoint is saved, run again to go on")
+            return ExitCode.STOPPED
+        task.finish(engine)
         reporter.ended("finished")
     return ExitCode.OK
 
 
-def _train_step(
-    task: Task, config: TrainingConfig, engine: Engine, batches: list[Any], progress: Progress, reporter: Reporter
+def train_step(
+    task: Task, config: TrainingConfig, engine: Engine, loader: Loader, progress: Progress, reporter: Reporter
 ) -> Progress:
-    """One step: gradients of the global batch, one update if loss and gradient allow it, one record."""
-    shape = Pass(config.positions, config.micro_batch)
-    results = engine.forward_backward(task.forward_step, batches, shape)
+    """One step: gradients of the global batch, one update unless it is skipped, one record."""
+    batches, waited = loader.next()
+    results = engine.forward_backward(task.forward_step, batches, Pass(config.positions, config.micro_batch))
     metrics = average_metrics(results, engine.topology)
     factor = learning_rate_factor(progress.step, config.steps, config.schedule)
     learning_rate = factor * config.optimizer.learning_rate
-    loss, recent, spikes = metrics["loss"], progress.recent, config.spikes
-    update = engine.step(learning_rate, admit=lambda norm: judge(loss, norm, recent, spikes))
-    progress = progress.after(
-        Verdict(update.answer), config.global_batch, loss, update.gradient_norm, spikes.remembered
-    )
-    reporter.step(progress, metrics, update, learning_rate)
-    _give_up(progress, config)
+    update = engine.step(learning_rate, metrics["loss"])
+    progress = progress.after(config.global_batch)
+    reporter.step(progress, metrics, update, learning_rate, waited)
+    check_skipped(progress, engine, config)
     return progress
 
 
-def _give_up(progress: Progress, config: TrainingConfig) -> None:
-    """End a run whose updates have been refused too often in a row.
+def save_step(
+    saver: Saver, reporter: Reporter, watchdog: Watchdog, step: int, state: Callable[[], dict[str, Any]], now: bool
+) -> None:
+    """Save this step if it is due, or in any case `now`; complete an earlier checkpoint that is written."""
+    with reporter.paused():
+        saved = saver.after_step(step, state, now)
+        reporter.saved(step, saved)
+    if saved:
+        watchdog.alive(f"the checkpoint of step {saved[-1].step}")
+
+
+def evaluate_step(
+    task: Task,
+    config: TrainingConfig,
+    engine: Engine,
+    folder: RunFolder,
+    reporter: Reporter,
+    requests: Requests,
+    watchdog: Watchdog,
+    step: int,
+) -> bool:
+    """Evaluate this step if it is due and not yet evaluated; False if a request to stop ended the evaluation early."""
+    due = step in config.milestones or step == config.steps or is_multiple(step, config.eval_every)
+    if not due or on_first_rank(lambda: is_evaluated(folder.metrics, step)):
+        return True
+    with reporter.paused():
+        metrics = task.evaluate(engine, lambda: requests.agreed(engine.topology.device).stop)
+        if metrics is None:
+            return False
+        reporter.evaluation(step, metrics, task.texts(engine))
+    watchdog.alive(f"the evaluation after step {step}")
+    return True
+
+
+def save_policy(config: TrainingConfig) -> SavePolicy:
+    """When to save checkpoints and which to keep."""
+    return SavePolicy(config.keep, config.save_every, config.milestones, config.background_saves)
+
+
+def open_loader(task: Task, config: TrainingConfig, topology: Topology, progress: Progress) -> Loader:
+    """The loader of this rank's micro-batches of the remaining steps."""
+    count = config.micro_batches(topology.data_size, topology.layout.micro_batch_multiple)
+
+    def plan(consumed: int) -> list[Any]:
+        return step_samples(consumed, count, config.micro_batch, topology.data_rank, topology.data_size)
+
+    return Loader(task.load, plan, progress.consumed, config.global_batch, config.steps - progress.step)
+
+
+def check_skipped(progress: Progress, engine: Engine, config: TrainingConfig) -> None:
+    """End a run that has skipped too many updates in a row.
 
     Raises:
         UserError: in that case.
     """
+    history = engine.optimizer.detector.history
     spikes = 1 if config.spikes.action == "stop" else config.spikes.in_a_row
-    if progress.bad_in_a_row >= config.bad_steps:
+    if history.bad_in_a_row >= config.bad_steps:
         reason = f"the loss or its gradient was not finite for {config.bad_steps} steps running (training.bad_steps)"
-    elif progress.spikes_in_a_row >= spikes:
+    elif history.spikes_in_a_row >= spikes:
         reason = f"the loss or its gradient was a spike for {spikes} steps running (training.spikes)"
     else:
         return
     raise UserError(
-        f"training stopped at step {progress.step}: {reason}; weights are those of the last good step, and "
-        "metrics.jsonl names the documents of the refused ones; try a lower learning rate."
+        f"training stopped at step {progress.step}: {reason}; the weights are those of the last good step, and "
+        "metrics.jsonl names the documents of the skipped steps; try a lower learning rate."
     )
 
 
-def _check_hang_time(config: TrainingConfig, topology: Topology) -> None:
-    """The watchdog must come before the end of a collective's patience: that one leaves no stacks.
+def check(task: Task, config: TrainingConfig, topology: Topology, folder: RunFolder) -> None:
+    """Refuse settings that cannot work, before anything is written.
 
     Raises:
-        UserError: if it does not.
+        UserError: naming them.
     """
-    patience = topology.layout.timeout_minutes
-    if config.hang_minutes >= patience:
+    config.micro_batches(topology.data_size, topology.layout.micro_batch_multiple)
+    if not folder.checkpoints.exists():
+        check_samples(task, config, Progress())
+    timeout = topology.layout.timeout_minutes
+    if config.hang_minutes >= timeout:  # a collective that times out ends the run without stacks
         raise UserError(
-            f"training.hang_minutes={config.hang_minutes:g} is not below parallel.timeout_minutes={patience:g}, which "
+            f"training.hang_minutes={config.hang_minutes:g} is not below parallel.timeout_minutes={timeout:g}, which "
             "would end the run first and say less: lower the one or raise the other."
         )
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def is_multiple(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps, 0 for never, happens after this step."""
+    return step > 0 and every > 0 and step % every == 0

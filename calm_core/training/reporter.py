@@ -1,65 +1,85 @@
-"""What a person and a file learn of a run while it goes on."""
+"""What a person, metrics.jsonl and wandb learn from a run in progress."""
 
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from calm_core.checkpoint.save import Saved
 from calm_core.config.training_config import TrainingConfig
-from calm_core.distributed.engine import Update
-from calm_core.distributed.topology import Topology
-from calm_core.report.run_page import write_run_page
-from calm_core.training.hardware import backends, peak_flops, peak_memory
+from calm_core.distributed.engine import Engine
+from calm_core.distributed.optimizer import Update
+from calm_core.training.hardware import backends, device_name, peak_flops, peak_memory
 from calm_core.training.resume import Progress
 from calm_core.training.run_folder import RunFolder
 from calm_core.training.run_log import RunLog
-from calm_core.training.spikes import Verdict
 from calm_core.training.task import Task
 
-T = TypeVar("T")
+LAYOUT = ("tensor", "pipeline", "virtual", "sequence", "recompute")  # configuration keys recorded at each start
 
-LAYOUT = ("tensor", "pipeline", "virtual", "sequence", "recompute")  # of the configuration, recorded at each start
+
+class Window:
+    """The steps since the last line of metrics, and the time they took."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+        self.waited = 0.0
+        self.paused = 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Mean seconds of a step, without pauses."""
+        return (time.perf_counter() - self._started - self.paused) / len(self.metrics)
+
+    @property
+    def data_wait(self) -> float:
+        """The part of the time spent waiting for data, 0 to 1."""
+        return self.waited / len(self.metrics) / self.seconds
+
+    def means(self) -> dict[str, float]:
+        """The mean of each metric over the steps."""
+        return {name: sum(step[name] for step in self.metrics) / len(self.metrics) for name in self.metrics[0]}
 
 
 class Reporter:
-    """Times the steps and reports them on rank 0; on other ranks it only takes part in what is collective."""
+    """Reports steps, evaluations and events on rank 0; other ranks only take part in what is collective.
+
+    A line of metrics has the means of loss, its terms and gradient norm over the steps since the last line; learning
+    rate and counts are those of the step it names.
+    """
 
     def __init__(
         self,
         task: Task,
         config: TrainingConfig,
-        topology: Topology,
         folder: RunFolder,
+        engine: Engine,
         start: Progress,
-        dtype: torch.dtype,
         resolved: dict[str, Any],
+        write_page: Callable[[Path], object] | None,
     ) -> None:
-        self._task, self._config, self._topology, self._folder = task, config, topology, folder
-        dist.barrier()  # so that ranks that share a machine measure its peak together
-        peak, source = peak_flops(topology.device, dtype)
-        self._peak = peak * topology.world
+        self._task, self._config, self._folder, self._engine = task, config, folder, engine
+        self._topology, self._write = engine.topology, write_page
+        parameters = engine.parameter_count()
+        dist.barrier()  # ranks that share a machine measure its peak at the same time
+        peak, source = peak_flops(self._topology.device, engine.dtype)
+        self._peak: float | None = peak * self._topology.world
         self._log = None
-        if topology.rank == 0:
-            precision = str(dtype).removeprefix("torch.")
+        if self._topology.rank == 0:
             self._log = RunLog(folder, start.step, task.name, config, resolved)
-            how = {"global_batch": config.global_batch, "ranks": topology.world, "precision": precision}
-            how |= {name: getattr(topology.layout, name) for name in LAYOUT}
-            how |= {"data": topology.data_size, "stages": task.stages}
-            self._log.write(start.step, "event", {"event": "start", "samples": start.consumed, **how})
-            print(backends(topology.device))
-            print(f"peak: {self._peak / 1e12:.3g} TFLOP/s over {topology.world} ranks ({source}, {precision})")
+            self._log.write(start.step, "event", {"event": "start", "samples": start.consumed, **self._layout()})
+            print(self._start_line(parameters))
+            print(backends(self._topology.device))
+            print(f"peak: {self._peak / 1e12:.3g} TFLOP/s over {self._topology.world} ranks ({source})", flush=True)
         self._reached = start.step
-        self._since = time.perf_counter()
-        self._steps = 0
-        self._wait = 0.0
-        self._stood = 0.0
+        self._window = Window()
 
     def __enter__(self) -> "Reporter":
         return self
@@ -69,48 +89,45 @@ class Reporter:
     ) -> None:
         if self._log is not None:
             if error is not None:
-                with suppress(OSError):  # a full disk may be that very error
+                with suppress(OSError):  # the error may be a full disk
                     self.ended("failed", reason=f"{type(error).__name__}: {error}")
             self._log.close()
             self._write_page()
 
-    def waited(self, load: Callable[[], T]) -> T:
-        """Call `load` and count the time as waiting for data."""
-        start = time.perf_counter()
-        result = load()
-        self._wait += time.perf_counter() - start
-        return result
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time of the block does not count as training."""
+        began = time.perf_counter()
+        yield
+        self._window.paused += time.perf_counter() - began
 
-    def step(self, progress: Progress, metrics: dict[str, float], update: Update, learning_rate: float) -> None:
-        """Record the step just done when its turn has come, or when its update was refused."""
-        self._steps += 1
+    def step(
+        self, progress: Progress, metrics: dict[str, float], update: Update, learning_rate: float, waited: float
+    ) -> None:
+        """Record the step just done, if a line is due or its update was skipped.
+
+        Args:
+            progress: after the step.
+            metrics: the loss and its terms.
+            update: the outcome of the optimizer's step.
+            learning_rate: of the step.
+            waited: seconds it waited for its batch.
+        """
         self._reached = step = progress.step
-        if self._log is None or not (
-            step % self._config.log_every == 0 or step == self._config.steps or not update.applied
-        ):
+        if self._log is None:
             return
-        seconds = (time.perf_counter() - self._since) / self._steps
-        samples = self._config.global_batch
-        values = {
-            **metrics,
-            "gradient_norm": update.gradient_norm,
-            "learning_rate": learning_rate,
-            "samples": progress.consumed,
-            "tokens_per_second": samples * self._task.tokens_per_sample / seconds,
-            "mfu": samples * self._task.flops_per_sample / seconds / self._peak,
-            "memory_gib": peak_memory(self._topology.device) / 2**30,
-            "data_wait": self._wait / self._steps / seconds,
-            "skipped_updates": step - progress.updates,
-            "spikes": progress.spikes,
-        }
-        self._log.write(step, "train", values)
-        print(self._line(step, values, seconds), flush=True)
+        self._window.metrics.append({**metrics, "gradient_norm": update.gradient_norm})
+        self._window.waited += waited
+        if step % self._config.log_every == 0 or step == self._config.steps or not update.applied:
+            values = self._line_of(progress, learning_rate)
+            self._log.write(step, "train", values)
+            print(self._text(step, values), flush=True)
+            self._window = Window()
         if not update.applied:
-            self._refused(progress, Verdict(update.answer))
-        self._restart_clock()
+            self._skipped(progress, metrics["loss"], update)
 
     def evaluation(self, step: int, metrics: dict[str, Any], texts: list[dict[str, Any]]) -> None:
-        """Record an evaluation and what the model said; their time is not counted as training."""
+        """Record an evaluation and continuations."""
         if self._log is not None:
             self._log.write(step, "eval", metrics)
             for text in texts:
@@ -118,52 +135,96 @@ class Reporter:
             shown = "  ".join(_shown(name, value, metrics) for name, value in metrics.items() if _is_shown(name, value))
             print(f"{self._task.name} step {step} held-out: {shown}", flush=True)
             self._write_page()
-        self._restart_clock()
 
-    def saving(self, step: int, work: Callable[[], Saved | None]) -> None:
-        """Do a part of a save; once a checkpoint is complete, record it and how long training stood still for it."""
-        start = time.perf_counter()
-        saved = work()
-        stood = time.perf_counter() - start
-        self._stood += stood
-        self._since += stood  # not counted as training
-        if saved is not None:
-            if self._log is not None:
-                times = {"seconds": saved.seconds, "stall": self._stood}
-                self._log.write(step, "event", {"event": "checkpoint", "saved": saved.step, **times})
-            self._stood = 0.0
+    def saved(self, step: int, checkpoints: Sequence[Saved]) -> None:
+        """Record checkpoints that are now complete."""
+        for saved in checkpoints if self._log is not None else ():
+            times = {"seconds": saved.seconds, "stall": saved.stall}
+            self._log.write(step, "event", {"event": "checkpoint", "saved": saved.step, **times})
 
     def ended(self, how: str, **details: str) -> None:
-        """Record how the run ends: "stopped" on request, "finished", or "failed"; a later start tells by it."""
+        """Record how the run ends: "stopped" on request, "finished" or "failed"."""
         if self._log is not None:
             self._log.write(self._reached, "event", {"event": how, **details})
 
+    def _layout(self) -> dict[str, Any]:
+        layout = {"global_batch": self._config.global_batch, "ranks": self._topology.world}
+        layout |= {"precision": str(self._engine.dtype).removeprefix("torch.")}
+        layout |= {name: getattr(self._topology.layout, name) for name in LAYOUT}
+        return layout | {"data": self._topology.data_size, "stages": self._task.stages}
+
+    def _start_line(self, parameters: int) -> str:
+        config, layout, precision = self._config, self._topology.layout, str(self._engine.dtype).removeprefix("torch.")
+        tokens = config.global_batch * self._task.tokens_per_sample
+        return (
+            f"{self._task.name}: {self._task.summary}, {_count(parameters)} parameters; {config.steps:,} steps of "
+            f"{_count(tokens)} tokens = {_count(config.steps * tokens)}; {device_name(self._topology.device)}, "
+            f"{precision}; {self._topology.world} ranks = tensor {layout.tensor} x "
+            f"pipeline {layout.pipeline} x data {self._topology.data_size}"
+        )
+
+    def _line_of(self, progress: Progress, learning_rate: float) -> dict[str, Any]:
+        """The values of a line of metrics."""
+        seconds, samples = self._window.seconds, self._config.global_batch
+        history = self._engine.optimizer.detector.history
+        return {
+            **self._window.means(),
+            "learning_rate": learning_rate,
+            "samples": progress.consumed,
+            "tokens_per_second": samples * self._task.tokens_per_sample / seconds,
+            "mfu": self._mfu(samples * self._task.flops_per_sample / seconds),
+            "memory_gib": peak_memory(self._topology.device) / 2**30,
+            "data_wait": self._window.data_wait,
+            "skipped_updates": progress.step - history.updates,
+            "spikes": history.spikes,
+        }
+
+    def _mfu(self, flops: float) -> float | None:
+        """The part of the peak that `flops` per second are; None once the peak has turned out to be too low."""
+        if self._peak is not None and flops > self._peak:
+            print(
+                f"mfu: unknown, since training exceeds the peak of {self._peak / 1e12:.3g} TFLOP/s, which was measured "
+                "while the machine was busy",
+                file=sys.stderr,
+            )
+            self._peak = None
+        return None if self._peak is None else flops / self._peak
+
+    def _skipped(self, progress: Progress, loss: float, update: Update) -> None:
+        """Record a skipped update and the documents of its samples."""
+        samples = np.arange(progress.consumed - self._config.global_batch, progress.consumed)
+        reason, documents = update.verdict.name.lower(), self._task.documents(samples)
+        details = {"reason": reason, "loss": loss, "gradient_norm": update.gradient_norm, "documents": documents}
+        self._log.write(progress.step, "event", {"event": "refused", **details})
+        print(f"{self._task.name} step {progress.step}: update skipped ({reason})", flush=True)
+
     def _write_page(self) -> None:
-        """Bring RUN/report.html up to date."""
+        """Update the page of the run."""
+        if self._write is None:
+            return
         try:
-            write_run_page(self._folder.path.parent)
-        except Exception as error:  # a page must not take the run with it
+            self._write(self._folder.path.parent)
+        except Exception as error:  # a page must not end the run
             print(f"the page of the run was not written ({error}); metrics.jsonl has everything.", file=sys.stderr)
 
-    def _refused(self, progress: Progress, verdict: Verdict) -> None:
-        """Record the documents behind an update that was left out."""
-        samples = np.arange(progress.consumed - self._config.global_batch, progress.consumed)
-        what = {"event": "refused", "reason": verdict.name.lower(), "documents": self._task.documents(samples)}
-        self._log.write(progress.step, "event", what)
-        print(f"{self._task.name} step {progress.step}: update left out ({what['reason']})", flush=True)
-
-    def _restart_clock(self) -> None:
-        self._since, self._steps, self._wait = time.perf_counter(), 0, 0.0
-
-    def _line(self, step: int, values: dict[str, float], seconds: float) -> str:
-        left = round((self._config.steps - step) * seconds)
+    def _text(self, step: int, values: dict[str, Any]) -> str:
+        left = round((self._config.steps - step) * self._window.seconds)
+        mfu = "unknown" if values["mfu"] is None else f"{values['mfu']:.1%}"
         return (
             f"{self._task.name} step {step}/{self._config.steps}  loss {values['loss']:.4f}  "
             f"norm {values['gradient_norm']:.3f}  lr {values['learning_rate']:.2e}  "
-            f"{values['tokens_per_second'] / 1e3:.1f}k tokens/s  mfu {values['mfu']:.1%}  "
+            f"{values['tokens_per_second'] / 1e3:.1f}k tokens/s  mfu {mfu}  "
             f"mem {values['memory_gib']:.2f} GiB  data wait {values['data_wait']:.1%}  "
             f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
         )
+
+
+def _count(number: float) -> str:
+    """A count with three digits and a unit."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.4g}{unit}"
+    return f"{number:.0f}"
 
 
 def _is_shown(name: str, value: Any) -> bool:

@@ -1,111 +1,166 @@
-"""Where a run starts: anew, from the weights of another, or where it stopped; and how far it has come."""
+"""How a run begins: with initial weights, with those of another run, or from a checkpoint of its own; its progress."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from calm_core import config as configuration
 from calm_core.checkpoint import load as checkpoints
-from calm_core.checkpoint.folder import DamagedError, list_checkpoints, open_checkpoint
-from calm_core.config.training_config import TrainingConfig
+from calm_core.checkpoint.folder import Checkpoint, DamagedError, list_checkpoints, open_checkpoint
+from calm_core.config.training_config import ScheduleConfig, TrainingConfig
+from calm_core.distributed.collectives import on_first_rank
 from calm_core.distributed.engine import Engine
+from calm_core.distributed.optimizer import decay_start, learning_rate_factor
+from calm_core.distributed.spikes import UpdateHistory
 from calm_core.distributed.topology import Topology, choose_dtype
 from calm_core.errors import UserError
 from calm_core.training.run_folder import RunFolder, check_same_run
-from calm_core.training.spikes import Verdict
+from calm_core.training.run_log import is_evaluated
 from calm_core.training.task import Task
 
 
 @dataclass(frozen=True)
 class Progress:
-    """All that a resume needs besides weights and moments.
-
-    Attributes:
-        step: steps done.
-        consumed: samples consumed.
-        updates: steps whose update was applied.
-        bad_in_a_row: steps with a loss or gradient that was not finite since the last update.
-        spikes: steps whose update was left out as a spike.
-        spikes_in_a_row: those of them since the last update.
-        recent: loss and gradient norm of the last applied updates, as many as spikes are measured by.
-    """
+    """Steps done and samples consumed."""
 
     step: int = 0
     consumed: int = 0
-    updates: int = 0
-    bad_in_a_row: int = 0
-    spikes: int = 0
-    spikes_in_a_row: int = 0
-    recent: tuple[tuple[float, float], ...] = ()
 
-    @classmethod
-    def restored(cls, values: dict[str, Any]) -> "Progress":
-        """Progress from its fields as JSON gives them back."""
-        progress = cls(**values)
-        return replace(progress, recent=tuple((loss, norm) for loss, norm in progress.recent))
-
-    def after(self, verdict: Verdict, samples: int, loss: float, norm: float, remembered: int) -> "Progress":
-        """Progress after one more step of so many samples; `remembered` updates stay in `recent`."""
-        done = replace(self, step=self.step + 1, consumed=self.consumed + samples)
-        if verdict == Verdict.NOT_FINITE:
-            return replace(done, bad_in_a_row=self.bad_in_a_row + 1)
-        if verdict == Verdict.SPIKE:
-            return replace(done, spikes=self.spikes + 1, spikes_in_a_row=self.spikes_in_a_row + 1)
-        recent = (*self.recent, (loss, norm))[-remembered:] if remembered else ()
-        return replace(done, updates=self.updates + 1, bad_in_a_row=0, spikes_in_a_row=0, recent=recent)
+    def after(self, samples: int) -> "Progress":
+        """Progress after one more step of so many samples."""
+        return Progress(self.step + 1, self.consumed + samples)
 
 
-def is_finished(task: Task, config: TrainingConfig, folder: RunFolder, resolved: dict[str, Any]) -> bool:
-    """Whether the newest checkpoint of this very run has all steps, and all of its files are whole. Collective.
+def state_of(progress: Progress, engine: Engine, resolved: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
+    """The plain values of a checkpoint: all that a resume needs besides tensors."""
+    history = engine.optimizer.detector.history
+    return {
+        "progress": {**asdict(progress), **asdict(history)},
+        "updates": history.updates,
+        "config": resolved,
+        "identity": identity,
+    }
+
+
+def check_samples(task: Task, config: TrainingConfig, progress: Progress) -> None:
+    """Refuse a run whose remaining steps need more samples than the stores have.
 
     Raises:
-        UserError: if it is another run's.
+        UserError: saying how many they have.
+    """
+    remaining = config.steps - progress.step
+    if remaining > 0:
+        task.require(progress.consumed + remaining * config.global_batch)
+
+
+def is_finished(
+    task: Task, config: TrainingConfig, topology: Topology, folder: RunFolder, resolved: dict[str, Any]
+) -> bool:
+    """Whether nothing remains to be done, according to the newest checkpoint of this run. Collective.
+
+    Raises:
+        UserError: if the checkpoint belongs to another run.
     """
     found = list_checkpoints(folder.checkpoints)
     if not found or config.resume == "never":
         return False
     try:
         newest = open_checkpoint(found[-1])
-        check_same_run(newest, task.identity, resolved)
-        if newest.step < config.steps:
+        changes = check_same_run(newest, task.identity, resolved)
+        if newest.step < config.steps or not task.is_finished():
+            return False
+        if newest.step == config.steps and not on_first_rank(lambda: is_evaluated(folder.metrics, newest.step)):
             return False
         checkpoints.verify(newest)
     except DamagedError:
         return False
+    how_many = f"all {config.steps}" if newest.step == config.steps else f"{newest.step}"
+    more = f", more than training.steps={config.steps}" if newest.step > config.steps else ""
+    topology.say(f"finished: {folder.path} holds {how_many} steps{more}")
+    for key, old, new in changes:
+        if key.startswith(f"{task.section}.") and key != f"{task.section}.steps":
+            topology.say(
+                f"not applied, since no step remains: {key} was {old}, is now {new}; raise {task.section}.steps to "
+                "train on, or choose another `run` folder to train anew"
+            )
     return True
 
 
 def start(
     task: Task, config: TrainingConfig, topology: Topology, folder: RunFolder, resolved: dict[str, Any]
 ) -> tuple[Engine, Progress]:
-    """The engine and the progress to go on from: those of the newest usable checkpoint, if the folder has any.
+    """The engine and the progress to continue from: those of the newest usable checkpoint, if there is any.
 
     Raises:
-        UserError: if the folder or `training.init_from` cannot serve this run.
+        UserError: if the folder, `training.resume` or `training.init_from` does not fit this run.
     """
     found = list_checkpoints(folder.checkpoints)
     if found and config.resume == "never":
         raise UserError(f"{folder.path} holds a run already: choose another `run` folder or training.resume=auto.")
-    chunks = task.build(topology, choose_dtype(config.precision, topology))
+    if not found and config.resume not in ("auto", "never"):
+        found = [Path(config.resume)]
+    model_parts = task.build(topology, choose_dtype(config.precision, topology))
     if config.init_from and not found:
         source = open_checkpoint(Path(config.init_from))
         shared = task.shared_with(source.state["identity"]["model"])
-        checkpoints.load_weights(source, chunks, only=shared)
+        checkpoints.load_weights(source, model_parts, only=shared)
         topology.say(f"starting from {f'{shared}* alone' if shared else 'all weights'} of {source.path}")
-    engine = Engine(chunks, config.optimizer, topology)
-    return engine, _resume(found, task, engine, resolved) if found else Progress()
+    engine = Engine(model_parts, config.optimizer, topology, config.spikes)
+    progress = _resume(found, task, engine, resolved) if found else Progress()
+    check_samples(task, config, progress)
+    return engine, progress
 
 
 def _resume(found: list[Path], task: Task, engine: Engine, resolved: dict[str, Any]) -> Progress:
     for path in reversed(found):
         try:
             newest = open_checkpoint(path)
-            notes = check_same_run(newest, task.identity, resolved)
+            changes = check_same_run(newest, task.identity, resolved)
             checkpoints.load(newest, engine)
         except DamagedError as damage:
             engine.topology.say(f"{damage} Trying the one before.")
             continue
+        notes = [f"resume: {key} was {old}, is now {new}" for key, old, new in changes]
+        notes += rate_jump(newest, task.section, resolved)
         engine.topology.say("\n".join([f"resumed from {path}", *notes]))
-        return Progress.restored(newest.state["progress"])
+        values = newest.state["progress"]
+        engine.optimizer.detector.history = UpdateHistory.restored(values)
+        return Progress(values["step"], values["consumed"])
     raise UserError(
         f"{found[0].parent} holds no checkpoint that is whole: restore one, or move the folder away to start anew."
     )
+
+
+def rate_jump(checkpoint: Checkpoint, section: str, resolved: dict[str, Any]) -> list[str]:
+    """A note if the checkpoint was saved during a decay of the learning rate that the new schedule does not continue.
+
+    Args:
+        checkpoint: resumed from.
+        section: of the configuration that holds the training settings.
+        resolved: the configuration of the resumed run.
+    """
+    step = checkpoint.step
+    (steps, schedule, peak), (new_steps, new_schedule, new_peak) = (
+        _schedule(values[section]) for values in (checkpoint.state["config"], resolved)
+    )
+    start = decay_start(steps, schedule)
+    old = peak * learning_rate_factor(step - 1, steps, schedule)
+    new = new_peak * learning_rate_factor(step, new_steps, new_schedule)
+    if step <= start or new <= 1.01 * old:
+        return []
+    usable = [path for path in list_checkpoints(checkpoint.path.parent) if open_checkpoint(path).step <= start]
+    advice = (
+        f"to decay once, give a new `run` folder and {section}.resume={usable[-1]}"
+        if usable
+        else f"no checkpoint of step {start} or before is left; {section}.milestones=[{start}] would have kept one"
+    )
+    return [
+        f"resume: the learning rate rises from {old:.3g} to {new:.3g}, because {schedule.kind} had begun its decay at "
+        f"step {start} of {steps}: {advice}"
+    ]
+
+
+def _schedule(training: dict[str, Any]) -> tuple[int, ScheduleConfig, float]:
+    """Steps, schedule and peak learning rate of the training settings of a resolved configuration."""
+    schedule = configuration.convert(training["schedule"], ScheduleConfig)
+    return training["steps"], schedule, training["optimizer"]["learning_rate"]

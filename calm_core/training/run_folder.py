@@ -1,6 +1,8 @@
 """The folder of a training run: `config.yaml`, `metrics.jsonl`, `checkpoints/step-N/`, `logs/`, `wandb/`."""
 
+import errno
 import fcntl
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,9 @@ from calm_core.errors import UserError
 
 _LOCK = ".lock"
 
-_BEFORE_CONFIG = {_LOCK, "logs", "save", "stop"}  # what may be there of a run that has not come to its configuration
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}  # the file system has no locks
+
+_BEFORE_CONFIG = {_LOCK, "logs", "save", "stop"}  # what may exist before the run has written its configuration
 
 
 class RunFolder:
@@ -27,15 +31,17 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process until the end of the block; the lock dies with the process.
+        """Lock the folder for this process until the end of the block; the lock ends with the process.
+
+        On a file system without `flock` the run goes on unlocked, with a warning.
 
         Raises:
-            UserError: if another process trains in this folder, or it holds something else than a run.
+            UserError: if another process trains in this folder, or it holds something other than a run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.config.exists() and any(path.name not in _BEFORE_CONFIG for path in self.path.iterdir()):
             raise UserError(
-                f"{self.path} holds something else than a run: move it away or choose another `run` folder."
+                f"{self.path} holds something other than a run: move it away or choose another `run` folder."
             )
         with open(self.path / _LOCK, "w") as lock:
             try:
@@ -44,17 +50,27 @@ class RunFolder:
                 raise UserError(
                     f"another run is training in {self.path}: wait for it or choose another `run`."
                 ) from error
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                print(
+                    f"warning: {self.path / _LOCK} cannot be locked ({error.strerror}): nothing keeps a second run out "
+                    "of this folder; on Lustre mount with the option `flock`.",
+                    file=sys.stderr,
+                )
             yield
 
 
-def check_same_run(checkpoint: Checkpoint, identity: dict[str, Any], resolved: dict[str, Any]) -> list[str]:
+def check_same_run(
+    checkpoint: Checkpoint, identity: dict[str, Any], resolved: dict[str, Any]
+) -> list[tuple[str, Any, Any]]:
     """Compare a run about to resume with the checkpoint it resumes from.
 
     Returns:
-        One line for each setting that has changed and may.
+        (key, old value, new value) of each setting that has changed and may change.
 
     Raises:
-        UserError: if the model's shape, the data or the seed differ: that would be another run.
+        UserError: if the model's shape, the data or the seed differ: then it is another run.
     """
     changed = config.differences(checkpoint.state["identity"], identity)
     if changed:
@@ -63,7 +79,4 @@ def check_same_run(checkpoint: Checkpoint, identity: dict[str, Any], resolved: d
             f"{checkpoint.path} belongs to another run: {key} was {old} and is now {new}; restore it, choose another "
             "`run` folder, or start from these weights by training.init_from."
         )
-    return [
-        f"resume: {key} was {old}, is now {new}"
-        for key, old, new in config.differences(checkpoint.state["config"], resolved)
-    ]
+    return config.differences(checkpoint.state["config"], resolved)

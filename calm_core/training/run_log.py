@@ -1,4 +1,4 @@
-"""The numbers of a run: metrics.jsonl always, the terminal, wandb on top; read again and compared."""
+"""The metrics of a run: written to metrics.jsonl and wandb, read again and compared."""
 
 import json
 import math
@@ -18,11 +18,11 @@ from calm_core.training.run_folder import RunFolder
 
 
 class RunLog:
-    """Writes one record per line of metrics.jsonl, under the same names to wandb, and a short line for a person.
+    """Writes one record per line of metrics.jsonl, and the numbers under the same names to wandb.
 
     A record is {"step": N, "kind": "train" | "eval" | "sample" | "event", name: value, ...}; null is a number that was
-    not finite. After a resume the records of steps that are about to be done again are dropped, so a step has one of a
-    kind. Events stay, with the time they were written at: a start or a refused update has happened, and may again.
+    not finite, or is unknown. On a resume the records of steps after the checkpoint are dropped, so there is one record
+    of a kind for each step. Events are kept, with the time at which they were written.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class RunLog:
                 self._wandb.log(numbers, step=step)
             except Exception as error:
                 self._wandb = None
-                print(f"wandb stopped taking metrics ({error}); metrics.jsonl goes on.", file=sys.stderr)
+                print(f"wandb failed ({error}); metrics.jsonl goes on.", file=sys.stderr)
 
     def close(self) -> None:
         """Finish the records."""
-        with suppress(OSError):  # each line was flushed when it was written: one that did not fit has said so then
+        with suppress(OSError):  # each line was flushed when written: an error was raised then
             self._file.close()
         if self._wandb is not None:
             try:
@@ -60,7 +60,7 @@ class RunLog:
 
 
 def finite(content: Any) -> Any:
-    """What is to become JSON, which knows no NaN and no infinity, with None for each number that is not finite."""
+    """`content` with None for each number that is not finite, since JSON has neither NaN nor infinity."""
     if isinstance(content, dict):
         return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -73,8 +73,13 @@ def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in read_records(path) if record["kind"] == kind]
 
 
+def is_evaluated(metrics: Path, step: int) -> bool:
+    """Whether there is a record of an evaluation of this step."""
+    return any(record["step"] == step for record in read_metrics(metrics, "eval"))
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of one a line, in order; a line cut short by a crash is left out, and NaN is None."""
+    """The records of a JSON-lines file, in order; a line that a crash cut short is skipped, and NaN is read as None."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else ():
         with suppress(ValueError):
@@ -83,12 +88,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _drop_after(metrics: Path, step: int) -> None:
-    """Keep all events, and the other records up to `step`, the last one that a checkpoint holds."""
+    """Keep all events, and the other records up to `step`, which a checkpoint holds."""
     if not metrics.exists():
         return
     lines = []
     for line in metrics.read_text().splitlines():
-        with suppress(ValueError):  # the last line of a run that was killed
+        with suppress(ValueError):  # a line that a crash cut short
             record = json.loads(line)
             if record["kind"] == "event" or record["step"] <= step:
                 lines.append(line + "\n")
@@ -113,13 +118,13 @@ def _start_wandb(folder: RunFolder, name: str, config: TrainingConfig, resolved:
             config=resolved,
             settings=wandb.Settings(silent=True, console="off", init_timeout=60, x_disable_stats=True),
         )
-    except Exception as error:  # a tracker that fails must not take the run with it
+    except Exception as error:  # a failing tracker must not end the run
         print(f"wandb is off ({error}); metrics.jsonl has everything.", file=sys.stderr)
         return None
 
 
 def _run_id(path: Path) -> str:
-    """An id that stays with the folder, so that a resumed run goes on in wandb instead of starting another."""
+    """The wandb id of this folder, so that a resumed run continues the same wandb run."""
     if not path.exists():
         write_text(path, uuid4().hex[:8])
     return path.read_text()
@@ -128,11 +133,11 @@ def _run_id(path: Path) -> str:
 def samples_of_step(run: Path, step: int) -> range:
     """The global indices of the samples of training step `step`, counted from 1.
 
-    Every start and resume of a run records its step, the samples consumed and the global batch from there on, so a
-    batch size that changed on the way is accounted for.
+    Every start and resume of a run records its step, the samples consumed and the global batch from then on, so changes
+    of the batch size are accounted for.
 
     Raises:
-        UserError: if the run has not come that far.
+        UserError: if the run has not reached that step.
     """
     done = max((record["step"] for record in read_metrics(run / "metrics.jsonl", "train")), default=0)
     starts = [event for event in read_metrics(run / "metrics.jsonl", "event") if event["event"] == "start"]
@@ -144,7 +149,7 @@ def samples_of_step(run: Path, step: int) -> range:
     return range(first, first + start["global_batch"])
 
 
-# What a machine does to a run, and not the run itself.
+# Values that depend on the machine.
 _OF_THE_MACHINE = {"tokens_per_second", "mfu", "memory_gib", "data_wait"}
 
 KINDS = ("train", "eval")
@@ -152,7 +157,7 @@ KINDS = ("train", "eval")
 
 @dataclass(frozen=True)
 class Difference:
-    """The first difference of two runs: `ours` and `theirs` are the values of `key` there, None where there is none."""
+    """The first difference of two runs: `ours` and `theirs` are the values of `key`, None if absent."""
 
     step: int
     kind: str
@@ -162,12 +167,12 @@ class Difference:
 
 
 def first_difference(one: Path, other: Path, tolerance: float) -> Difference | None:
-    """The first difference between the metrics of two run folders, None if they agree as far as both have come.
+    """The first difference between the metrics of two run folders, None if they agree at all common steps.
 
     Args:
         one: folder of a training run.
         other: likewise.
-        tolerance: numbers agree when they differ by at most this share of the larger; 0 wants them equal.
+        tolerance: largest relative difference of numbers that agree.
 
     Raises:
         UserError: if a folder holds no metrics, or the runs have no step in common.

@@ -1,6 +1,6 @@
-"""What the training loop asks of the thing it trains. The loop knows no head, no loss and no file format."""
+"""What the training loop needs from the thing it trains. The loop knows no head, no loss and no file format."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +15,9 @@ class Task(Protocol):
     """A model, its data and its evaluation.
 
     Attributes:
-        name: of the stage, used for folders and plots.
+        name: names folders and plots.
+        section: section of the configuration with its training settings.
+        summary: the model in a few words, for the terminal.
         tokens_per_sample: tokens that one sample trains on.
         flops_per_sample: floating-point operations of its forward and backward pass, as executed.
         stages: what each pipeline stage holds, as named values.
@@ -23,20 +25,22 @@ class Task(Protocol):
     """
 
     name: str
+    section: str
+    summary: str
     tokens_per_sample: int
     flops_per_sample: float
     stages: list[dict[str, Any]]
     identity: dict[str, Any]
 
     def build(self, topology: Topology, dtype: torch.dtype) -> list[MegatronModule]:
-        """This rank's model chunks with their initial weights."""
+        """This rank's model parts with their initial weights."""
         ...
 
     def shared_with(self, model: dict[str, Any]) -> str:
-        """What weights a checkpoint whose identity has this `model` can give: the prefix of their names, "" for all.
+        """Which weights a checkpoint whose identity has this `model` can provide: a prefix of their names, "" for all.
 
         Raises:
-            UserError: naming what does not fit, if it can give none.
+            UserError: naming what does not fit, if it can provide none.
         """
         ...
 
@@ -44,21 +48,42 @@ class Task(Protocol):
         """The micro-batch of the samples with these global indices, on the host (called from a loader thread)."""
         ...
 
+    def require(self, samples: int) -> None:
+        """Refuse a run that consumes this many samples if the stores have fewer.
+
+        Raises:
+            UserError: saying how many they have.
+        """
+        ...
+
     def documents(self, samples: np.ndarray) -> list[str]:
-        """The names of the documents behind the samples with these global indices, each once."""
+        """The names of the documents that the samples with these global indices are from, each once."""
         ...
 
     def forward_step(self, micro_batches: Iterator[Any], model: MegatronModule) -> tuple[Any, Any]:
-        """One micro-batch through one model chunk, as Megatron-core's schedules want it.
+        """One micro-batch through one model part, with the signature that Megatron-core's schedules call.
 
         The second value turns the first into (loss for backward, {name: detached scalar}).
         """
         ...
 
-    def texts(self, engine: Engine) -> list[dict[str, Any]]:
-        """What the model says at this point, on the rank that reports: records with temperature, prompt and text."""
+    def evaluate(self, engine: Engine, stop: Callable[[], bool] = ...) -> dict[str, Any] | None:
+        """Metrics on held-out documents, on the rank that reports; None if `stop` ended the evaluation. Collective.
+
+        Args:
+            engine: the model.
+            stop: asked now and then by all ranks at the same time; collective.
+        """
         ...
 
-    def evaluate(self, engine: Engine) -> dict[str, float]:
-        """Metrics on held-out documents, on the rank that reports. Collective."""
+    def texts(self, engine: Engine) -> list[dict[str, Any]]:
+        """Continuations of the configured prompts by the current model, on rank 0: temperature, prompt and text."""
+        ...
+
+    def is_finished(self) -> bool:
+        """Whether `finish` has been done."""
+        ...
+
+    def finish(self, engine: Engine) -> None:
+        """What remains to be done after the last step, such as writing an artefact. Collective."""
         ...

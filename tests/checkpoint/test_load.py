@@ -49,12 +49,12 @@ def test_weights_alone(topology: Topology, saved: Path) -> None:
     other = model(1)
     names = checkpoint.load_weights(open_checkpoint(saved), [other])
     assert names == [name for name, _ in named_parameters([other])]
-    wanted = stepped(topology, torch.float32).chunks[0]
+    wanted = stepped(topology, torch.float32).model_parts[0]
     assert all(map(torch.equal, other.parameters(), wanted.parameters()))
 
 
 def test_a_part_of_the_weights(topology: Topology, saved: Path) -> None:
-    other, before, wanted = model(1), model(1), stepped(topology, torch.float32).chunks[0]
+    other, before, wanted = model(1), model(1), stepped(topology, torch.float32).model_parts[0]
     names = checkpoint.load_weights(open_checkpoint(saved), [other], only="backbone.")
     assert all(name.startswith("backbone.") for name in names)
     for (name, found), old, new in zip(other.named_parameters(), before.parameters(), wanted.parameters(), strict=True):

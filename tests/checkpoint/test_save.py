@@ -15,7 +15,7 @@ from stepped_engine import engine, one_more_steps, state, stepped
 from calm_core.checkpoint import load as checkpoint
 from calm_core.checkpoint import save as saver
 from calm_core.checkpoint.folder import list_checkpoints, open_checkpoint
-from calm_core.checkpoint.save import Saver
+from calm_core.checkpoint.save import SavePolicy, Saver
 from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
 
@@ -41,7 +41,7 @@ def test_what_is_written_is_what_was_there_when_asked(
 ) -> None:
     one = stepped(topology, torch.float32)
     wanted = state(one)
-    with Saver(tmp_path, one, keep=2) as saves, writing_held(monkeypatch) as go:
+    with Saver(tmp_path, one, SavePolicy(2)) as saves, writing_held(monkeypatch) as go:
         saves.save(3, {"updates": 3})
         one_more_steps(one, 2)
         assert saves.poll() is None
@@ -60,7 +60,7 @@ def test_what_is_written_is_what_was_there_when_asked(
 
 def test_a_later_step_finds_it_complete(topology: Topology, tmp_path: Path) -> None:
     one = stepped(topology, torch.float32)
-    with Saver(tmp_path, one, keep=1) as saves:
+    with Saver(tmp_path, one, SavePolicy(1)) as saves:
         for step in (3, 4):
             saves.save(step, {"updates": step})
             while (saved := saves.poll()) is None:
@@ -92,7 +92,7 @@ def test_what_cannot_be_written_is_known_and_the_one_before_stays(
     """Room and permission are for the user to mend, who is told so; after another failure a retry may do."""
     number, retry = getattr(errno, code), code in ("EIO", "ESTALE")
     words = rf"step-4 could not be written \(.*{os.strerror(number)}\)" + ("" if retry else ": earlier .* are intact")
-    with Saver(tmp_path, stepped(topology, torch.float32), keep=2) as saves:
+    with Saver(tmp_path, stepped(topology, torch.float32), SavePolicy(2)) as saves:
         saved(saves, 3)
         with monkeypatch.context() as patch:
             patch.setattr(saver, part, failing(number))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from calm_core.config.training_config import OptimizerConfig
 from calm_core.distributed.engine import Engine, Pass
+from calm_core.distributed.spikes import Verdict
 from calm_core.distributed.topology import Topology
 
 SHAPE = Pass(positions=3, micro_batch=2)
@@ -53,15 +54,15 @@ def batches(step: int, count: int = 4) -> list[Tensor]:
     return list(torch.randn(count, 2, 8, generator=torch.Generator().manual_seed(step)))
 
 
-def run(engine: Engine, step: int, admit: Callable[[float], bool] = lambda norm: True, x: Any = None) -> Any:
+def run(engine: Engine, step: int, x: Any = None) -> Any:
     engine.forward_backward(forward_step, batches(step) if x is None else x, SHAPE)
-    return engine.step(1e-2, admit)
+    return engine.step(1e-2, loss=1.0)
 
 
 def state(engine: Engine) -> list[Tensor]:
-    masters = [flat for group in engine.optimizer.optimizer.param_groups for flat in group["params"]]
-    moments = [value for each in engine.optimizer.optimizer.state.values() for value in each.values()]
-    return [x.detach().clone() for x in (*engine.chunks[0].parameters(), *masters, *moments)]
+    masters = [flat for group in engine.optimizer.param_groups for flat in group["params"]]
+    moments = [value for each in engine.optimizer.state.values() for value in each.values()]
+    return [x.detach().clone() for x in (*engine.model_parts[0].parameters(), *masters, *moments)]
 
 
 def test_it_is_adamw_with_clipping_and_decay_of_matrices_alone(topology: Topology) -> None:
@@ -78,24 +79,28 @@ def test_it_is_adamw_with_clipping_and_decay_of_matrices_alone(topology: Topolog
         assert update.applied
         assert update.gradient_norm == pytest.approx(norm.item(), rel=1e-6)
         assert norm > 0.5
-    for found, wanted in zip(engine.chunks[0].parameters(), plain.parameters(), strict=True):
+    for found, wanted in zip(engine.model_parts[0].parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_refused_step_changes_nothing_and_is_forgotten(topology: Topology, dtype: torch.dtype, first: bool) -> None:
+def test_a_skipped_step_changes_nothing_and_is_forgotten(
+    topology: Topology, dtype: torch.dtype, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, undisturbed = (Engine([build(dtype)], OPTIMIZER, topology) for _ in range(2))
     if not first:
         run(engine, 0)
         run(undisturbed, 0)
     before, norms = state(engine), []
 
-    def refuse(norm: float) -> bool:
+    def reject(loss: float, norm: float) -> Verdict:
         norms.append(norm)
-        return False
+        return Verdict.SPIKE
 
-    assert not run(engine, 1, refuse).applied
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.optimizer.detector, "judge", reject)
+        assert not run(engine, 1).applied
     assert len(norms) == 1
     assert norms[0] > 0
     for value in (torch.nan, torch.inf):
@@ -123,7 +128,7 @@ def summed_gradients(model: Regression, micro_batches: list[Tensor]) -> list[Ten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gradient_that_is_not_where_it_should_be_is_no_zero(topology: Topology, dtype: torch.dtype) -> None:
     engine = Engine([build(dtype)], OPTIMIZER, topology)
-    parameters = list(engine.chunks[0].parameters())
+    parameters = list(engine.model_parts[0].parameters())
     with pytest.raises(RuntimeError, match=r"shape \(16, 8\) has no gradient in `(_hp_)?grad`"):
         engine.local_gradient(parameters[0])
     engine.forward_backward(forward_step, batches(0), SHAPE)
@@ -133,15 +138,15 @@ def test_a_gradient_that_is_not_where_it_should_be_is_no_zero(topology: Topology
 def test_bf16_weights_accumulate_and_step_in_float32(topology: Topology) -> None:
     """Steps far below bf16's resolution add up, and so do gradients of many micro-batches."""
     engine = Engine([build(torch.bfloat16)], OPTIMIZER, topology)
-    small = {id(p): p.detach().clone() for p in engine.chunks[0].parameters()}
-    masters = [flat for group in engine.optimizer.optimizer.param_groups for flat in group["params"]]
+    small = {id(p): p.detach().clone() for p in engine.model_parts[0].parameters()}
+    masters = [flat for group in engine.optimizer.param_groups for flat in group["params"]]
     assert all(flat.dtype == torch.float32 for flat in masters)
     engine.forward_backward(forward_step, batches(0, 16), SHAPE)
-    gradients = [engine.local_gradient(p) for p in engine.chunks[0].parameters()]
+    gradients = [engine.local_gradient(p) for p in engine.model_parts[0].parameters()]
     for found, wanted in zip(gradients, summed_gradients(build(torch.bfloat16), batches(0, 16)), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)  # a sum in bf16 is off in the third digit
     assert engine._deepspeed.communication_data_type == torch.float32  # in which ranks sum them
     before = [flat.clone() for flat in masters]
-    engine.step(1e-6, lambda norm: True)
-    assert all(torch.equal(p, small[id(p)]) for p in engine.chunks[0].parameters() if p.dim() > 1)
+    engine.step(1e-6, loss=1.0)
+    assert all(torch.equal(p, small[id(p)]) for p in engine.model_parts[0].parameters() if p.dim() > 1)
     assert not any(map(torch.equal, before, masters))

@@ -19,7 +19,7 @@ def dropped(rule: str) -> Iterator[None]:
 
 def _sum() -> tuple[str, Any]:
     """Sequence-parallel ranks sum the gradients of what each holds whole."""
-    return "calm_core.distributed.engine.Engine._complete_shared_gradients", lambda engine: None
+    return "calm_core.distributed.engine.Engine._sum_shared_gradients", lambda engine: None
 
 
 def _mark_backbone() -> tuple[str, Any]:

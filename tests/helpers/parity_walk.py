@@ -109,12 +109,12 @@ def train(
     if variant == "padded":
         rows[0].first.manifest["packing"] = "align"  # the store knows its padding then
     task = calm_task(experiment, rows, topology.device)
-    chunks = task.build(topology, torch.bfloat16 if variant == "bf16" else torch.float32)
-    for chunk in chunks:
-        for parameter in chunk.parameters():
+    parts = task.build(topology, torch.bfloat16 if variant == "bf16" else torch.float32)
+    for part in parts:
+        for parameter in part.parameters():
             parameter.starts_at_zero = False  # else only the last layer has a gradient at first
-    initialize(chunks, std=0.15, seed=0)
-    engine = Engine(chunks, replace(training.optimizer, clip=0.5), topology)
+    initialize(parts, std=0.15, seed=0)
+    engine = Engine(parts, replace(training.optimizer, clip=0.5), topology)
     place = Place(
         topology.data_rank,
         parallel_state.get_tensor_model_parallel_rank(),
@@ -141,7 +141,7 @@ def train(
                 fill_up(batches, rows[0].first.padding)
             results = engine.forward_backward(task.forward_step, batches, shape_of_pass)
             record["loss"].append(average_metrics(results, topology)["loss"])
-            update = engine.step(1e-3, admit=lambda norm: True)
+            update = engine.step(1e-3, loss=1.0)
             assert update.applied
             record["norm"].append(update.gradient_norm)
             if step + 1 == SAVED:
@@ -150,8 +150,8 @@ def train(
     record["evaluation"] = {k: value for k, value in task.evaluate(engine).items() if isinstance(value, float)}
     record["columns"] = [name for name in ("tokens", "mean", "log_std") if getattr(batches[0], name) is not None]
     record["refused"] = [
-        refused_step(engine, poisoned(task.forward_step, topology), batches, shape_of_pass, lambda norm: True),
-        refused_step(engine, task.forward_step, batches, shape_of_pass, lambda norm: topology.rank != 0),
+        refused_step(engine, poisoned(task.forward_step, topology), batches, shape_of_pass, 1.0),
+        refused_step(engine, task.forward_step, batches, shape_of_pass, torch.nan if topology.rank == 0 else 1.0),
     ]
     engine.close()
     return record
@@ -181,19 +181,19 @@ def noise_watched() -> Iterator[list[str]]:
         yield seen
 
 
-def refused_step(engine: Any, forward_step: Any, batches: list[Any], shape: Any, admit: Any) -> bool:
+def refused_step(engine: Any, forward_step: Any, batches: list[Any], shape: Any, loss: float) -> bool:
     """Whether a step that must not be applied is reported so, and leaves weights and moments as they are, bitwise."""
     before = state_of(engine)
     engine.forward_backward(forward_step, batches, shape)
-    update = engine.step(1e-3, admit)
+    update = engine.step(1e-3, loss)
     return not update.applied and all(map(torch.equal, before, state_of(engine)))
 
 
 def state_of(engine: Any) -> list[Tensor]:
     """Copies of this rank's weights, masters, moments and counts of steps."""
-    masters = [flat for group in engine.optimizer.optimizer.param_groups for flat in group["params"]]
-    moments = [value for state in engine.optimizer.optimizer.state.values() for value in state.values()]
-    weights = [parameter for chunk in engine.chunks for parameter in chunk.parameters()]
+    masters = [flat for group in engine.optimizer.param_groups for flat in group["params"]]
+    moments = [value for state in engine.optimizer.state.values() for value in state.values()]
+    weights = [parameter for part in engine.model_parts for parameter in part.parameters()]
     return [tensor.detach().clone() for tensor in (*weights, *masters, *moments)]
 
 
@@ -218,7 +218,7 @@ def local_tensors(engine: Any, of: Any) -> dict[str, tuple[int | None, Tensor]]:
 
     return {
         piece.name: (piece.dim, piece.of(of(parameter)).detach().clone())
-        for name, parameter in named_parameters(engine.chunks)
+        for name, parameter in named_parameters(engine.model_parts)
         for piece in pieces(name, parameter)
     }
 

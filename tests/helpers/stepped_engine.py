@@ -35,13 +35,13 @@ def stepped(topology: Topology, dtype: torch.dtype) -> Engine:
 def one_more_steps(one: Engine, steps: int) -> None:
     generator = torch.Generator().manual_seed(steps)
     for _ in range(steps):
-        for parameter in one.chunks[0].parameters():
+        for parameter in one.model_parts[0].parameters():
             factor = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             (parameter * factor).sum().backward()
-        assert one.step(1e-2, lambda norm: True).applied
+        assert one.step(1e-2, loss=1.0).applied
 
 
 def state(one: Engine) -> list[Tensor]:
-    masters = [flat for group in one.optimizer.optimizer.param_groups for flat in group["params"]]
-    moments = [value for each in one.optimizer.optimizer.state.values() for value in each.values()]
-    return [x.detach().clone() for x in (*one.chunks[0].parameters(), *masters, *moments)]
+    masters = [flat for group in one.optimizer.param_groups for flat in group["params"]]
+    moments = [value for each in one.optimizer.state.values() for value in each.values()]
+    return [x.detach().clone() for x in (*one.model_parts[0].parameters(), *masters, *moments)]

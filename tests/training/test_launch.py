@@ -12,6 +12,7 @@ from calm_core import config
 from calm_core.config.experiment import Experiment
 from calm_core.config.model_config import HEADS
 from calm_core.errors import ExitCode, UserError
+from calm_core.report.run_page import write_run_page
 from calm_core.training.launch import run_autoencoder, run_calm
 from calm_core.training.run_log import read_metrics
 
@@ -99,7 +100,7 @@ def test_texts_and_profile_are_left_and_shown(tiny: Path) -> None:
         "samples.max_tokens=5",
         "training.eval_every=2",
     ]
-    assert run_calm(experiment(tiny, *said, "training.eval_every=2", "profile.steps=[2,3]")) == ExitCode.OK
+    assert run_calm(experiment(tiny, *said, "profile.steps=[2,3]"), write_run_page) == ExitCode.OK
     records = read_metrics(tiny / "calm" / "metrics.jsonl", "sample")
     assert [(r["step"], r["temperature"], r["prompt"]) for r in records] == [
         (step, temperature, prompt) for step in (2, 4) for temperature in (1.0, 0.5) for prompt in ("tone", "")

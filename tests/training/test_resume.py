@@ -17,6 +17,7 @@ from calm_core import config
 from calm_core.checkpoint.folder import list_checkpoints, open_checkpoint
 from calm_core.config.experiment import Experiment
 from calm_core.errors import ExitCode, UserError
+from calm_core.report.run_page import write_run_page
 from calm_core.training.launch import run_autoencoder, run_calm
 from calm_core.training.run_folder import RunFolder
 from calm_core.training.run_log import read_metrics
@@ -25,7 +26,7 @@ warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 def train(folder: Path, *overrides: str) -> ExitCode:
-    return run_calm(config.load(Experiment, folder / "config.yaml", [f"run={folder}", *overrides]))
+    return run_calm(config.load(Experiment, folder / "config.yaml", [f"run={folder}", *overrides]), write_run_page)
 
 
 def steps_saved(folder: Path) -> list[int]:
@@ -51,7 +52,7 @@ def events(folder: Path) -> list[tuple[int, str]]:
 @contextmanager
 def forward_step_of(monkeypatch: pytest.MonkeyPatch, step: Any) -> Iterator[None]:
     """Within the block, runs use `step(original, task, micro_batches, model)` for CALM's forward step."""
-    import calm_core.training.calm as module
+    import calm_core.training.calm_task as module
 
     original = module.CalmTask.forward_step
     with monkeypatch.context() as patch:
@@ -212,7 +213,7 @@ def test_another_run_is_refused(whole: Path, change: str, words: str) -> None:
 def test_a_folder_of_something_else_is_refused(tiny: Path) -> None:
     (tiny / "calm").mkdir()
     (tiny / "calm" / "thesis.tex").write_text("...")
-    with pytest.raises(UserError, match="holds something else than a run"):
+    with pytest.raises(UserError, match="holds something other than a run"):
         train(tiny)
     assert [path.name for path in (tiny / "calm").iterdir()] == ["thesis.tex"]
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_core.config.training_config import SpikeConfig
+from calm_core.distributed.spikes import UpdateHistory, Verdict, judge, limit
 from calm_core.errors import UserError
 from calm_core.training.resume import Progress
-from calm_core.training.spikes import Verdict, judge, limit
 
 SKIP = SpikeConfig(action="skip", window=8, deviations=6.0)
 finite = st.floats(-1e6, 1e6)
@@ -62,21 +62,22 @@ def test_equal_values_leave_room_for_rounding() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(list(Verdict)), finite, finite), max_size=40), st.integers(1, 9))
-def test_progress_counts_every_verdict_and_remembers_the_good_ones(
+def test_the_history_counts_every_verdict_and_remembers_the_good_ones(
     steps: list[tuple[Verdict, float, float]], remembered: int
 ) -> None:
-    progress = Progress()
+    progress, history = Progress(), UpdateHistory()
     for verdict, loss, norm in steps:
-        progress = progress.after(verdict, 4, loss, norm, remembered)
-        assert Progress.restored(json.loads(json.dumps(asdict(progress)))) == progress
+        progress, history = progress.after(4), history.after(verdict, loss, norm, remembered)
+        saved = json.loads(json.dumps({**asdict(progress), **asdict(history)}))
+        assert UpdateHistory.restored(saved) == history
     good = [(loss, norm) for verdict, loss, norm in steps if verdict == Verdict.GOOD]
-    assert progress.recent == tuple(good[-remembered:])
-    assert (progress.step, progress.consumed, progress.updates) == (len(steps), 4 * len(steps), len(good))
-    assert progress.spikes == [verdict for verdict, *_ in steps].count(Verdict.SPIKE)
+    assert history.recent == tuple(good[-remembered:])
+    assert (progress.step, progress.consumed, history.updates) == (len(steps), 4 * len(steps), len(good))
+    assert history.spikes == [verdict for verdict, *_ in steps].count(Verdict.SPIKE)
 
 
-def test_progress_remembers_nothing_where_nothing_is_measured() -> None:
-    assert Progress().after(Verdict.GOOD, 4, 1.0, 1.0, SpikeConfig().remembered).recent == ()
+def test_without_a_detector_nothing_is_remembered() -> None:
+    assert UpdateHistory().after(Verdict.GOOD, 1.0, 1.0, SpikeConfig().remembered).recent == ()
 
 
 @pytest.mark.parametrize(
