@@ -51,7 +51,7 @@ def test_an_evaluation_stops_between_micro_batches_without_a_record(
     stop = stop_at(call)
     assert evaluate(engine, held_out, stop) is None
     assert not stop()  # it was asked no more
-    assert all(module.training for module in engine.chunks)
+    assert all(module.training for module in engine.model_parts)
 
 
 def test_an_evaluation_that_may_go_on_is_the_same(engine: Engine, held_out: HeldOut) -> None:
