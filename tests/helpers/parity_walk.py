@@ -12,7 +12,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import blake2b
@@ -171,8 +171,8 @@ def noise_watched() -> Iterator[list[str]]:
     seen: list[str] = []
     drawn = SampleNoise._stack
 
-    def stack(noise: SampleNoise, name: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
-        draws = drawn(noise, name, draw)
+    def stack(noise: SampleNoise, name: str, *arguments: Any) -> Tensor:
+        draws = drawn(noise, name, *arguments)
         for column in draws.unbind(1):
             seen.append(f"{name} {blake2b(column.cpu().numpy().tobytes(), digest_size=8).hexdigest()}")
         return draws

@@ -1,8 +1,10 @@
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import Tensor
 
-from calm_core.model.noise import SampleNoise, stream_seed
+from calm_core.model.noise import CUDA_BLOCK, SampleNoise, blocks, stream_seed
 
 CPU = torch.device("cpu")
 
@@ -49,3 +51,30 @@ def test_seeds_are_63_bits_and_kept_apart() -> None:
     assert len(seeds) == 2000
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert max(seeds) > 2**61
+
+
+def test_a_cpu_generator_uses_32_bits_of_a_seed() -> None:
+    def drawn(seed: int) -> Tensor:
+        return torch.empty(100).uniform_(generator=torch.Generator().manual_seed(seed))
+
+    seed = stream_seed(0, "head", 0)
+    assert torch.equal(drawn(seed), drawn(seed % 2**32))
+    assert not torch.equal(drawn(seed), drawn(seed ^ 1))
+
+
+def test_the_streams_are_those_of_torch_for_a_whole_tensor() -> None:
+    def generator(name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(stream_seed(3, f"training/{name}", 5))
+
+    noise, size = SampleNoise(3, [5], CPU), (7, 11)
+    assert torch.equal(noise.uniform("a", *size)[:, 0], torch.rand(size, generator=generator("a")))
+    assert torch.equal(noise.normal("b", *size)[:, 0], torch.randn(size, generator=generator("b")))
+    assert torch.equal(noise.integers("c", 9, *size)[:, 0], torch.randint(9, size, generator=generator("c")))
+
+
+def test_a_gpu_draws_blocks_of_a_size_that_does_not_depend_on_it() -> None:
+    numbers = torch.arange(2 * CUDA_BLOCK + 5).view(-1, 1)
+    on_gpu = Mock(is_cuda=True, view=numbers.view)
+    assert [len(block) for block in blocks(on_gpu)] == [CUDA_BLOCK, CUDA_BLOCK, 5]
+    assert torch.equal(torch.cat(list(blocks(on_gpu))), numbers.flatten())
+    assert [len(block) for block in blocks(numbers)] == [len(numbers)]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 TIME_FEATURES = 256  # sinusoidal features of the time
 
+TIME_STD = 0.02  # of the initial weights that read the time, as in the reference
+
 
 class AdaptiveNetwork(nn.Module):
     """Noisy latents `[S, B, N, l]`, their times and the hidden states `[S, B, d]` -> outputs `[S, B, N, outputs]`.
@@ -29,8 +31,8 @@ class AdaptiveNetwork(nn.Module):
         self.eps = config.layernorm_epsilon
         d = config.hidden_size
         self.latent_in = _xavier(linear(config, latent, d), latent, d)
-        self.time_in = _xavier(linear(config, TIME_FEATURES, d), TIME_FEATURES, d)
-        self.time_out = _xavier(linear(config, d, d), d, d)
+        self.time_in = _normal(linear(config, TIME_FEATURES, d), TIME_STD)
+        self.time_out = _normal(linear(config, d, d), TIME_STD)
         self.hidden_in = _xavier(linear(config, d, d), d, d)
         self.blocks = nn.ModuleList(AdaptiveBlock(config) for _ in range(head.block_count(config.num_layers)))
         self.out_modulation = _zero(linear(config, d, 2 * d))
@@ -128,7 +130,12 @@ def activations(shape: ModelShape, load: Load, loss: int) -> Activations:
 
 def _xavier(layer: nn.Module, inputs: int, outputs: int) -> nn.Module:
     """Start from N(0, 2 / (inputs + outputs)), by the sizes of the whole matrix."""
-    layer.weight.initial_std = math.sqrt(2 / (inputs + outputs))
+    return _normal(layer, math.sqrt(2 / (inputs + outputs)))
+
+
+def _normal(layer: nn.Module, std: float) -> nn.Module:
+    """Start from N(0, std^2)."""
+    layer.weight.initial_std = std
     return layer
 
 

@@ -97,5 +97,7 @@ def test_the_compression_of_one_token_is_left_out_before_softmax_alone(topology:
 def test_the_adaptive_network_starts_by_xavier_and_from_zero(topology: Topology, kind: str) -> None:
     net = build(kind).head.net
     assert net.blocks[0].expand.weight.std().item() == pytest.approx(math.sqrt(2 / 64), rel=0.1)
-    assert net.time_in.weight.std().item() == pytest.approx(math.sqrt(2 / (256 + 32)), rel=0.1)
+    assert net.hidden_in.weight.std().item() == pytest.approx(math.sqrt(2 / 64), rel=0.1)
+    for layer in (net.time_in, net.time_out):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert not any(layer.weight.any() for layer in (net.blocks[0].modulation, net.out_modulation, net.out))
