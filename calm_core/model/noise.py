@@ -74,9 +74,11 @@ class SampleNoise:
 
     def integers(self, name: str, high: int, rows: int, *shape: int) -> Tensor:
         """Integers in [0, high), `[rows, B, *shape]` int64."""
-        return self._stack(
-            name, (rows, *shape), torch.int64, lambda block, generator: block.random_(high, generator=generator)
-        )
+
+        def fill(block: Tensor, generator: torch.Generator) -> None:
+            block.random_(high, generator=generator)
+
+        return self._stack(name, (rows, *shape), torch.int64, fill)
 
     def _seed(self, name: str, sample: int) -> int:
         return stream_seed(self.seed, f"{self.purpose}/{name}", int(sample))
@@ -88,13 +90,13 @@ class SampleNoise:
         for sample in self.samples:
             generator.manual_seed(self._seed(name, sample))
             column = torch.empty(shape, dtype=dtype, device=self.device)
-            for block in blocks(column):
+            for block in blocks(column, self.device.type):
                 fill(block, generator=generator)
             columns.append(column)
         return torch.stack(columns, dim=1)
 
 
-def blocks(tensor: Tensor) -> Sequence[Tensor]:
-    """The flat parts of a contiguous tensor to draw one by one: of `CUDA_BLOCK` numbers on a GPU, all on a CPU."""
+def blocks(tensor: Tensor, device: str) -> Sequence[Tensor]:
+    """The blocks of a contiguous tensor to draw one by one, flat: of `CUDA_BLOCK` numbers on "cuda", one on "cpu"."""
     flat = tensor.view(-1)
-    return flat.split(CUDA_BLOCK) if tensor.is_cuda else [flat]
+    return flat.split(CUDA_BLOCK) if device == "cuda" else [flat]

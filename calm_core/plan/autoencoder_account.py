@@ -3,7 +3,7 @@
 from calm_core.config.experiment import Experiment
 from calm_core.config.model_config import AutoencoderConfig
 from calm_core.config.parallel_config import ParallelConfig
-from calm_core.model.costs import FLOAT32, TOKEN
+from calm_core.model.costs import FLOAT32, TOKEN, Load
 from calm_core.plan import flops
 from calm_core.plan.account import SECONDS_A_DAY
 from calm_core.plan.flops import AutoencoderShape
@@ -26,10 +26,10 @@ def describe(experiment: Experiment, vocabulary: int, world: int) -> str:
     chunks = training.global_batch * training.positions
     tokens, work = chunks * shape.k, flops.autoencoder_training(shape) * chunks
     days = work * training.steps / (world * plan.peak_tflops * 1e12 * plan.mfu) / SECONDS_A_DAY
-    width = 4 if training.precision == "fp32" else 2
+    width, device = (4, "cpu") if training.precision == "fp32" else (2, "cuda")
     parameters = flops.autoencoder_parameters(shape)
     held = states(parameters, world, width)
-    active = activations(shape, training.micro_batch * training.positions, width)
+    active = activations(shape, Load(training.positions, training.micro_batch, ParallelConfig(), width, device))
     peak = held.held + max(active, held.step)
     return "\n".join(
         [
@@ -53,16 +53,26 @@ def autoencoder_shape(config: AutoencoderConfig, vocabulary: int, k: int) -> Aut
     return AutoencoderShape(vocabulary, k, config.hidden, config.ffn_width, config.latent)
 
 
-def activations(shape: AutoencoderShape, chunks: int, width: int) -> int:
-    """Bytes that the forward pass of a micro-batch of `chunks` keeps, with what its loss computes besides.
+def activations(shape: AutoencoderShape, load: Load) -> int:
+    """Bytes of activations at the peak, when the loss has been computed.
 
-    Each block keeps its input, the normalised input and four tensors of its inner width. The loss keeps both its
-    gradients, that of the table in float32, and holds the logits of a slice in three forms.
+    Kept per chunk, `hidden` wide: the input of each norm (see `Load.rms_norm`) and its output, read by a matrix, in a
+    block per token and a block per chunk of the encoder and of the decoder; the encoder's final norm likewise; the
+    tokens of a chunk side by side, read by the encoder's join; the chunk, read by the decoder's expansion; the input of
+    the decoder's final norm; and the gradient of its output, which the cross-entropy computes in its forward pass. Kept
+    `ffn` wide in each block: gate, silu(gate), up and their product.
+
+    Kept of the latent: 6 float32 tensors (mean and log_std of the posterior, its deviation, variance, noise, and the KL
+    divergence), the input of the decoder and the dropout mask; of the tokens, the ids before and after dropout.
+
+    For the table the cross-entropy keeps a float32 gradient, and backward adds to another. The logits of a slice are
+    held in float32 and twice in the precision of the weights.
     """
-    h, k = shape.hidden, shape.k
-    block = 2 * h + 4 * shape.ffn
-    encoder = k * (block + h) + 2 * h + block + 2 * shape.latent
-    decoder = block + h + k * (block + h) + 2 * k * h
-    kept = chunks * (width * (encoder + decoder) + 2 * k * TOKEN + 6 * shape.latent * FLOAT32)
-    logits = min(LOGIT_ROWS, chunks * k) * shape.vocabulary * (2 * width + FLOAT32)
+    h, k, ffn, latent = shape.hidden, shape.k, shape.ffn, shape.latent
+    blocks = 2 * (k + 1) * (load.rms_norm(h) + load.whole(h) + load.whole(4 * ffn))
+    encoder = load.whole(k * h) + load.rms_norm(h) + load.whole(h)
+    decoder = load.whole(h) + load.rms_norm(k * h) + load.whole(k * h)
+    posterior = load.float32(6 * latent) + load.whole(latent) + load.rows * latent
+    kept = blocks + encoder + decoder + posterior + 2 * load.rows * k * TOKEN
+    logits = min(LOGIT_ROWS, load.rows * k) * shape.vocabulary * (2 * load.width + FLOAT32)
     return kept + 2 * FLOAT32 * shape.vocabulary * h + logits

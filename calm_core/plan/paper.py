@@ -1,4 +1,15 @@
-"""The paper's table of models beside this project's closed forms."""
+"""The paper's table of models beside this project's closed forms.
+
+Parameters agree within 0.5 %, FLOPs to the printed digits except for these, ours over the paper's:
+
+* Transformer-M: training 1.010, inference 1.015. Its neighbours S and L agree with the same formula.
+* CALM-L: training 1.043. No count of the head that grows with the square of the width, as all its matrices do, fits
+  both CALM-M and CALM-L: what remains of the paper's figures after compression, layers and attention is 1.55-1.65e20
+  FLOPs for the head of M and 3.32-3.42e20 for that of L, 2.01 to 2.21 times as much, where the squares of their widths
+  are 2.25 to 1. To count the conditioning once per position, half of the attention, or the products of the energy loss
+  makes other rows worse.
+* CALM-XL: training 1.102, inference 1.033. The paper gives the size of the model and not its shape; ours is a guess.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +40,9 @@ ROWS = {
     "calm_xl": Row("CALM-XL", 1.82e9, 19.5e20, 9.4e8),
 }
 
-TOLERANCE = 0.05  # of FLOPs, beyond which the table says what assumption is missing
+UNPUBLISHED = "calm_xl"  # the configuration whose shape is a guess
+
+TOLERANCE = 0.02  # of training FLOPs, beyond which the table says what the paper's figure would need
 
 
 def ours(shape: ModelShape, autoencoder: AutoencoderShape | None) -> tuple[float, float, float]:
@@ -40,7 +53,7 @@ def ours(shape: ModelShape, autoencoder: AutoencoderShape | None) -> tuple[float
 
 
 def missing_head(shape: ModelShape, training: float) -> float:
-    """How much lighter the head would have to be, as a share, for the paper's accounting to give these FLOPs."""
+    """By what fraction the head would have to be lighter for the paper's accounting to give these training FLOPs."""
     costs = head_module(shape.head.kind).costs(shape)
     head = costs.weights.forward * costs.training_evaluations * 3 * flops.PAPER_TOKENS / shape.k
     return (flops.paper_training(shape) - training) / head
@@ -64,7 +77,8 @@ def comparison(models: Mapping[str, tuple[ModelShape, AutoencoderShape]]) -> str
         lines.append(f"{row.name:<15}" + "".join(cells))
         if abs(found[1] / row.training - 1) > TOLERANCE:
             notes.append(
-                f"{row.name}: its shape is ours, for the paper gives its size alone; its training FLOPs would need a "
-                f"head {missing_head(shape, row.training):.0%} lighter than ours, {shape.head.samples} samples of it."
+                f"{row.name}: the paper's training FLOPs would need a head {missing_head(shape, row.training):.0%} "
+                f"lighter than ours at {shape.head.samples} samples."
+                + (" The paper gives its size and not its shape: the shape is ours." if name == UNPUBLISHED else "")
             )
     return "\n".join([*lines, *notes])

@@ -1,5 +1,3 @@
-from unittest.mock import Mock
-
 import pytest
 import torch
 from torch import Tensor
@@ -74,7 +72,7 @@ def test_the_streams_are_those_of_torch_for_a_whole_tensor() -> None:
 
 def test_a_gpu_draws_blocks_of_a_size_that_does_not_depend_on_it() -> None:
     numbers = torch.arange(2 * CUDA_BLOCK + 5).view(-1, 1)
-    on_gpu = Mock(is_cuda=True, view=numbers.view)
-    assert [len(block) for block in blocks(on_gpu)] == [CUDA_BLOCK, CUDA_BLOCK, 5]
-    assert torch.equal(torch.cat(list(blocks(on_gpu))), numbers.flatten())
-    assert [len(block) for block in blocks(numbers)] == [len(numbers)]
+    on_gpu = blocks(numbers, "cuda")
+    assert [len(block) for block in on_gpu] == [CUDA_BLOCK, CUDA_BLOCK, 5]
+    assert torch.equal(torch.cat(on_gpu), numbers.flatten())
+    assert [len(block) for block in blocks(numbers, "cpu")] == [len(numbers)]

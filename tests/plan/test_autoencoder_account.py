@@ -1,0 +1,35 @@
+"""The plan's activations of the autoencoder against the tensors that autograd saves."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from calm_core.autoencoder.model import Autoencoder, autoencoder_loss
+from calm_core.config.model_config import AutoencoderConfig
+from calm_core.config.parallel_config import ParallelConfig
+from calm_core.model.costs import FLOAT32, Load
+from calm_core.model.noise import SampleNoise
+from calm_core.plan.autoencoder_account import LOGIT_ROWS, activations, autoencoder_shape
+
+S, B, K, V = 32, 2, 4, 100
+
+
+@pytest.mark.parametrize("hidden", [64, 128])
+def test_the_activations_kept_are_the_tensors_that_autograd_saves(hidden: int) -> None:
+    config = AutoencoderConfig(hidden=hidden, latent=16)
+    model, tokens = Autoencoder(config, V, K), torch.randint(V, (S, B, K))
+    known, saved = {parameter.untyped_storage()._cdata for parameter in (*model.parameters(), tokens)}, {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        autoencoder_loss(model, tokens, SampleNoise(0, range(B), torch.device("cpu")))
+    measured = sum(storage.nbytes() for storage in saved.values()) + tokens.nbytes
+    beside = FLOAT32 * V * hidden + min(LOGIT_ROWS, S * B * K) * V * 3 * FLOAT32
+    predicted = activations(autoencoder_shape(config, V, K), Load(S, B, ParallelConfig(), 4, "cpu")) - beside
+    print(f"hidden {hidden}: predicted {predicted}, measured {measured}")
+    assert predicted == pytest.approx(measured, rel=0.015)
