@@ -1,4 +1,4 @@
-"""A frozen autoencoder on disk: `manifest.json` and `model.safetensors`, bound together by a content hash."""
+"""A frozen autoencoder on disk: `model.safetensors`, and `manifest.json` with its content hash."""
 
 import dataclasses
 from pathlib import Path
@@ -21,8 +21,8 @@ WEIGHTS = "model.safetensors"
 def save_autoencoder(model: Autoencoder, folder: Path, tokenizer_hash: str, provenance: dict[str, Any]) -> str:
     """Write the model in float32 and return the content hash of its weights.
 
-    `provenance` is kept in the manifest as it is: what the model was trained on, and how. The manifest is written last:
-    without it the folder holds no autoencoder.
+    `provenance`, what the model was trained on and how, goes into the manifest as it is. The manifest is written last:
+    a folder without one is not an autoencoder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -45,10 +45,10 @@ def save_autoencoder(model: Autoencoder, folder: Path, tokenizer_hash: str, prov
 
 
 def load_autoencoder(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Autoencoder:
-    """The frozen autoencoder in `folder`, for inference; its hashes are `content_hash` and `tokenizer_hash`.
+    """The frozen autoencoder in `folder`, for inference, with its `content_hash` and `tokenizer_hash` set.
 
     Raises:
-        UserError: the folder holds no finished autoencoder, or its weights are not those of the manifest.
+        UserError: if the folder has no finished autoencoder, or other weights than the manifest names.
     """
     manifest = read_manifest(folder, KIND)
     path = folder / WEIGHTS

@@ -1,7 +1,7 @@
-"""The encoder of a frozen autoencoder, its first stage folded into tables.
+"""The encoder of a frozen autoencoder, its first stage folded into a table.
 
-What the encoder does before it joins the tokens of a chunk depends on each token and its place alone. So all of it, the
-join included, is one table of vectors for each of the K places; a chunk's hidden state is the sum of K of its rows.
+Up to and including the join of a chunk's tokens, what the encoder adds for a token depends only on the token and its
+index in the chunk. So this stage is a table of K x V vectors, and a chunk's hidden state is the sum of K of its rows.
 """
 
 import torch
@@ -12,9 +12,9 @@ from calm_core.autoencoder.model import Autoencoder
 
 
 class FoldedEncoder:
-    """`encode` of an autoencoder whose weights no longer change, at a fraction of the work.
+    """`encode` of an autoencoder whose weights do not change, for a fraction of the FLOPs.
 
-    The table takes K·V·hidden numbers of the autoencoder's type and is made once.
+    The table has K x V x hidden numbers of the autoencoder's dtype and is computed once.
     """
 
     def __init__(self, autoencoder: Autoencoder) -> None:

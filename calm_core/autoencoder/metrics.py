@@ -1,4 +1,4 @@
-"""How well an autoencoder rebuilds its chunks, and what its latent space looks like."""
+"""How well an autoencoder reconstructs its chunks, and statistics of its latent space."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from calm_core.autoencoder.model import Autoencoder, kl_divergence
 
 @dataclass(frozen=True)
 class AutoencoderMetrics:
-    """Shares of tokens rebuilt, and the state of the latent dimensions, over a set of chunks."""
+    """Fractions of tokens reconstructed, and statistics of the latent dimensions, over a set of chunks."""
 
     token_accuracy: float  # decoding the posterior mean
     token_accuracy_posterior: float  # decoding a draw of the posterior
@@ -20,7 +20,7 @@ class AutoencoderMetrics:
     mean_sigma: float  # mean standard deviation of the posterior
     dimension_sigma: list[float]  # likewise for each of the l dimensions
     kl: list[float]  # nats, for each of the l dimensions
-    dead_dimensions: int  # whose posterior mean hardly depends on the tokens
+    dead_dimensions: int  # whose posterior mean hardly varies with the tokens
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def autoencoder_metrics(
 def noise_curve(
     model: Autoencoder, tokens: Tensor, sigmas: list[float], generator: torch.Generator, batch: int = 1024
 ) -> list[float]:
-    """Share of the tokens of chunks `[n, K]` rebuilt from the mean plus normal noise, for each standard deviation."""
+    """Fraction of the tokens of chunks `[n, K]` reconstructed from the mean plus noise, by its standard deviation."""
     hits = torch.zeros(len(sigmas), dtype=torch.float64)
     for chunk in tokens.split(batch):
         mean = model.encode(chunk)[0].float()

@@ -1,4 +1,4 @@
-"""The autoencoder: K tokens to one latent vector and back (paper, section 2). Context-free: each chunk by itself."""
+"""The autoencoder: K tokens to one latent vector and back (paper, section 2); each chunk by itself."""
 
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ from calm_core.autoencoder.output_layer import linear_cross_entropy, most_probab
 from calm_core.config.model_config import AutoencoderConfig
 from calm_core.model.noise import Noise
 
-CHUNKS_AT_ONCE = 4096  # whose hidden states in the decoder are held at a time
+CHUNKS_AT_ONCE = 4096  # chunks decoded at a time, to bound the memory of their hidden states
 
-DROPPED_TOKEN = 0  # the id that stands for a dropped token; `pad` in tokenizers trained here
+DROPPED_TOKEN = 0  # the id that replaces a dropped token; `pad` in tokenizers trained here
 
 
 class SwigluBlock(nn.Module):
@@ -34,7 +34,7 @@ class SwigluBlock(nn.Module):
 class Autoencoder(nn.Module):
     """Encoder and decoder of chunks of K tokens; the output layer is the embedding, tied (paper, section 2).
 
-    Weights start from the global generator: seed it for a reproducible model.
+    Initial weights come from torch's global generator: seed it for a reproducible model.
     """
 
     def __init__(self, config: AutoencoderConfig, vocab_size: int, k: int) -> None:
@@ -68,11 +68,11 @@ class Autoencoder(nn.Module):
         return mean, log_std
 
     def decode_hidden(self, latents: Tensor) -> Tensor:
-        """Latents `[..., l]` -> what the output layer reads, `[..., K, hidden]`."""
+        """Latents `[..., l]` -> the input of the output layer, `[..., K, hidden]`."""
         return self.decode_positions(self.decode_chunk(latents), slice(None))
 
     def decode_chunk(self, latents: Tensor) -> Tensor:
-        """The decoder's first half, over the chunk as a whole: latents `[..., l]` -> `[..., hidden]`."""
+        """The decoder's first half, on the whole chunk: latents `[..., l]` -> `[..., hidden]`."""
         return self.decoder_chunk_block(self.decoder_input(latents.to(self.dtype)))
 
     def decode_positions(self, hidden: Tensor, positions: slice) -> Tensor:
@@ -89,7 +89,7 @@ class Autoencoder(nn.Module):
         return F.linear(self.decode_hidden(latents), self.embedding.weight)
 
     def decode_tokens(self, latents: Tensor) -> Tensor:
-        """Latents `[..., l]` -> the most probable tokens, `[..., K]` int64; all their logits are never held at once."""
+        """Latents `[..., l]` -> the most probable tokens, `[..., K]` int64, without holding all logits at once."""
         tokens = []
         for part in latents.flatten(0, -2).split(CHUNKS_AT_ONCE):
             tokens.append(most_probable(self.decode_hidden(part).flatten(0, -2), self.embedding.weight))
@@ -102,7 +102,7 @@ class Autoencoder(nn.Module):
 
 
 class AutoencoderLosses(NamedTuple):
-    """The loss of a micro-batch and its detached parts, float32: `loss = K * cross_entropy + kl_weight * kl`."""
+    """The loss of a micro-batch and its detached terms, float32: `loss = K * cross_entropy + kl_weight * kl`."""
 
     loss: Tensor
     cross_entropy: Tensor  # nats per token
@@ -110,10 +110,10 @@ class AutoencoderLosses(NamedTuple):
 
 
 def autoencoder_loss(model: Autoencoder, tokens: Tensor, noise: Noise) -> AutoencoderLosses:
-    """Training loss of chunks `tokens [rows, B, K]`: rebuilding from a damaged posterior sample (paper, section 2).
+    """Training loss of chunks `tokens [rows, B, K]`: reconstruction from a posterior draw with dropout (section 2).
 
-    Draws of `noise` decide which tokens the encoder sees as id 0, the posterior sample, and which of its dimensions the
-    decoder sees as 0, the others scaled to keep their expectation.
+    `noise` draws which tokens the encoder reads as id 0, the posterior draw, and which of its dimensions the decoder
+    reads as 0; the others are scaled so that their expectation stays.
     """
     config, rows = model.config, len(tokens)
     seen = tokens

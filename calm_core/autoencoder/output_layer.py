@@ -1,4 +1,4 @@
-"""The output layer: cross-entropy and most probable tokens without holding all logits."""
+"""The output layer: cross-entropy and most probable tokens, without all logits in memory at once."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 ROWS_AT_ONCE = 256  # inputs whose logits are held at a time: 32 MB at V = 32,000 in float32
 
-LOGITS_AT_ONCE = 1 << 21  # of a search for the largest: 8 MB, which stay in the processor's cache
+LOGITS_AT_ONCE = 1 << 21  # logits searched at a time for the largest: 8 MB, which stay in the processor's cache
 
 
 def log_probability(features: Tensor, weight: Tensor, token: int) -> Tensor:
@@ -24,7 +24,7 @@ def most_probable(features: Tensor, weight: Tensor) -> Tensor:
 
 
 def _most_probable(features: Tensor, weight: Tensor) -> Tensor:
-    """Part of the vocabulary after part, so that no logit leaves the cache before it has been looked at."""
+    """By parts of the vocabulary, so that logits are searched while they are in the cache."""
     size = max(1, LOGITS_AT_ONCE // len(features))
     logits, tokens = [], []
     for start in range(0, len(weight), size):
@@ -37,10 +37,10 @@ def _most_probable(features: Tensor, weight: Tensor) -> Tensor:
 
 
 def argmax(logits: Tensor, block: int = 128) -> Tensor:
-    """The first place of the largest of `[n, V]` in each row, `[n]`.
+    """The first index of the largest value in each row of `[n, V]`, `[n]`.
 
-    On a CPU torch's argmax goes value by value, its maximum does not: so the best block is found by maxima, and only
-    that is searched, a tenth of the time at V = 4,096.
+    On a CPU torch's maximum is vectorised and its argmax is not. So the best block is found by maxima, and only that
+    block is searched: a tenth of the time at V = 4,096.
     """
     whole = logits.shape[1] // block * block
     best = logits[:, :whole].unflatten(1, (-1, block)).amax(-1)
@@ -55,7 +55,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: 
     """Mean cross-entropy in nats of `targets [n]` under the logits `hidden [n, d] @ weight [V, d].T`.
 
     Matrix products run in the inputs' dtype, softmax and sums in float32 (float64 for float64). The gradients are
-    computed along with the loss, `rows` tokens at a time: their logits are held, not several copies of all n x V.
+    computed with the loss, `rows` tokens at a time: only their logits are held, not several copies of all n x V.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _WithGradients.apply(hidden, weight, targets, rows)
@@ -67,7 +67,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: 
 
 
 class _WithGradients(torch.autograd.Function):
-    """Computes both gradients in the forward pass, while a slice's logits are at hand, and keeps them alone."""
+    """Computes both gradients in the forward pass, slice by slice of the logits, and keeps only the gradients."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:

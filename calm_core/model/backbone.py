@@ -36,8 +36,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """The Megatron-core configuration of a model of this shape and layout, weights and activations in `dtype`.
 
-    `split` holds the layers of each part of the pipeline (see `pipeline_split`); a single stage needs none.
-    Whether the layout can hold the model is checked before (`layout.check_layout`).
+    `split` holds the layers of each model part (see `pipeline_split`); a single stage needs none. Call
+    `plan.layout.check_layout` first: it refuses layouts that do not fit the model.
     """
     recompute = {
         "none": {},
@@ -67,19 +67,19 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Weights are built on the host and moved; their values come from `parameters.initialize`, by global name.
+        # Weights are built on the host and moved; `parameters.initialize` sets their values, by global name.
         use_cpu_initialization=True,
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        # Fusions that need Apex, TransformerEngine or a compiler are not taken for granted.
+        init_method=_keep,
+        output_layer_init_method=_keep,
+        # Fusions that need Apex, TransformerEngine or a compiler are off.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        # With two stages the previous and the next rank are one peer: batched sends of an interleaved schedule
-        # are then matched in the wrong order, silently. Overlapped point-to-point sends are ordered.
+        # With two stages the previous and the next rank are the same: batched sends of an interleaved schedule are
+        # then matched in the wrong order, without an error. Overlapped point-to-point sends are ordered.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         batch_p2p_sync=False,
@@ -90,20 +90,20 @@ def transformer_config(
 
 
 def _pipeline_layout(split: Sequence[int]) -> list[list[str]]:
-    """What each part of the pipeline holds, in the words of Megatron-core."""
+    """The contents of each model part, in Megatron-core's notation."""
     parts = [["decoder"] * layers for layers in split]
     return [["embedding", *parts[0]], *parts[1:-1], [*parts[-1], "loss"]]
 
 
-def _leave(weight: torch.Tensor) -> torch.Tensor:
-    """An initialisation that leaves the weight as it is."""
+def _keep(weight: torch.Tensor) -> torch.Tensor:
+    """An initialisation that does not change the weight."""
     return weight
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, in the layout Megatron-core's specification expects.
+    """Root-mean-square norm over the last dimension, with the constructor that Megatron-core's specification expects.
 
-    Megatron-core's own fallback for machines without Apex refuses sequence parallelism.
+    Megatron-core's own norm for machines without Apex does not support sequence parallelism.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
@@ -119,8 +119,8 @@ class RMSNorm(nn.Module):
 class SDPAttention(MegatronModule):
     """Core attention by `scaled_dot_product_attention`: FlashAttention on a GPU, a fused kernel on a CPU.
 
-    Takes Megatron-core's `[S, B, heads, head]` and returns `[S, B, heads * head]`. With `cache` set, the queries
-    are the newest positions and attend to those in the cache that it lets them see.
+    Reads Megatron-core's `[S, B, heads, head]` and returns `[S, B, heads * head]`. With `cache` set, the queries are
+    the newest positions, and the cache's mask selects the positions that each attends to.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class SDPAttention(MegatronModule):
 class Backbone(TransformerBlock):
     """The transformer layers of one pipeline stage, with rotary position embedding inside.
 
-    `first` and `last` say which end of the model this stage holds; the last ends in the final norm.
+    `first` and `last` say whether this stage is at an end of the model; the last one ends in the final norm.
     """
 
     def __init__(
@@ -176,8 +176,8 @@ class Backbone(TransformerBlock):
     def forward(self, hidden: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
         """Hidden states `[S, B, d]` -> `[S, B, d]` (S/TP rows if sequence-parallel).
 
-        `hidden` is None on a stage that is not the first: its input came through `set_input_tensor`. With a cache,
-        the new positions follow those in it.
+        `hidden` is None on a stage that is not the first, whose input is set by `set_input_tensor`. With a cache, the
+        new positions follow those in it.
         """
         positions = all_positions(hidden if self.pre_process else self.input_tensor, self.config)
         for layer in self.layers:

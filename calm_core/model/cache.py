@@ -1,4 +1,4 @@
-"""Keys and values of positions already seen, so that continuing a sequence does not read it again."""
+"""Keys and values of earlier positions, so that continuing a sequence does not compute them again."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """Keys and values of the positions seen so far, one pair per layer, each `[B, groups, capacity, d/heads]`."""
+    """Keys and values of all earlier positions, one pair per layer, each `[B, groups, capacity, d/heads]`."""
 
     def __init__(self) -> None:
         self.length = 0
@@ -25,23 +25,23 @@ class KeyValueCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, positions: int) -> None:
-        """Count `positions` more as seen, once every layer has been extended by them."""
+        """Add `positions` to the length, after every layer has been extended by them."""
         self.length += positions
 
     def rotary(self, rope: Callable[..., Tensor], new: int) -> Tensor:
-        """The rotary embedding `[new, 1, 1, head]` of `new` positions that follow those seen."""
+        """The rotary embedding `[new, 1, 1, head]` of `new` positions that follow the cached ones."""
         return rope(new, offset=self.length)
 
     def visible(self, new: int, device: torch.device) -> Tensor:
-        """`[new, seen + new]`: a new position attends to the seen positions and to new positions up to itself."""
+        """Attention mask `[new, cached + new]`: a new position attends to cached ones and to new ones up to itself."""
         return torch.ones(new, self.length + new, dtype=torch.bool, device=device).tril(diagonal=self.length)
 
 
 class BranchingCache(KeyValueCache):
-    """A cache whose sequence, once read, goes on in R ways side by side, none of which sees the others.
+    """A cache of one sequence with R branches, which continue it from chosen positions independently of each other.
 
-    The sequence is stored once and its branches are new positions of it: many continuations of many places take one
-    pass per step, without a copy of what they share.
+    The sequence is stored once, and the branches are further positions of it: each step of all branches takes one pass,
+    without copies of the sequence.
     """
 
     def __init__(self) -> None:
@@ -50,17 +50,17 @@ class BranchingCache(KeyValueCache):
         self._trunk = 0
 
     def branch(self, starts: Tensor) -> None:
-        """From here on a pass has one position for each branch r of R: it follows the position `starts[r]`, `[R]`."""
+        """Start R branches, one position of each in every later pass; branch r follows position `starts[r]`."""
         self._starts, self._trunk = starts, self.length
 
     def rotary(self, rope: Callable[..., Tensor], new: int) -> Tensor:
-        """As the base class; a branch goes on counting from its start."""
+        """As in the base class; the positions of a branch count from its start."""
         if self._starts is None:
             return super().rotary(rope, new)
         return rope(self._trunk + self._steps + 1)[self._starts + 1 + self._steps]
 
     def visible(self, new: int, device: torch.device) -> Tensor:
-        """As the base class; a branch attends to the sequence up to its start, to its own positions and to itself."""
+        """As in the base class; a branch attends to the sequence up to its start and to its own positions."""
         if self._starts is None:
             return super().visible(new, device)
         shared = torch.arange(self._trunk, device=device) <= self._starts.unsqueeze(1)
@@ -69,12 +69,12 @@ class BranchingCache(KeyValueCache):
 
     @property
     def _steps(self) -> int:
-        """Positions that each branch has already."""
+        """Positions cached for each branch."""
         return (self.length - self._trunk) // len(self._starts)
 
 
 def _grown(old: Tensor | None, new: Tensor, length: int) -> Tensor:
-    """A buffer of at least `length` positions, doubled each time so that the copies cost a constant per position."""
+    """`old` in a buffer twice as long as `length` needs, so that copying costs a constant per position."""
     batch, groups, _, width = new.shape
     buffer = new.new_empty(batch, groups, max(64, 2 * length), width)
     if old is not None:

@@ -1,4 +1,4 @@
-"""The CALM network of one pipeline stage: input compression first, head last, backbone on every stage."""
+"""The CALM network: input compression on the first pipeline stage, backbone on every stage, head on the last."""
 
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -15,10 +15,10 @@ from calm_core.model.noise import Noise
 
 
 class CalmModel(MegatronModule):
-    """The part of the network that one stage (or one interleaved chunk of a stage) holds.
+    """A model part: what one pipeline stage holds of the network, or one of its parts under interleaving.
 
-    The first stage turns tokens into vectors, the last one owns the head and the loss; those between pass hidden
-    states on through `set_input_tensor`, as Megatron-core's schedules do.
+    The first part compresses tokens to vectors, the last one holds the head and computes the loss. A part that is not
+    the first gets the hidden states of the previous one through `set_input_tensor`, from Megatron-core's schedules.
     """
 
     model_type = ModelType.encoder_or_decoder
@@ -43,14 +43,14 @@ class CalmModel(MegatronModule):
             self.head = head_module(shape.head.kind).build(config, shape)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """Receive the previous stage's hidden states (called by the schedule)."""
+        """Set the hidden states of the previous part (called by the schedule)."""
         self.backbone.set_input_tensor(input_tensor[0])
 
     def hidden(self, tokens: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
-        """Hidden states `[S, B, d]` of this stage for the chunks `tokens` `[B, S, K]`, which the first stage reads."""
+        """Hidden states `[S, B, d]` of this part for the chunks `tokens` `[B, S, K]`, which the first part reads."""
         return self.backbone(self.compression(tokens) if self.first else None, cache)
 
     def forward(self, tokens: Tensor | None, target: Target | None, noise: Noise) -> Tensor | HeadLoss:
-        """The head's loss against `target` on the last stage, the hidden states for the next stage on any other."""
+        """The head's loss against `target` on the last part, the hidden states for the next part on any other."""
         hidden = self.hidden(tokens)
         return self.head.loss(hidden, target, noise) if self.last else hidden

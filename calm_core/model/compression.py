@@ -24,7 +24,7 @@ class InputCompression(MegatronModule):
             padded_vocabulary(vocab_size),
             d,
             init_method=config.init_method,
-            # Shards the positions over the ranks where the parallel matrices expect them so.
+            # With sequence parallelism the parallel matrices expect each rank's own positions.
             reduce_scatter_embeddings=config.sequence_parallel,
             config=config,
         )

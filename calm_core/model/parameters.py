@@ -1,8 +1,8 @@
 """Parameters under global names: the same name and the same values at any layout of ranks.
 
-A parameter is known by its name in the whole model (layers counted over all stages). Tensor-parallel shards of a
-parameter are slices of one global tensor; `pieces` says which, and everything that must agree between layouts
-(initial weights, checkpoints, parity tests, conversion) goes through it.
+A parameter has its name in the whole model (layers counted over all stages). Tensor-parallel shards of a parameter are
+slices of one global tensor; `pieces` lists them, and everything that must agree between layouts (initial weights,
+checkpoints, parity tests, conversion) uses it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,18 +17,18 @@ from calm_core.model.noise import stream_seed
 
 _LAYERS = "backbone.layers."
 
-# Matrices that hold a gate and an up projection, one below the other; each is split between ranks by itself.
+# Matrices that hold a gate and an up projection, one below the other; ranks divide each of the two separately.
 _GATED = (".mlp.linear_fc1.", ".gate_up.")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a local parameter that is one contiguous slice of a global tensor.
+    """A slice of a local parameter that is one contiguous slice of a global tensor.
 
     Attributes:
         name: global name; the gate and the up projection of one matrix have a name each.
         view: the slice of the local tensor, as (dimension, start, length), or None for all of it.
-        dim: the dimension that is split between tensor-parallel ranks, None if every rank holds it whole.
+        dim: the dimension that tensor-parallel ranks divide, None if every rank holds the tensor whole.
     """
 
     name: str
@@ -36,35 +36,35 @@ class Piece:
     dim: int | None
 
     def of(self, local: Tensor) -> Tensor:
-        """This piece of a tensor shaped like the local parameter (a view)."""
+        """This slice of a tensor shaped like the local parameter (a view)."""
         return local if self.view is None else local.narrow(*self.view)
 
 
-def named_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter of this rank's model chunks under its global name."""
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            yield _global_name(name, chunk), parameter
+def named_parameters(model_parts: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter of this rank's model parts under its global name."""
+    for part in model_parts:
+        for name, parameter in part.named_parameters():
+            yield _global_name(name, part), parameter
 
 
 def pieces(name: str, parameter: nn.Parameter) -> list[Piece]:
-    """The slices of global tensors that this rank's `parameter` is made of."""
+    """The slices of global tensors that make up this rank's `parameter`."""
     dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-    if not any(part in name for part in _GATED):
+    if not any(matrix in name for matrix in _GATED):
         return [Piece(name, None, dim)]
     half = parameter.shape[0] // 2
     return [Piece(f"{name}.gate", (0, 0, half), dim), Piece(f"{name}.up", (0, half, half), dim)]
 
 
-def initialize(chunks: Sequence[nn.Module], std: float, seed: int) -> None:
-    """Draw the initial weights: N(0, std) for matrices, 0 for biases, 1 for norms.
+def initialize(model_parts: Sequence[nn.Module], std: float, seed: int) -> None:
+    """Draw the initial weights: N(0, std^2) for matrices, 0 for biases, 1 for norms.
 
-    A module may say otherwise on a parameter: `starts_at_zero`, or a standard deviation `initial_std` of its own.
+    A module can set another start on a parameter: `starts_at_zero`, or its own standard deviation `initial_std`.
 
-    Each tensor has a stream of its own, seeded by (seed, global name), so any layout starts from the same model.
+    Each tensor has its own stream, seeded by (seed, global name), so any layout starts from the same model.
     """
     with torch.no_grad():
-        for name, parameter in named_parameters(chunks):
+        for name, parameter in named_parameters(model_parts):
             for piece in pieces(name, parameter):
                 _initialize(piece, piece.of(parameter.data), parameter, std, seed)
 
@@ -97,9 +97,9 @@ def own_shard(whole: Tensor, dim: int | None) -> Tensor:
     return whole.chunk(ranks, dim)[parallel_state.get_tensor_model_parallel_rank()]
 
 
-def _global_name(name: str, chunk: nn.Module) -> str:
+def _global_name(name: str, model_part: nn.Module) -> str:
     if not name.startswith(_LAYERS):
         return name
     index, rest = name.removeprefix(_LAYERS).split(".", 1)
-    offset = get_transformer_layer_offset(chunk.config, vp_stage=chunk.vp_stage)
+    offset = get_transformer_layer_offset(model_part.config, vp_stage=model_part.vp_stage)
     return f"{_LAYERS}{int(index) + offset}.{rest}"

@@ -1,1 +1,1 @@
-"""What a training run will cost, before anything is started: ranks, memory, operations, messages, days."""
+"""What a training run costs, computed before it starts: ranks, memory, FLOPs, messages, days."""

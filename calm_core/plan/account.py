@@ -1,4 +1,4 @@
-"""The account of a training run of CALM: what each pipeline stage holds, does and sends, and what the whole costs."""
+"""The account of a training run of CALM: what each pipeline stage holds, computes and sends, and the run's total."""
 
 from dataclasses import dataclass
 

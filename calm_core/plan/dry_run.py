@@ -1,4 +1,4 @@
-"""`--dry-run` of the trainings: the resolved configuration, then the plan; nothing is started, no data is needed."""
+"""`--dry-run` of the trainings: prints the resolved configuration and the plan; starts nothing and needs no data."""
 
 import os
 
@@ -14,43 +14,43 @@ from calm_core.plan.layout import rank_groups
 
 
 def plan_calm(experiment: Experiment, sections: tuple[str, ...]) -> ExitCode:
-    """Print what training CALM would be.
+    """Print the plan of training CALM.
 
     Raises:
-        UserError: if the run could not be started so.
+        UserError: if the run could not start with this configuration.
     """
     training, layout, plan = experiment.training, experiment.parallel, experiment.plan
     world = _world(experiment, layout.tensor * layout.pipeline)
     found = account(model_shape(experiment), training, layout, plan, world)
     text = table.render(found, training, layout, plan, rank_groups(layout, world))
-    _say(experiment, sections, text)
+    _print(experiment, sections, text)
     return ExitCode.OK
 
 
 def plan_autoencoder(experiment: Experiment, sections: tuple[str, ...]) -> ExitCode:
-    """Print what training the autoencoder would be.
+    """Print the plan of training the autoencoder.
 
     Raises:
-        UserError: if the run could not be started so.
+        UserError: if the run could not start with this configuration.
     """
     world = _world(experiment, 1)
     text = describe(experiment, vocabulary(experiment), world)
-    _say(experiment, sections, text)
+    _print(experiment, sections, text)
     return ExitCode.OK
 
 
 def model_shape(experiment: Experiment) -> ModelShape:
-    """The shape that the experiment describes; a run takes vocabulary and latent from its stores."""
+    """The shape that the experiment describes; a real run reads vocabulary and latent from its stores."""
     head = experiment.head
     k, latent = (1, 0) if head.reads_tokens else (experiment.data.k, experiment.autoencoder.latent)
     return ModelShape(experiment.model, head, vocabulary(experiment), k, latent)
 
 
 def vocabulary(experiment: Experiment) -> int:
-    """V: as declared, as the token store has it, or as the tokenizer would be trained.
+    """V: `data.vocabulary`, that of the token store, or that with which the tokenizer will be trained.
 
     Raises:
-        UserError: if a tokenizer is named, and nothing says how large its vocabulary is.
+        UserError: if a tokenizer is named whose vocabulary size is in none of these.
     """
     data, tokens = experiment.data, experiment.paths.tokens
     if data.vocabulary:
@@ -66,8 +66,8 @@ def _world(experiment: Experiment, least: int) -> int:
     return experiment.plan.world or int(os.environ.get("WORLD_SIZE", least))
 
 
-def _say(experiment: Experiment, sections: tuple[str, ...], plan: str) -> None:
-    """Print the resolved configuration that a script would use and the plan; under torchrun on one rank."""
+def _print(experiment: Experiment, sections: tuple[str, ...], plan: str) -> None:
+    """Print the resolved sections that a script reads and the plan; under torchrun on one rank only."""
     if os.environ.get("RANK", "0") != "0":
         return
     resolved = configuration.to_dict(experiment)

@@ -1,4 +1,4 @@
-"""An account as text for the person who decides whether to start the run."""
+"""An account as text."""
 
 from collections.abc import Mapping
 
@@ -38,8 +38,8 @@ def render(
             f"time: {duration(account.days)} at {plan.mfu:.0%} of {plan.peak_tflops:g} TFLOP/s a device (plan.mfu, "
             f"plan.peak_tflops){_bubble(account)}",
             "",
-            f"memory of a rank in GiB ({width}; ZeRO-1; recompute: {layout.recompute}); activations and what the "
-            "update needs are never there together:",
+            f"memory of a rank in GiB ({width}; ZeRO-1; recompute: {layout.recompute}); activations and "
+            "what the update needs do not exist at the same time:",
             *_columns(_memory_rows(account, plan)),
             "",
             "messages that a rank sends in a step, in GB:",
@@ -49,12 +49,12 @@ def render(
 
 
 def duration(days: float) -> str:
-    """A time in the unit that suits it."""
+    """A time in days, or in hours below one day."""
     return f"{days:.1f} days" if days >= 1 else f"{24 * days:.2g} hours"
 
 
 def _bubble(account: Account) -> str:
-    return f"; the pipeline stands idle for {account.bubble:.0%} of it" if account.bubble else ""
+    return f"; the pipeline is idle for {account.bubble:.0%} of it" if account.bubble else ""
 
 
 def _memory_rows(account: Account, plan: PlanConfig) -> list[list[str]]:

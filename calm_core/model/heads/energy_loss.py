@@ -1,4 +1,4 @@
-"""The energy loss: a strictly proper score of a sampler that needs samples only, no likelihood (paper, section 3)."""
+"""The energy loss: a strictly proper score of a sampler, from samples alone without a likelihood (paper, section 3)."""
 
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ DISTANCES_AT_ONCE = {"cpu": 2**19, "cuda": 2**25}
 
 
 class EnergyLoss(NamedTuple):
-    """The loss per position and its two parts, each `[S, B]`: `loss = 2 * to_target - between`."""
+    """The loss per position and its two terms, each `[S, B]`: `loss = 2 * to_target - between`."""
 
     loss: Tensor
     to_target: Tensor  # mean of |x_n - z_m|^beta, detached: how far the samples are from the posterior
@@ -34,8 +34,8 @@ def energy_loss(
 
     The G rows of `target_noise` split the S positions into G runs of ceil(S / G) neighbours, the last one possibly
     shorter; a run shares its draws, so that G = S gives every position draws of its own. The tensors are laid out
-    as the model's, so nothing is transposed in memory. The draws z are never formed, and the gradient is computed along
-    with the loss, slice by slice: beyond inputs and gradient, memory does not grow with S and B.
+    as the model's, so nothing is transposed in memory. The draws z are not formed, and the gradient is computed with
+    the loss, slice by slice: apart from inputs and gradient, memory does not grow with S and B.
 
     Args:
         samples: head samples, `[S, B, N, l]`, N >= 2; the only input that receives a gradient.
@@ -43,10 +43,10 @@ def energy_loss(
         log_std: logarithm of the posterior's standard deviation, `[S, B, l]`.
         target_noise: standard normal draws, `[G, B, M, l]`.
         beta: exponent of the distances, 0 < beta < 2.
-        slice_size: distances between samples and targets held at once; None suits the device.
+        slice_size: distances between samples and targets held at once; by default `DISTANCES_AT_ONCE` of the device.
 
     Returns:
-        Loss and parts, `[S, B]`, float64 for float64 samples and float32 otherwise.
+        Loss and terms, `[S, B]`, float64 for float64 samples and float32 otherwise.
 
     Raises:
         ValueError: the shapes do not fit together, N < 2, or beta is out of its range.
@@ -60,7 +60,7 @@ def energy_loss(
 
 
 class _WithGradient(torch.autograd.Function):
-    """Computes the gradient of the samples in the forward pass, where the distances are at hand, and keeps it alone."""
+    """Computes the gradient of the samples in the forward pass, from the same distances, and keeps nothing else."""
 
     @staticmethod
     def forward(ctx: Any, samples: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -87,7 +87,7 @@ def _in_slices(
     slice_size: int,
     gradient: Tensor | None,
 ) -> EnergyLoss:
-    """The loss over all positions; writes the gradient of each position's loss into `gradient` where one is given."""
+    """The loss of all positions; writes the gradient of each position's loss into `gradient` if given."""
     positions, batch, count, _ = samples.shape
     runs, _, draws, _ = target_noise.shape
     width = -(-positions // runs)
@@ -95,7 +95,7 @@ def _in_slices(
     between = torch.empty_like(to_target)
     runs_held = max(1, slice_size // (width * count * draws))
     columns = min(batch, runs_held)
-    full = positions - positions % width  # a shorter last run makes a slice of its own
+    full = positions - positions % width  # a shorter last run is a slice of its own
     bounds = [*range(0, full, width * (runs_held // columns)), *range(full, positions, width), positions]
     with torch.autocast(samples.device.type, enabled=False):
         for start, stop in pairwise(bounds):
@@ -137,7 +137,8 @@ def _to_target(x: Tensor, mean: Tensor, log_std: Tensor, noise: Tensor, beta: fl
     """Mean of |x_n - z_m|^beta over n and m, `[s, b]`; adds twice its gradient to `gradient`.
 
     By inner products, centred on the posterior mean: with c = x - mean,
-    |x - z|^2 = |c|^2 + sum_j sigma_j^2 eps_j^2 - 2 (c sigma) . eps, so the draws of a run enter two matrix products.
+    |x - z|^2 = |c|^2 + sum_j sigma_j^2 eps_j^2 - 2 (c sigma) . eps, so the draws of a run are read by two matrix
+    products.
     """
     runs, _, draws, _ = noise.shape
 
@@ -156,7 +157,7 @@ def _to_target(x: Tensor, mean: Tensor, log_std: Tensor, noise: Tensor, beta: fl
     distance = square.pow(beta / 2)
     value = distance.sum(-1).view_as(own).sum(-1).div_(own.shape[-1] * draws)
     if gradient is not None:
-        # Squares below the rounding error of their sum are unresolved: bound their slope, which may be infinite.
+        # A square below the rounding error of its terms is not accurate: bound its slope, which may be infinite.
         floor = own.mul_(torch.finfo(x.dtype).eps).clamp_(min=_tiny(x)).view(*square.shape[:2], 1)
         slope = distance.mul_(2 * beta / (own.shape[-1] * draws)).div_(square.clamp_(min=floor))
         pull = torch.bmm(slope, noise).view_as(centred).mul_(sigma.unsqueeze(3))
