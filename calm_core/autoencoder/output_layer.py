@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from calm_core.config.model_config import padded_vocabulary
+
 ROWS_AT_ONCE = 256  # inputs whose logits are held at a time: 32 MB at V = 32,000 in float32
 
 LOGITS_AT_ONCE = 1 << 21  # logits searched at a time for the largest: 8 MB, which stay in the processor's cache
@@ -56,6 +58,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: 
 
     Matrix products run in the inputs' dtype, softmax and sums in float32 (float64 for float64). The gradients are
     computed with the loss, `rows` tokens at a time: only their logits are held, not several copies of all n x V.
+
+    The products run on a vocabulary padded to `padded_vocabulary`, whose padding has probability 0: with an odd V, such
+    as 128,257, the rows of logits are not aligned, for which GPUs have slower kernels.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _WithGradients.apply(hidden, weight, targets, rows)
@@ -74,16 +79,21 @@ class _WithGradients(torch.autograd.Function):
         precision = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=precision, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
+        vocabulary = len(weight)
+        if padding := padded_vocabulary(vocabulary) - vocabulary:
+            weight = F.pad(weight, (0, 0, 0, padding))
         weight_gradient = torch.zeros_like(weight, dtype=precision)
         for start in range(0, len(targets), rows):
             part, goal = hidden[start : start + rows], targets[start : start + rows, None]
-            probabilities = _logits(part, weight).log_softmax(-1)
+            logits = _logits(part, weight)
+            logits[:, vocabulary:] = -torch.inf
+            probabilities = logits.log_softmax(-1)
             total -= probabilities.gather(1, goal).sum()
             probabilities.exp_().scatter_add_(1, goal, -torch.ones_like(goal, dtype=precision))
             slope = probabilities.to(hidden.dtype)  # gradient of the summed loss with respect to the logits
             torch.mm(slope, weight, out=hidden_gradient[start : start + rows])
             weight_gradient += slope.T @ part
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.save_for_backward(hidden_gradient, weight_gradient[:vocabulary])
         ctx.count, ctx.dtype = len(targets), weight.dtype
         return total / len(targets)
 

@@ -1,7 +1,7 @@
 """The account of a training run of the autoencoder, which is data-parallel alone."""
 
 from calm_core.config.experiment import Experiment
-from calm_core.config.model_config import AutoencoderConfig
+from calm_core.config.model_config import AutoencoderConfig, padded_vocabulary
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.model.costs import FLOAT32, TOKEN, Load
 from calm_core.plan import flops
@@ -65,8 +65,9 @@ def activations(shape: AutoencoderShape, load: Load) -> int:
     Kept of the latent: 6 float32 tensors (mean and log_std of the posterior, its deviation, variance, noise, and the KL
     divergence), the input of the decoder and the dropout mask; of the tokens, the ids before and after dropout.
 
-    For the table the cross-entropy keeps a float32 gradient, and backward adds to another. The logits of a slice are
-    held in float32 and twice in the precision of the weights.
+    For the table the cross-entropy keeps a float32 gradient, and backward adds to another; where the vocabulary is not
+    a multiple of that of `padded_vocabulary`, it works on a padded copy. The logits of a slice are held in float32 and
+    twice in the precision of the weights.
     """
     h, k, ffn, latent = shape.hidden, shape.k, shape.ffn, shape.latent
     blocks = 2 * (k + 1) * (load.rms_norm(h) + load.whole(h) + load.whole(4 * ffn))
@@ -74,5 +75,7 @@ def activations(shape: AutoencoderShape, load: Load) -> int:
     decoder = load.whole(h) + load.rms_norm(k * h) + load.whole(k * h)
     posterior = load.float32(6 * latent) + load.whole(latent) + load.rows * latent
     kept = blocks + encoder + decoder + posterior + 2 * load.rows * k * TOKEN
-    logits = min(LOGIT_ROWS, load.rows * k) * shape.vocabulary * (2 * load.width + FLOAT32)
-    return kept + 2 * FLOAT32 * shape.vocabulary * h + logits
+    rows = padded_vocabulary(shape.vocabulary)
+    logits = min(LOGIT_ROWS, load.rows * k) * rows * (2 * load.width + FLOAT32)
+    copy = 0 if rows == shape.vocabulary else load.width * rows * h
+    return kept + 2 * FLOAT32 * rows * h + copy + logits

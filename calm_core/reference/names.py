@@ -85,16 +85,16 @@ def calm_to_theirs(ours: Mapping[str, Tensor], shape: ModelShape) -> dict[str, T
 
 
 def calm_links(shape: ModelShape) -> list[Link]:
-    """Every tensor of a CALM network, in the reference and here, whichever of its three heads it has."""
-    backbone, head = shape.backbone, shape.head
+    """Every tensor of a CALM network, in the reference and here.
+
+    Raises:
+        KeyError: if the reference has no head of this kind (see `_HEADS`).
+    """
+    backbone = shape.backbone
     layers = [link for layer in range(backbone.layers) for link in _layer(layer, backbone)]
-    blocks = range(head.block_count(backbone.layers))
-    if head.kind == "energy":
-        heads = [*_weights_and_biases(_ENERGY), *(link for block in blocks for link in _block(block, backbone.hidden))]
-    else:
-        heads = _weights_and_biases(_ADAPTIVE | {t: o for block in blocks for t, o in _adaptive_block(block).items()})
+    head = _HEADS[shape.head.kind](backbone.hidden, shape.head.block_count(backbone.layers))
     norm = _renamed({"transformer.norm.weight": "backbone.final_layernorm.weight"})
-    return [_embedding(shape.vocabulary), *_weights_and_biases(_COMPRESSION), *layers, *norm, *heads]
+    return [_embedding(shape.vocabulary), *_weights_and_biases(_COMPRESSION), *layers, *norm, *head]
 
 
 _COMPRESSION = {
@@ -121,6 +121,23 @@ _ADAPTIVE = {
     f"{HEAD}net.cond_embed": "head.net.hidden_in",
     f"{HEAD}net.final_layer.adaLN_modulation.1": "head.net.out_modulation",
     f"{HEAD}net.final_layer.linear": "head.net.out",
+}
+
+
+def _energy_head(hidden: int, blocks: int) -> list[Link]:
+    return [*_weights_and_biases(_ENERGY), *(link for index in range(blocks) for link in _block(index, hidden))]
+
+
+def _adaptive_head(hidden: int, blocks: int) -> list[Link]:
+    in_blocks = {theirs: ours for index in range(blocks) for theirs, ours in _adaptive_block(index).items()}
+    return _weights_and_biases(_ADAPTIVE | in_blocks)
+
+
+# The links of a head, from the hidden width and the number of blocks, by `head.kind`.
+_HEADS: dict[str, Callable[[int, int], list[Link]]] = {
+    "energy": _energy_head,
+    "diffusion": _adaptive_head,
+    "flow": _adaptive_head,
 }
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm_core.autoencoder import output_layer
 from calm_core.autoencoder.output_layer import argmax, linear_cross_entropy, log_probability, most_probable
@@ -30,6 +31,27 @@ def test_values_and_gradients(dtype, tolerance, rows):
     for gradient, reference in zip(gradients, expected, strict=True):
         assert gradient.dtype == dtype
         torch.testing.assert_close(gradient, reference, rtol=tolerance, atol=tolerance * reference.abs().max().item())
+
+
+class Products(TorchDispatchMode):
+    """The sizes of every matrix that enters or leaves a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.mm:
+            self.sizes |= {size for matrix in (*args[:2], out) for size in matrix.shape}
+        return out
+
+
+def test_products_run_on_a_padded_vocabulary():
+    hidden, weight, targets = problem(torch.float32)
+    with Products() as seen:
+        linear_cross_entropy(hidden, weight, targets)
+    assert seen.sizes == {23, 8, 128}
 
 
 def test_without_gradients_the_value_is_the_same():

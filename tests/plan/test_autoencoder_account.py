@@ -11,7 +11,7 @@ from calm_core.model.costs import FLOAT32, Load
 from calm_core.model.noise import SampleNoise
 from calm_core.plan.autoencoder_account import LOGIT_ROWS, activations, autoencoder_shape
 
-S, B, K, V = 32, 2, 4, 100
+S, B, K, V = 32, 2, 4, 128
 
 
 @pytest.mark.parametrize("hidden", [64, 128])

@@ -15,6 +15,8 @@ from calm_core.model.costs import Load, target_bytes
 from calm_core.model.heads.protocol import GenerativeHead, HeadLoss, Target
 from calm_core.model.heads.registry import head_module
 from calm_core.model.noise import SampleNoise
+from calm_core.plan import account, flops, memory
+from calm_core.reference.names import calm_links
 
 S, B, D, L, V = 32, 2, 64, 16, 128
 BACKBONE = BackboneConfig(layers=2, hidden=D, ffn=96, heads=4)
@@ -91,12 +93,16 @@ def test_costs_grow_with_the_samples_of_the_loss(kind: str) -> None:
     assert few.training_weights.forward < many.training_weights.forward < 4 * few.training_weights.forward
 
 
-def test_a_kind_that_is_not_registered_has_no_costs() -> None:
+def test_a_kind_that_is_not_registered_is_an_error_everywhere() -> None:
     head = shape_of("energy").head
     object.__setattr__(head, "kind", "unheard-of")
     shape = replace(shape_of("energy"), head=head)
-    from calm_core.plan import flops, memory
-
-    for count in (lambda: flops.parameters(shape), lambda: memory.activations(shape, Load(S, B, ParallelConfig()))):
+    load = Load(S, B, ParallelConfig())
+    for asked in (
+        lambda: flops.parameters(shape),
+        lambda: memory.activations(shape, load),
+        lambda: account.tensor_parallel_traffic(shape, load),
+        lambda: calm_links(shape),
+    ):
         with pytest.raises(KeyError, match="unheard-of"):
-            count()
+            asked()
