@@ -5,11 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from golden_numbers import RecordedNoise
 from torch import Tensor
 
 from calm_core.config.model_config import HEADS, BackboneConfig, HeadConfig, ModelShape
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.distributed.topology import Topology
+from calm_core.errors import UserError
 from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
 from calm_core.model.heads.protocol import Target
@@ -101,3 +103,33 @@ def test_the_adaptive_network_starts_by_xavier_and_from_zero(topology: Topology,
     for layer in (net.time_in, net.time_out):
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert not any(layer.weight.any() for layer in (net.blocks[0].modulation, net.out_modulation, net.out))
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "flow"])
+def test_the_loss_is_the_mean_over_independent_draws(topology: Topology, kind: str) -> None:
+    head, generator = build(kind).head, torch.Generator().manual_seed(0)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    normal = {name: torch.randn(S, B, 4, L, generator=generator) for name in ("noise", "source", "target")}
+    time = torch.rand(S, B, 4, generator=generator)
+    draws = {f"{kind}/{name}": drawn for name, drawn in normal.items()}
+    draws[f"{kind}/time"] = (1000 * time).long() if kind == "diffusion" else time
+    mean = torch.randn(S, B, L, generator=generator)
+    target = Target(torch.zeros(S, B, 2, dtype=torch.int64), mean, torch.full_like(mean, -1.0))
+    hidden = torch.randn(S, B, 32, generator=generator)
+    together = head.loss(hidden, target, RecordedNoise(draws))
+    head.samples = 1
+    single = [
+        head.loss(hidden, target, RecordedNoise({name: drawn[:, :, [n]] for name, drawn in draws.items()}))
+        for n in range(4)
+    ]
+    torch.testing.assert_close(together.loss, torch.stack([one.loss for one in single]).mean(0))
+    for name, term in together.terms.items():
+        torch.testing.assert_close(term, torch.stack([one.terms[name] for one in single]).mean(0))
+    assert not torch.allclose(single[0].loss, single[1].loss)
+
+
+def test_only_the_energy_score_needs_two_samples() -> None:
+    assert [HeadConfig(kind=kind, samples=1).samples for kind in HEADS if kind != "energy"] == [1, 1, 1]
+    with pytest.raises(UserError, match=r"head\.samples=1 is too few: head\.kind=energy needs at least 2"):
+        HeadConfig(samples=1)
