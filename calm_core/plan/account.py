@@ -11,7 +11,7 @@ from calm_core.model.heads.registry import head_module
 from calm_core.plan import flops
 from calm_core.plan.layout import accumulation
 from calm_core.plan.memory import States, peak, rank_parameters, states
-from calm_core.plan.pipeline_split import by_part, pipeline_split, shares
+from calm_core.plan.pipeline_split import by_part, pipeline_split, stage_fractions
 
 
 def tensor_parallel_traffic(shape: ModelShape, load: Load) -> list[int]:
@@ -55,7 +55,7 @@ class PipelineStage:
     Attributes:
         layers: transformer layers.
         parameters: weights on each rank.
-        share: fraction of the FLOPs of a step.
+        fraction: of the FLOPs of a step.
         states: weights, gradients, optimizer.
         activations: at their peak.
         backbone_sent: to the tensor-parallel group in a step, for compression and layers.
@@ -67,7 +67,7 @@ class PipelineStage:
 
     layers: int
     parameters: int
-    share: float
+    fraction: float
     states: States
     activations: int
     backbone_sent: int
@@ -158,7 +158,7 @@ def _stage(
     return PipelineStage(
         layers=sum(split[stage :: layout.pipeline]),
         parameters=parameters,
-        share=shares(shape, load.positions, layout, split)[stage],
+        fraction=stage_fractions(shape, load.positions, layout, split)[stage],
         states=states(parameters, data_size, load.width),
         activations=peak(shape, load, split, stage, micro_batches),
         backbone_sent=own([*sent[:-1], 0]) * micro_batches,

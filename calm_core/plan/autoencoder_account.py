@@ -18,7 +18,7 @@ def describe(experiment: Experiment, vocabulary: int, world: int) -> str:
     """The account as text.
 
     Raises:
-        UserError: if the world does not share the global batch evenly.
+        UserError: if the world does not divide the global batch evenly.
     """
     training, plan, config = experiment.autoencoder_training, experiment.plan, experiment.autoencoder
     shape = autoencoder_shape(config, vocabulary, experiment.data.k)

@@ -33,7 +33,7 @@ def accumulation(training: TrainingConfig, layout: ParallelConfig, world: int, s
 
 
 def data_sizes(training: TrainingConfig, layout: ParallelConfig) -> list[int]:
-    """Data-parallel sizes that share the global batch evenly."""
+    """Data-parallel sizes that divide the global batch evenly."""
     rest, remainder = divmod(training.global_batch, training.micro_batch * layout.micro_batch_multiple)
     return [] if remainder else [size for size in range(1, rest + 1) if rest % size == 0]
 
@@ -72,12 +72,12 @@ def check_groups(kind: str, groups: Iterable[list[int]], size: int, world: int) 
 
 
 def check_layout(shape: ModelShape, positions: int, layout: ParallelConfig) -> None:
-    """Refuse a layout whose tensor-parallel ranks cannot share this model, or its samples of S positions, evenly.
+    """Refuse a layout whose tensor-parallel ranks cannot divide this model, or its samples of S positions, evenly.
 
     `pipeline_split` checks the stages.
 
     Raises:
-        UserError: naming the key and the mend.
+        UserError: naming the key and how to change it.
     """
     backbone, tensor = shape.backbone, layout.tensor
     if backbone.key_value_heads % tensor:

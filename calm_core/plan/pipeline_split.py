@@ -88,7 +88,7 @@ def by_part(units: Sequence[T], split: Sequence[int]) -> list[list[T]]:
     return parts
 
 
-def shares(shape: ModelShape, positions: int, layout: ParallelConfig, split: Sequence[int]) -> list[float]:
+def stage_fractions(shape: ModelShape, positions: int, layout: ParallelConfig, split: Sequence[int]) -> list[float]:
     """The fraction of each stage in the FLOPs of a training step; they add up to 1."""
     work = [sum(unit.training for unit in part) for part in by_part(_costs(shape, positions, layout), split)]
     return [sum(work[stage :: layout.pipeline]) / sum(work) for stage in range(layout.pipeline)]
@@ -96,7 +96,7 @@ def shares(shape: ModelShape, positions: int, layout: ParallelConfig, split: Seq
 
 def describe(shape: ModelShape, positions: int, layout: ParallelConfig, split: Sequence[int]) -> str:
     """The split and the fraction of the FLOPs on each stage, as a line for the person who starts the run."""
-    percents = " + ".join(f"{100 * share:.1f}" for share in shares(shape, positions, layout, split))
+    percents = " + ".join(f"{100 * share:.1f}" for share in stage_fractions(shape, positions, layout, split))
     return f"parallel.split={list(split)}: the stages share the FLOPs of a step as {percents} %"
 
 

@@ -69,7 +69,7 @@ def _memory_rows(account: Account, plan: PlanConfig) -> list[list[str]]:
                 str(index),
                 str(stage.layers),
                 f"{stage.parameters / 1e6:.1f}M",
-                f"{stage.share:.1%}",
+                f"{stage.fraction:.1%}",
                 *(f"{size / GIB:.3g}" for size in sizes),
                 f"{room:.0%}" + (" TOO MUCH" if room > 1 else ""),
             ]

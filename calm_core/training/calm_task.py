@@ -33,7 +33,7 @@ from calm_core.model.noise import SampleNoise
 from calm_core.model.parameters import initialize
 from calm_core.plan import flops
 from calm_core.plan.layout import check_layout
-from calm_core.plan.pipeline_split import describe, pipeline_split, shares
+from calm_core.plan.pipeline_split import describe, pipeline_split, stage_fractions
 from calm_core.tokenizer import Tokenizer
 
 # Settings that may change without changing what the weights mean.
@@ -78,7 +78,7 @@ class CalmTask:
         self.summary = f"K={shape.k}, {shape.head.kind} head, {shape.backbone.layers} layers of {shape.backbone.hidden}"
         self.stages = [
             {"stage": stage, "layers": sum(self.split[stage :: layout.pipeline]), "share of FLOPs": share}
-            for stage, share in enumerate(shares(shape, positions, layout, self.split))
+            for stage, share in enumerate(stage_fractions(shape, positions, layout, self.split))
         ]
         self.flops_per_sample = flops.executed_training(shape, positions)
         self.identity = {

@@ -12,7 +12,7 @@ from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.errors import UserError
 from calm_core.plan import flops
-from calm_core.plan.pipeline_split import balanced, by_part, describe, pipeline_split, shares
+from calm_core.plan.pipeline_split import balanced, by_part, describe, pipeline_split, stage_fractions
 
 CALM_M = ModelShape(BackboneConfig(layers=16), HeadConfig(), 128_257, k=4, latent=128)
 BASELINE = replace(CALM_M, head=HeadConfig(kind="softmax"), k=1, latent=0)
@@ -84,12 +84,12 @@ def test_every_unit_is_in_one_part() -> None:
     assert [len(part) for part in parts] == [1, 9, 7, 1]
 
 
-def test_shares_by_hand() -> None:
+def test_stage_fractions_by_hand() -> None:
     embedding, layer, *_, head = (cost.training for cost in flops.unit_costs(CALM_M, 2048))
     layout = ParallelConfig(pipeline=2, virtual=2, split=[3, 5, 6, 2])
     whole = embedding + 16 * layer + head
     expected = [(embedding + 9 * layer) / whole, (7 * layer + head) / whole]
-    assert shares(CALM_M, 2048, layout, layout.split) == pytest.approx(expected)
+    assert stage_fractions(CALM_M, 2048, layout, layout.split) == pytest.approx(expected)
     percents = " + ".join(f"{100 * share:.1f}" for share in expected)
     line = f"parallel.split=[3, 5, 6, 2]: the stages share the FLOPs of a step as {percents} %"
     assert describe(CALM_M, 2048, layout, layout.split) == line
