@@ -49,21 +49,21 @@ def main(arguments: Sequence[str]) -> int:
     parsed = parser.parse_intermixed_args(arguments)
     try:
         job = Job.of(os.environ)
-        task, port = read_task(parsed, job), job.free_port()
+        request, port = read_request(parsed, job), job.free_port()
     except SlurmError as error:
         log(str(error))
         return ExitCode.FAILED
     except UserError as error:
         log(f"refused: {error}")
         return ExitCode.USAGE
-    if task is None:
+    if request is None:
         log(f"nothing to do: line {job.array[0]} of {parsed.list} holds no configuration")
         return ExitCode.OK
-    return run(job, task, port)
+    return run(job, request, port)
 
 
 @dataclass(frozen=True)
-class Task:
+class StageRequest:
     """What a job has to run.
 
     Attributes:
@@ -81,8 +81,8 @@ class Task:
     share: tuple[int, int] = (0, 1)
 
 
-def read_task(parsed: argparse.Namespace, job: Job) -> Task | None:
-    """The task that the arguments describe; None where the list has nothing for this task of an array.
+def read_request(parsed: argparse.Namespace, job: Job) -> StageRequest | None:
+    """What the arguments ask for; None where the list has nothing for this task of an array.
 
     Raises:
         UserError: if there is no configuration, or the job is not the array that it has to be.
@@ -95,8 +95,8 @@ def read_task(parsed: argparse.Namespace, job: Job) -> Task | None:
     experiment = [find_file(given[0]), *given[1:]]
     if job.array and not parsed.list:
         index, count = job.share
-        return Task(parsed.stage, experiment, ("--shard", f"{index}/{count}"), job.array[0], job.share)
-    return Task(parsed.stage, experiment, ("--finish",) if parsed.finish else ())
+        return StageRequest(parsed.stage, experiment, ("--shard", f"{index}/{count}"), job.array[0], job.share)
+    return StageRequest(parsed.stage, experiment, ("--finish",) if parsed.finish else ())
 
 
 def find_file(path: str) -> str:
@@ -124,12 +124,12 @@ def line_of(path: str, job: Job) -> list[str]:
     return lines[number - 1].partition("#")[0].split() if number <= len(lines) else []
 
 
-def run(job: Job, task: Task, port: int) -> int:
+def run(job: Job, request: StageRequest, port: int) -> int:
     """Check the nodes, run the stage, decide what follows; the exit code for Slurm. Ranks connect to `port`."""
-    log(f"{task.stage}: job {job.id}, restart {job.restart}, {len(job.nodes)} nodes {','.join(job.nodes)}")
+    log(f"{request.stage}: job {job.id}, restart {job.restart}, {len(job.nodes)} nodes {','.join(job.nodes)}")
     limit = int(job.environment.get("CALM_RESTARTS") or 3)
     steps = Steps(job, {**job.environment, "MASTER_ADDR": job.address, "MASTER_PORT": str(port)})
-    reports = check_nodes(job, task, steps, port)
+    reports = check_nodes(job, request, steps, port)
     if steps.end_requested:
         return requeue_before_start(job, steps, limit, ExitCode.STOPPED, "Slurm needs the nodes")
     if not reports:
@@ -139,21 +139,24 @@ def run(job: Job, task: Task, port: int) -> int:
     if plan is None:  # on every node: one that alone cannot read a file is a bad node
         log(f"refused: {next(iter(reports.values()))['problems'][0]}")
         return ExitCode.USAGE
-    records = StageRecords.of(Path(plan["run"]), task.stage, task.array_task)
+    if request.options and not plan["shareable"]:
+        log(f"refused: {request.stage} cannot be divided over the tasks of an array: submit it without --array.")
+        return ExitCode.USAGE
+    records = StageRecords.of(Path(plan["run"]), request.stage, request.array_task)
     try:
         folder = records.attempt(f"{job.id}.{job.restart}")
     except OSError as error:
         return requeue_before_start(job, steps, limit, ExitCode.FAILED, f"no records can be kept here: {error}")
-    return Attempt(job, task, steps, limit, {**plan, "share": task.share}, records, folder).run(reports)
+    return Attempt(job, request, steps, limit, {**plan, "share": request.share}, records, folder).run(reports)
 
 
-def check_nodes(job: Job, task: Task, steps: Steps, port: int) -> Reports:
+def check_nodes(job: Job, request: StageRequest, steps: Steps, port: int) -> Reports:
     """The report of each node's preflight, by node; a node that did not answer has none."""
     seconds = float(job.environment.get("CALM_CHECK_SECONDS") or 120)
     size = ["--nodes", ",".join(job.nodes), "--tasks", str(job.tasks_per_node)]
     meeting = ["--address", job.address, "--port", str(port)]
     with TemporaryDirectory(prefix=".preflight-", dir=Path.cwd()) as folder:
-        arguments = [task.stage, "--reports", folder, *size, *meeting, *task.experiment]
+        arguments = [request.stage, "--reports", folder, *size, *meeting, *request.experiment]
         command = steps.command(1, [], "calm_core.cluster.preflight", *arguments)
         printed = steps.output(command, 3 * seconds + 60)
         # By name: on NFS the listing of a folder may be older than the files in it.
@@ -236,7 +239,7 @@ class Attempt:
 
     Attributes:
         job: that this process belongs to.
-        task: that it has to run.
+        request: what it has to run.
         steps: of the job.
         limit: restarts without progress that are allowed.
         plan: what `preflight` made of the configuration, and the share of the task.
@@ -245,7 +248,7 @@ class Attempt:
     """
 
     job: Job
-    task: Task
+    request: StageRequest
     steps: Steps
     limit: int
     plan: Mapping[str, Any]
@@ -283,8 +286,8 @@ class Attempt:
         code = self._run_ranks()
         if code == ExitCode.OK and plan["training"] and was_there and progress_of(plan) == step:
             log(f"finished before: {plan['product']} is there")
-        if code == ExitCode.OK and self.task.array_task is None and plan["inputs"]:
-            ledger, stage = Ledger(Path(plan["run"]) / "stages.json"), self.task.stage
+        if code == ExitCode.OK and self.request.array_task is None and plan["inputs"]:
+            ledger, stage = Ledger(Path(plan["run"]) / "stages.json"), self.request.stage
             products = [Path(product) for product in plan["products"]]
             ledger.note(stage, ledger.seconds(stage) + time.time() - began, stamp(plan["inputs"], products))
         return code
@@ -294,7 +297,7 @@ class Attempt:
         tasks = self.job.tasks_per_node if self.plan["training"] else 0
         logs = str(self.folder).replace("%", "%%") + "/rank-%4t.log"
         options = [f"--output={logs}", "--open-mode=append", "--kill-on-bad-exit=1", "--wait=60"]
-        arguments = [str(self.folder / "ranks"), *self.plan["command"], *self.task.options]
+        arguments = [str(self.folder / "ranks"), *self.plan["command"], *self.request.options]
         log(f"starting {' '.join(arguments[1:])}")
         log(f"logs: {self.folder}/rank-*.log")
         command = self.steps.command(tasks, options, "calm_core.cluster.steps", *arguments)

@@ -85,6 +85,8 @@ def all_reduce(rank: int, nodes: list[str], address: str, port: int, seconds: fl
 
 
 def _device_problems(promised: int) -> list[str]:
+    if promised == 0:  # the GPUs that are visible all the same belong to other jobs
+        return []
     seen = torch.cuda.device_count()
     if seen != promised:
         return [f"Slurm gives {promised} GPUs, torch sees {seen}"]
@@ -156,6 +158,7 @@ def plan_stage(name: str, nodes: int, tasks: int, path: str, *overrides: str) ->
         "run": experiment.run,
         "command": _command(stage, experiment, [path, *overrides]),
         "environment": stage.environment,
+        "shareable": stage.shareable,
         "product": str(stage.product),
         "training": str(training.folder) if training else "",
         "steps": training.config.steps if training else 0,

@@ -195,7 +195,10 @@ def is_queued(job: str) -> bool:
 def _record(number: str) -> dict[str, str]:
     """Slurm's record of the job whose SLURM_JOB_ID is `number`: for an array's id Slurm prints those of all tasks."""
     lines = _ask("scontrol", "show", "--oneliner", "job", number, wait=LONG_WAIT).splitlines()
-    return next((record for record in map(_fields, lines) if record.get("JobId") == number), {})
+    records = {record.get("JobId"): record for record in map(_fields, lines)}
+    if number not in records:
+        raise SlurmError(f"scontrol show job {number} shows no job of this number")
+    return records[number]
 
 
 def _fields(line: str) -> dict[str, str]:

@@ -33,6 +33,11 @@ def test_each_fault_is_named(tmp_path: Path) -> None:
     assert len(problems(tmp_path, promised=GPUS + 1, memory_gib=1e6, scratch=tmp_path / "file")) == 3
 
 
+def test_gpus_of_other_jobs_on_the_node_are_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert problems(tmp_path, promised=0) == []
+
+
 @pytest.mark.skipif(GPUS > 0, reason="one process cannot stand for two nodes with GPUs")
 def test_the_first_node_names_those_that_never_connected() -> None:
     with socket.socket() as probe:

@@ -83,7 +83,14 @@ def test_configuration_errors_are_not_retried(training: Training) -> None:
     training.submit(arguments=("training.stepz=7",))
     other = Training(training.cluster, training.run, training.folder)
     other.submit(nodes=3)
-    for refused, why in ((training, "did you mean training.steps?"), (other, "sbatch --nodes=2 is the nearest")):
+    array = Training(training.cluster, training.run, training.folder)
+    array.submit("--array=5-5")
+    sentences = {
+        training: "did you mean training.steps?",
+        other: "sbatch --nodes=2 is the nearest",
+        array: "train_calm cannot be divided over the tasks of an array",
+    }
+    for refused, why in sentences.items():
         job = refused.wait_for_end()
         assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
         assert why in refused.log()

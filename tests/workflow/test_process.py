@@ -1,9 +1,11 @@
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -11,7 +13,7 @@ import pytest
 from launching import finish, running
 
 from calm_core.errors import ExitCode
-from calm_core.workflow.process import run_process
+from calm_core.workflow.process import _end_with_parent, run_process
 
 PARENT = """
 import sys
@@ -42,9 +44,9 @@ def python(code: str) -> list[str]:
     [("", 0), ("raise SystemExit(2)", 2), ("import os; os.kill(os.getpid(), 9)", ExitCode.FAILED)],
 )
 def test_the_exit_code_is_the_commands(code, expected):
-    beats = []
-    assert run_process(python(code), {}, beats.append) == expected
-    assert len(beats) == 1
+    reported = []
+    assert run_process(python(code), {}, reported.append) == expected
+    assert len(reported) == 1
 
 
 def test_the_environment_is_added_to_this_ones():
@@ -60,11 +62,16 @@ def test_no_descendant_outlives_a_stopped_process(tmp_path, number):
         os.kill(parent.pid, number)
         parent.wait(60)
         await_true(lambda: is_gone(child))
-        if number != signal.SIGKILL:  # otherwise nobody is left to look after the child's children
+        if number != signal.SIGKILL:  # after SIGKILL no process is left that could end the child's children
             await_true(lambda: is_gone(grandchild))
             assert f"stopped by {signal.Signals(number).name}" in parent.stdout.read()
         with suppress(psutil.NoSuchProcess):
             grandchild.kill()
+
+
+def test_a_process_whose_parent_ended_before_it_started_ends_too():
+    with subprocess.Popen(["sleep", "60"], preexec_fn=partial(_end_with_parent, 1)) as orphan:  # not a child of 1
+        assert orphan.wait(30) == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(
