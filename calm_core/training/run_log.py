@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from calm_core.config.training_config import TrainingConfig
 from calm_core.errors import UserError
-from calm_core.io import write_text
+from calm_core.io import read_json_lines, write_text
 from calm_core.training.run_folder import RunFolder
 
 
@@ -80,24 +80,15 @@ def is_evaluated(metrics: Path, step: int) -> bool:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file, in order; a line that a crash cut short is skipped, and NaN is read as None."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(ValueError):
-            records.append(json.loads(line, parse_constant=lambda name: None))
-    return records
+    return read_json_lines(path)
 
 
 def _drop_after(metrics: Path, step: int) -> None:
     """Keep all events, and the other records up to `step`, which a checkpoint holds."""
     if not metrics.exists():
         return
-    lines = []
-    for line in metrics.read_text().splitlines():
-        with suppress(ValueError):  # a line that a crash cut short
-            record = json.loads(line)
-            if record["kind"] == "event" or record["step"] <= step:
-                lines.append(line + "\n")
-    write_text(metrics, "".join(lines))
+    kept = [record for record in read_json_lines(metrics) if record["kind"] == "event" or record["step"] <= step]
+    write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _start_wandb(folder: RunFolder, name: str, config: TrainingConfig, resolved: dict[str, Any]) -> Any:

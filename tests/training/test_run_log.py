@@ -24,8 +24,8 @@ def test_a_resume_drops_the_steps_to_be_done_again_and_no_event(tmp_path: Path) 
             log.write(step, kind, {})
     log.write(3, "event", {"event": "refused", "reason": "spike"})
     log.close()
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 1, "kind": "tr')  # killed while writing
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'7\n{"step": 1, "kind": "tr\xff')  # damaged, and cut short by a kill
     log = opened(tmp_path, 2)
     log.write(2, "event", {"event": "start"})
     log.close()
