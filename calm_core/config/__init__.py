@@ -1,21 +1,13 @@
 """Configuration: typed dataclasses, filled from YAML files and the command line; no torch here."""
 
-from calm_core.config.schema import (
-    convert,
-    describe,
-    differences,
-    dump,
-    flatten,
-    load,
-    option,
-    read_yaml,
-    save,
-    to_dict,
-    to_yaml,
-)
+from calm_core.config.loader import convert, load, read_yaml
+from calm_core.config.schema import check, decides, describe, option
+from calm_core.config.serialize import differences, dump, flatten, save, to_dict, to_yaml, with_absolute_paths
 
 __all__ = [
+    "check",
     "convert",
+    "decides",
     "describe",
     "differences",
     "dump",
@@ -26,4 +18,5 @@ __all__ = [
     "save",
     "to_dict",
     "to_yaml",
+    "with_absolute_paths",
 ]

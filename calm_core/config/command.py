@@ -4,26 +4,32 @@ import argparse
 import dataclasses
 import os
 import re
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from calm_core import config
+from calm_core.config.loader import user_path
+from calm_core.config.terminal import failsafe_output
 from calm_core.errors import ExitCode, UserError
 
 Config = TypeVar("Config")
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
-
 OVERRIDE = re.compile(r"[\w.-]+=.*", re.DOTALL)  # no slash before the "=": `runs/lr=1/config.yaml` is a path
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are `UserError`s: for tools that take paths, run under `guard`."""
+    """An argparse parser whose complaints are `UserError`s, and whose paths may begin with `~` or `$NAME`."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.register("type", Path, user_path)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the arguments by a sentence."""
@@ -39,42 +45,75 @@ def run(
     default: Path | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> int:
-    """Run `action(config, dry_run)` for `SCRIPT [CONFIG.yaml] [key=value ...] [--dry-run] [--help]`; the exit code.
+    """Run `action(config, dry_run)` for `SCRIPT [CONFIG.yaml] [key=value ...] [--dry-run] [--help]`.
 
-    `doc` is the script's docstring, `cls` the root of the configuration and `sections` those of its sections that the
-    script reads. Without a CONFIG.yaml the one at `default` is used, or the demo's. `options` are further ones,
-    `--name` to what argparse takes; `action` gets their values by name. Errors end as `guard` says.
+    Args:
+        doc: the script's docstring.
+        cls: the root of the configuration.
+        sections: those of its sections that the script reads.
+        action: what the script does; its values of `options` come by name.
+        argv: the arguments, by default those of the process.
+        default: the file to use where no CONFIG.yaml is given; by default the demo's.
+        options: further options, `--name` to the keywords of `add_argument`.
+
+    Returns:
+        The exit code, as `guard` gives it.
     """
     further = options or {}
 
     def command() -> int | None:
-        shown = "".join(f" [{' '.join(filter(None, [flag, how.get('metavar')]))}]" for flag, how in further.items())
-        parser = Parser(
-            usage=f"%(prog)s [CONFIG.yaml] [key=value ...]{shown} [--dry-run] [--help]",
-            description=doc,
-            epilog=f"keys, their types, defaults and meanings:\n{config.describe(cls, sections)}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
-        parser.add_argument("--dry-run", action="store_true", help="print what would be done and start nothing")
-        for flag, how in further.items():
-            parser.add_argument(flag, **how)
-        parsed = parser.parse_intermixed_args(argv)
+        parsed = _parser(doc, cls, sections, further).parse_intermixed_args(argv)
         given = {name: value for name, value in vars(parsed).items() if name not in ("arguments", "dry_run")}
         overrides = [argument for argument in parsed.arguments if OVERRIDE.fullmatch(argument)]
-        paths = [Path(argument) for argument in parsed.arguments if not OVERRIDE.fullmatch(argument)]
+        paths = [user_path(argument) for argument in parsed.arguments if not OVERRIDE.fullmatch(argument)]
         if len(paths) > 1:
             raise UserError(f"{paths[1]} is a second configuration after {paths[0]}: give one, and key=value for more.")
         usual = default or DEFAULT_CONFIG
         path = paths[0] if paths else usual if usual.exists() else None
-        return action(_with_source(config.load(cls, path, overrides, sections), path), parsed.dry_run, **given)
+        loaded = _with_source(config.load(cls, path, overrides, sections), path)
+        if not paths:
+            _announce(path, usual)
+        return action(loaded, parsed.dry_run, **given)
 
     return guard(command)
 
 
+def _parser(doc: str | None, cls: type, sections: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> Parser:
+    shown = "".join(f" [{' '.join(filter(None, [flag, how.get('metavar')]))}]" for flag, how in options.items())
+    width = shutil.get_terminal_size((0, 0)).columns  # 0 where there is no terminal: lines stay whole, for grep
+    parser = Parser(
+        usage=f"%(prog)s [CONFIG.yaml] [key=value ...]{shown} [--dry-run] [--help]",
+        description=_wrapped(doc or "", width),
+        epilog=f"keys, their types, defaults and meanings:\n{config.describe(cls, sections, width)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done and start nothing")
+    for flag, how in options.items():
+        parser.add_argument(flag, **how)
+    return parser
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Text of which every line is wrapped to `width` by itself; 0 leaves them whole."""
+    if not width:
+        return text
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent=" " * (len(line) - len(line.lstrip())))
+        for line in text.split("\n")
+    )
+
+
+def _announce(path: Path | None, usual: Path) -> None:
+    """Say which configuration is used where none is given; a comment, since `--dry-run` prints YAML below it."""
+    if os.environ.get("RANK", "0") == "0":
+        used = path or f"the built-in defaults, since {usual} is not there"
+        print(f"# no configuration is given: using {used}", flush=True)
+
+
 def _with_source(loaded: Config, path: Path | None) -> Config:
-    """Note the file in a configuration that has a field `config_file`, unless it says where it is from already."""
+    """Note the file in a configuration that has a field `config_file`, unless it already names one."""
     if getattr(loaded, "config_file", None) == "" and path is not None:
         return dataclasses.replace(loaded, config_file=str(path.absolute()))
     return loaded
@@ -83,17 +122,20 @@ def _with_source(loaded: Config, path: Path | None) -> Config:
 def guard(function: Callable[[], int | None]) -> int:
     """Call `function` and return its exit code (None is 0), whatever happens.
 
-    A `UserError` is one sentence on stderr and `ExitCode.USAGE`; under torchrun rank 0 alone prints it, so an error
-    must reach every rank to be seen. An interrupt is 130; anything else prints its trace and is `ExitCode.FAILED`.
+    A `UserError` is one sentence on stderr and `ExitCode.USAGE`. Every rank prints its own, with its number above
+    rank 0, unless all ranks raise the same one: then rank 0 prints it. Any other error prints its traceback and is
+    `ExitCode.FAILED`. Output that cannot be written, because its reader is gone or the disk is full, is dropped.
     """
-    try:
-        return int(function() or ExitCode.OK)
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        return int(ExitCode.USAGE)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except Exception:
-        traceback.print_exc()
-        return int(ExitCode.FAILED)
+    with failsafe_output():
+        try:
+            return int(function() or ExitCode.OK)
+        except UserError as error:
+            rank = os.environ.get("RANK", "0")
+            if rank == "0" or not error.on_all_ranks:
+                print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr, flush=True)
+            return int(ExitCode.USAGE)
+        except KeyboardInterrupt:
+            return int(ExitCode.INTERRUPTED)
+        except Exception:
+            traceback.print_exc()
+            return int(ExitCode.FAILED)

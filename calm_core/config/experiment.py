@@ -6,11 +6,11 @@ from pathlib import Path
 from calm_core.config.data_config import DataConfig, TokenizerConfig
 from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig
 from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.schema import option
+from calm_core.config.schema import PathText, check, option
 from calm_core.config.training_config import TrainingConfig
 from calm_core.errors import UserError
 
-# Scored chunks begin at token offsets divisible by this, so that models of every K score the same places.
+# Scored chunks begin at token offsets divisible by this, so that models of every K score the same positions.
 STRIDE = 8
 
 
@@ -19,15 +19,14 @@ class SamplesConfig:
     """Prompts that a trained model continues, and a model in training if asked to."""
 
     prompts: list[str] = option(["The state of the Union is", ""], "texts to continue; empty begins a document")
-    temperatures: list[float] = option([1.0, 0.5], "temperatures of the samples, each 1/n")
-    max_tokens: int = option(80, "tokens of each sample, at most")
+    temperatures: list[float] = option([1.0, 0.5], "temperatures of the continuations, each 1/n")
+    max_tokens: int = option(80, "tokens of each continuation, at most", at_least=1)
     while_training: bool = option(
         False, "continue the prompts at each evaluation too, where every rank holds the whole model"
     )
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UserError(f"samples.max_tokens={self.max_tokens} must be at least 1.")
+        check(self, "samples")
         for temperature in self.temperatures:
             if not 0 < temperature <= 1:
                 raise UserError(f"samples.temperatures holds {temperature}: choose values above 0 and at most 1.")
@@ -48,38 +47,44 @@ class SamplesConfig:
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """How the stages are started."""
+    """How the stages of the workflow are started."""
 
-    processes: int = option(2, "processes of each training; at most one per GPU where there are GPUs")
-    nodes: int = option(0, "on a cluster: nodes that train CALM; 0 means those of its launcher")
-    shares: int = option(1, "on a cluster: tasks of an array that tokenize, and that encode chunks, together")
+    processes: int = option(2, "processes of each training; at most one per GPU where there are GPUs", at_least=1)
+    nodes: int = option(0, "on a cluster: nodes that train CALM; 0 means those of its launcher", at_least=0)
+    shares: int = option(
+        1, "on a cluster: tasks of an array that tokenize, and that encode chunks, together", at_least=1
+    )
+
     least_rebuilt: float = option(
-        0.95, "share of held-out tokens that the autoencoder must rebuild for the stages after it to run"
+        0.95,
+        "fraction of held-out tokens that the autoencoder must rebuild for the stages after it to run",
+        at_least=0,
+        at_most=1,
     )
 
     def __post_init__(self) -> None:
-        for name in ("processes", "shares"):
-            if getattr(self, name) < 1:
-                raise UserError(f"pipeline.{name}={getattr(self, name)} must be at least 1.")
-        if self.nodes < 0:
-            raise UserError(f"pipeline.nodes={self.nodes} is no number of nodes: 0 means those of the launcher.")
-        if not 0 <= self.least_rebuilt <= 1:
-            raise UserError(f"pipeline.least_rebuilt={self.least_rebuilt} must be a share from 0 to 1.")
+        check(self, "pipeline")
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Evaluation of a model by its samples."""
+    """Evaluation of a model by its draws."""
 
-    windows: int = option(64, "held-out windows scored during training; 0 means all of them")
-    places: int = option(32, "scored places of a window, evenly spread over those there are; 0 means all of them")
-    samples: int = option(16, "N, draws of the next tokens at each place; roll-outs where a chunk has fewer than 4")
-    micro_batch: int = option(8, "windows per forward pass")
+    windows: int = option(
+        64, "held-out windows scored during training; 0 means all of them", belongs_to="scores", at_least=0
+    )
+    places: int = option(
+        32, "scored positions of a window, evenly spread over those there are; 0 means all of them", belongs_to="scores"
+    )
+    samples: int = option(
+        16, "N, draws of the next tokens at each scored position; roll-outs if a chunk has under 4", belongs_to="scores"
+    )
+    micro_batch: int = option(8, "windows per forward pass", belongs_to="nothing")
 
     def __post_init__(self) -> None:
-        # The variance that comes from the draws takes four of them to tell.
+        # The variance that comes from the draws takes four of them to estimate.
         if self.samples < 4 or self.micro_batch < 1 or self.windows < 0 or self.places < 0:
-            raise UserError("evaluation wants samples >= 4, micro_batch >= 1, windows >= 0 and places >= 0.")
+            raise UserError("evaluation needs samples >= 4, micro_batch >= 1, windows >= 0 and places >= 0.")
 
 
 @dataclass(frozen=True)
@@ -95,19 +100,17 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """The machine that `--dry-run` counts with; a run itself takes what it finds."""
+    """The machine that `--dry-run` counts with; a run itself uses what it finds."""
 
-    world: int = option(0, "ranks; 0 means those of this launch, or the fewest that the layout needs")
-    device_memory_gib: float = option(80.0, "memory of one device")
-    peak_tflops: float = option(989.0, "peak of one device in TFLOP/s: 989 is an H100's in bf16, 312 an A100's")
-    mfu: float = option(0.4, "model FLOPs utilisation that the days are estimated at")
+    world: int = option(0, "ranks; 0 means those of this launch, or the fewest that the layout needs", at_least=0)
+    device_memory_gib: float = option(80.0, "memory of one device", above=0)
+    peak_tflops: float = option(
+        989.0, "peak of one device in TFLOP/s: 989 is an H100's in bf16, 312 an A100's", above=0
+    )
+    mfu: float = option(0.4, "model FLOPs utilisation that the days are estimated with")
 
     def __post_init__(self) -> None:
-        if self.world < 0:
-            raise UserError(f"plan.world={self.world} is no number of ranks.")
-        for name in ("device_memory_gib", "peak_tflops"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"plan.{name}={getattr(self, name)} must be above 0.")
+        check(self, "plan")
         if not 0 < self.mfu <= 1:
             raise UserError(f"plan.mfu={self.mfu} is no share of the peak: choose above 0 and at most 1.")
 
@@ -128,9 +131,9 @@ class Paths:
 class Experiment:
     """Everything that a run from text to text depends on."""
 
-    run: str = option("runs/demo", "folder of the experiment; its parts are below it unless data.* says otherwise")
+    run: PathText = option("runs/demo", "folder of the experiment; holds its artefacts unless data.* says otherwise")
     config_file: str = option("", "the file that the experiment was first read from; scripts fill it in")
-    seed: int = option(0, "seed of initial weights, sample order and noise")
+    seed: int = option(0, "seed of initial weights, sample order and noise", belongs_to="training")
     data: DataConfig = option(DataConfig, "corpus and stores")
     tokenizer: TokenizerConfig = option(TokenizerConfig, "training of the tokenizer")
     autoencoder: AutoencoderConfig = option(AutoencoderConfig, "shape of the autoencoder")
@@ -140,14 +143,14 @@ class Experiment:
     parallel: ParallelConfig = option(ParallelConfig, "layout over ranks")
     training: TrainingConfig = option(TrainingConfig, "training of CALM")
     evaluation: EvaluationConfig = option(EvaluationConfig, "evaluation on held-out documents")
-    samples: SamplesConfig = option(SamplesConfig, "texts that show what the model says")
+    samples: SamplesConfig = option(SamplesConfig, "texts that show what the model generates")
     profile: ProfileConfig = option(ProfileConfig, "profile of training steps")
     pipeline: PipelineConfig = option(PipelineConfig, "all stages as one command")
     plan: PlanConfig = option(PlanConfig, "the machine that --dry-run of a training counts with")
 
     @property
     def paths(self) -> Paths:
-        """The artefacts' places: below `run`, or where `data` puts them."""
+        """Where the artefacts are: below `run`, or where `data` puts them."""
         run, data = Path(self.run), self.data
         return Paths(
             tokenizer=Path(data.tokenizer or run / "tokenizer" / "tokenizer.model"),

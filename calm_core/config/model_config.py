@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from calm_core.config.schema import option
+from calm_core.config.schema import check, option
 from calm_core.errors import UserError
 
 
@@ -10,23 +10,28 @@ from calm_core.errors import UserError
 class AutoencoderConfig:
     """Shape and regularisation of the autoencoder (paper, section 2)."""
 
-    hidden: int = option(512, "width of the autoencoder")
-    latent: int = option(128, "dimensions of a latent vector, l")
-    ffn: int = option(0, "width of the SwiGLU layers; 0 means 2.5 times hidden")
-    kl_weight: float = option(1e-3, "weight of the KL divergence in the loss")
-    kl_floor: float = option(0.5, "nats per dimension below which the KL divergence is not reduced")
-    token_dropout: float = option(0.15, "share of tokens hidden from the encoder in training")
-    latent_dropout: float = option(0.15, "share of latent dimensions hidden from the decoder in training")
-    norm_eps: float = option(1e-6, "epsilon of every norm")
-    init_std: float = option(0.02, "standard deviation of the initial weights")
+    hidden: int = option(512, "width of the autoencoder", belongs_to="weights", at_least=1)
+    latent: int = option(128, "dimensions of a latent vector, l", belongs_to="weights", at_least=1)
+    ffn: int = option(0, "width of the SwiGLU layers; 0 means 2.5 times hidden", belongs_to="weights", at_least=0)
+    kl_weight: float = option(1e-3, "weight of the KL divergence in the loss", belongs_to="training", at_least=0)
+    kl_floor: float = option(
+        0.5, "nats per dimension below which the KL divergence is not reduced", belongs_to="training", at_least=0
+    )
+    token_dropout: float = option(
+        0.15, "fraction of tokens hidden from the encoder in training", belongs_to="training", at_least=0, below=1
+    )
+    latent_dropout: float = option(
+        0.15,
+        "fraction of latent dimensions hidden from the decoder in training",
+        belongs_to="training",
+        at_least=0,
+        below=1,
+    )
+    norm_eps: float = option(1e-6, "epsilon of every norm", belongs_to="weights", at_least=0)
+    init_std: float = option(0.02, "standard deviation of the initial weights", belongs_to="training", at_least=0)
 
     def __post_init__(self) -> None:
-        for name in ("token_dropout", "latent_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"autoencoder.{name}={getattr(self, name)} is no share of a whole: choose from 0 to 1.")
-        for name in ("hidden", "latent"):
-            if getattr(self, name) < 1:
-                raise UserError(f"autoencoder.{name}={getattr(self, name)} is too small: choose at least 1.")
+        check(self, "autoencoder")
 
     @property
     def ffn_width(self) -> int:
@@ -66,28 +71,35 @@ VOCABULARY_MULTIPLE = 128
 class BackboneConfig:
     """The causal transformer over chunk positions (paper, section 3): RMSNorm, SwiGLU, RoPE, no biases."""
 
-    layers: int = option(16, "transformer layers")
-    hidden: int = option(1024, "width of the residual stream, d")
-    ffn: int = option(2752, "width of the SwiGLU feed-forward layer")
-    heads: int = option(16, "attention heads")
-    kv_groups: int = option(0, "key/value heads of grouped-query attention; 0 means as many as heads")
-    norm_eps: float = option(1e-6, "epsilon of every norm in the backbone, the compression and the head")
-    rope_base: float = option(10_000.0, "base of the rotary position embedding")
-    init_std: float = option(0.02, "standard deviation of the initial weights")
+    layers: int = option(16, "transformer layers", belongs_to="weights", at_least=1)
+    hidden: int = option(1024, "width of the residual stream, d", belongs_to="weights", at_least=1)
+    ffn: int = option(2752, "width of the SwiGLU feed-forward layer", belongs_to="weights", at_least=1)
+    heads: int = option(16, "attention heads", belongs_to="weights", at_least=1)
+    kv_groups: int = option(
+        0, "key/value heads of grouped-query attention; 0 means as many as heads", belongs_to="weights"
+    )
+    norm_eps: float = option(
+        1e-6,
+        "epsilon of every norm in the backbone, the compression and the head",
+        belongs_to="weights",
+        at_least=0,
+    )
+    rope_base: float = option(10_000.0, "base of the rotary position embedding", belongs_to="weights", above=0)
+    init_std: float = option(0.02, "standard deviation of the initial weights", belongs_to="training", at_least=0)
 
     def __post_init__(self) -> None:
-        for name in ("layers", "hidden", "ffn", "heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1.")
+        check(self, "model")
         if self.hidden % self.heads:
             raise UserError(f"model.heads={self.heads} does not divide model.hidden={self.hidden}: choose a divisor.")
         if self.hidden // self.heads % 2:
             raise UserError(
-                f"model.hidden={self.hidden} over model.heads={self.heads} leaves heads of an odd width, which rotary "
-                "positions cannot turn in pairs: change one of them."
+                f"model.hidden={self.hidden} over model.heads={self.heads} leaves heads of an odd width, but rotary "
+                "positions rotate pairs of features: change one of them."
             )
         if self.kv_groups < 0 or self.heads % self.key_value_heads:
-            raise UserError(f"model.kv_groups={self.kv_groups} does not divide model.heads={self.heads}.")
+            raise UserError(
+                f"model.kv_groups={self.kv_groups} does not divide model.heads={self.heads}: choose a divisor, or 0."
+            )
 
     @property
     def key_value_heads(self) -> int:
@@ -99,32 +111,45 @@ class BackboneConfig:
 class HeadConfig:
     """The generative head on the hidden states (paper, section 3.2) and its loss.
 
-    Changing `kind` alone changes the head; a setting that only some heads read says so.
+    `kind` alone changes the head; a field that only some heads read says so, and has no effect on the others.
     """
 
-    kind: str = option("energy", "energy | diffusion | flow | softmax (the autoregressive baseline, K=1)")
-    blocks: int = option(0, "residual blocks (not softmax); 0 means a quarter of the backbone's layers, at least 1")
-    noise: int = option(64, "energy: dimensions of the uniform noise that becomes a sample")
-    samples: int = option(
-        8, "not softmax: N, draws per position over which the loss averages (energy: head samples, at least 2)"
+    kind: str = option(
+        "energy", "energy | diffusion | flow | softmax (the autoregressive baseline, K=1)", belongs_to="weights"
     )
-    target_samples: int = option(100, "energy: M, posterior samples per position in the loss")
-    target_group: int = option(16, "energy: neighbouring positions that share one set of target draws, 1 to 16")
-    beta: float = option(1.0, "energy: exponent of the score, 0 < beta < 2")
+    blocks: int = option(
+        0,
+        "residual blocks (not softmax); 0 means a quarter of the backbone's layers, at least 1",
+        belongs_to="weights",
+        at_least=0,
+    )
+    noise: int = option(
+        64, "energy: dimensions of the uniform noise that becomes a draw", belongs_to="weights", at_least=1
+    )
+    samples: int = option(
+        8, "not softmax: N, draws per position over which the loss averages (energy: at least 2)", belongs_to="training"
+    )
+    target_samples: int = option(
+        100, "energy: M, draws from the posterior per position in the loss", belongs_to="training", at_least=1
+    )
+    target_group: int = option(
+        16,
+        "energy: neighbouring positions that use one set of target draws, 1 to 16",
+        belongs_to="training",
+        at_least=1,
+        at_most=16,
+    )
+    beta: float = option(1.0, "energy: exponent of the score, 0 < beta < 2", belongs_to="training")
 
     def __post_init__(self) -> None:
         if self.kind not in HEADS:
             raise UserError(f"head.kind={self.kind!r} is unknown: choose one of {', '.join(HEADS)}.")
-        for name, least in (("blocks", 0), ("noise", 1), ("target_samples", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"head.{name}={getattr(self, name)} must be at least {least}.")
+        check(self, "head")
         least = HEADS[self.kind].least_samples
         if self.samples < least:
             raise UserError(f"head.samples={self.samples} is too few: head.kind={self.kind} needs at least {least}.")
         if not 0.0 < self.beta < 2.0:
             raise UserError(f"head.beta={self.beta} is outside 0 < beta < 2, where the energy score is proper.")
-        if not 1 <= self.target_group <= 16:
-            raise UserError(f"head.target_group={self.target_group} is outside 1 to 16.")
 
     @property
     def reads_tokens(self) -> bool:

@@ -1,30 +1,32 @@
 """How a run is laid out over ranks: tensor, pipeline, sequence and data parallelism."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from calm_core.config.schema import option
+from calm_core.config.schema import check, option
 from calm_core.errors import UserError
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The layout. Data parallelism takes what tensor and pipeline parallelism leave of the world."""
+    """The layout. Data parallelism uses the ranks that tensor and pipeline parallelism leave.
 
-    tensor: int = option(1, "ranks that share every layer's matrices (tensor parallelism)")
-    pipeline: int = option(1, "stages that share the layers (pipeline parallelism, 1F1B)")
-    virtual: int = option(1, "model chunks per stage; above 1 the pipeline schedule is interleaved")
+    No field of it changes what is trained: any layout gives the same model.
+    """
+
+    tensor: int = option(1, "ranks that divide every layer's matrices (tensor parallelism)", at_least=1)
+    pipeline: int = option(1, "stages that divide the layers (pipeline parallelism, 1F1B)", at_least=1)
+    virtual: int = option(1, "model parts per stage; above 1 the pipeline schedule is interleaved", at_least=1)
     sequence: bool = option(False, "split activations along the sequence between the tensor-parallel ranks")
-    zero: int = option(1, "DeepSpeed ZeRO stage of the optimizer; 1 is the one supported")
-    recompute: str = option("none", "activations recomputed in backward: none | selective (attention) | full (layers)")
+    zero: int = option(1, "DeepSpeed ZeRO stage of the optimizer; only 1 is supported")
+    recompute: Literal["none", "selective", "full"] = option(
+        "none", "activations recomputed in the backward pass: selective recomputes attention, full whole layers"
+    )
     split: list[int] = option([], "layers of each stage, pipeline x virtual numbers; [] balances the stages by FLOPs")
-    timeout_minutes: float = option(20.0, "a collective that takes longer than this ends the run")
+    timeout_minutes: float = option(20.0, "a collective that takes longer than this ends the run", above=0)
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "virtual"):
-            if getattr(self, name) < 1:
-                raise UserError(f"parallel.{name}={getattr(self, name)} must be at least 1.")
-        if self.timeout_minutes <= 0:
-            raise UserError(f"parallel.timeout_minutes={self.timeout_minutes} must be above 0.")
+        check(self, "parallel")
         if self.zero != 1:
             raise UserError(
                 f"parallel.zero={self.zero} is not supported: the pipeline schedule accumulates whole gradients, "
@@ -32,7 +34,7 @@ class ParallelConfig:
             )
         if self.sequence and self.tensor == 1:
             raise UserError(
-                "parallel.sequence=true needs parallel.tensor of at least 2: there is nobody to share with."
+                "parallel.sequence=true needs parallel.tensor of at least 2: it splits between tensor-parallel ranks."
             )
         if self.virtual > 1 and self.pipeline == 1:
             raise UserError(
@@ -44,12 +46,10 @@ class ParallelConfig:
                 f"parallel.split={self.split} must be parallel.pipeline x parallel.virtual = {parts} numbers of "
                 "layers, in the order of the pipeline; only the first and the last may be 0."
             )
-        if self.recompute not in ("none", "selective", "full"):
-            raise UserError(f"parallel.recompute={self.recompute!r} is unknown: choose none, selective or full.")
 
     @property
     def micro_batch_multiple(self) -> int:
-        """The micro-batches of a pass come in multiples of this: an interleaved schedule takes them by the stages."""
+        """The number of micro-batches is a multiple of this: an interleaved schedule needs one for each stage."""
         return self.pipeline if self.virtual > 1 else 1
 
     def data_parallel(self, world_size: int) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from calm_core.config.experiment import STRIDE, Experiment
-from calm_core.config.schema import option
+from calm_core.config.schema import PathText, check, option
 from calm_core.errors import UserError
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "scaling" / "two_cores.yaml"
@@ -22,23 +22,21 @@ class LadderConfig:
     """
 
     depths: list[int] = option([8, 12, 16, 20], "layers of each model")
-    aspect: int = option(64, "width of the residual stream per layer")
-    head_width: int = option(64, "width of an attention head")
+    aspect: int = option(64, "width of the residual stream per layer", at_least=1)
+    head_width: int = option(64, "width of an attention head", at_least=1)
     ffn_ratio: float = option(2.6667, "width of the feed-forward layer over that of the residual stream")
-    reference_depth: int = option(16, "depth for which learning_rate and batch_tokens are given")
+    reference_depth: int = option(16, "depth for which learning_rate and batch_tokens are given", at_least=1)
     learning_rate: float = option(3e-4, "peak learning rate at the reference depth")
     learning_rate_exponent: float = option(-1.0, "exponent of the learning rate in depth / reference_depth")
-    batch_tokens: int = option(1 << 20, "tokens per step at the reference depth")
+    batch_tokens: int = option(1 << 20, "tokens per step at the reference depth", at_least=1)
     batch_exponent: float = option(2.0, "exponent of the batch in depth / reference_depth")
 
     def __post_init__(self) -> None:
+        check(self, "ladder")
         if not self.depths or min(self.depths) < 1 or len(set(self.depths)) < len(self.depths):
             raise UserError(f"ladder.depths={self.depths} must hold different numbers of layers, each at least 1.")
-        for name in ("aspect", "head_width", "reference_depth", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"ladder.{name}={getattr(self, name)} must be at least 1.")
         if self.head_width % 2:
-            raise UserError(f"ladder.head_width={self.head_width} is odd: rotary positions turn pairs of features.")
+            raise UserError(f"ladder.head_width={self.head_width} is odd: rotary positions rotate pairs of features.")
         if self.ffn_ratio <= 0 or self.learning_rate <= 0:
             raise UserError("ladder.ffn_ratio and ladder.learning_rate must be above 0.")
 
@@ -47,36 +45,34 @@ class LadderConfig:
 class GridConfig:
     """The models of the study: every depth with every K, with the AR baseline, with every seed; and their budgets.
 
-    A model is trained once, to the largest budget, at a constant learning rate; the smaller budgets are evaluations on
-    the way.
+    A model is trained once, to the largest budget, at a constant learning rate, and evaluated at the smaller ones.
     """
 
     k: list[int] = option([1, 2, 4, 8], "tokens per chunk of the CALM models")
     baseline: bool = option(True, "train the AR baseline too")
     seeds: list[int] = option([0], "seeds of each model")
     context: int = option(2048, "tokens of a training window, the same for every K")
-    latent_per_token: int = option(32, "dimensions of the autoencoder's latent for each token of a chunk")
+    latent_per_token: int = option(32, "dimensions of the autoencoder's latent for each token of a chunk", at_least=1)
     budget: Literal["flops", "tokens"] = option("flops", "what `budgets` counts: training FLOPs, or tokens")
     budgets: list[float] = option([1e18, 2e18, 4e18, 8e18], "budgets of each model")
 
     def __post_init__(self) -> None:
+        check(self, "grid")
         if not self.k and not self.baseline:
             raise UserError("grid.k is empty and grid.baseline is false: there is nothing to train.")
         for k in self.k:
             if k < 1 or STRIDE % k:
                 raise UserError(
-                    f"grid.k holds {k}, which does not divide {STRIDE}: its models would be scored at other places "
-                    "than the rest; choose from 1, 2, 4 and 8."
+                    f"grid.k holds {k}, which does not divide {STRIDE}: its models would be scored at other "
+                    "positions than the rest; choose from 1, 2, 4 and 8."
                 )
             if self.context % k:
                 raise UserError(f"grid.context={self.context} is not a multiple of K={k} (grid.k): change one of them.")
         for name in ("k", "seeds", "budgets"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise UserError(f"grid.{name}={getattr(self, name)} names one of its values twice.")
+                raise UserError(f"grid.{name}={getattr(self, name)} has one of its values twice.")
         if not self.seeds or not self.budgets or min(self.budgets) <= 0:
-            raise UserError("grid wants at least one seed and at least one budget, each above 0.")
-        if self.latent_per_token < 1:
-            raise UserError(f"grid.latent_per_token={self.latent_per_token} must be at least 1.")
+            raise UserError("grid needs at least one seed and at least one budget, each above 0.")
 
 
 @dataclass(frozen=True)
@@ -91,12 +87,13 @@ class FitConfig:
     predict: list[float] = option([], "training FLOPs for which to predict the best model; empty: ten times the most")
 
     def __post_init__(self) -> None:
+        check(self, "fit")
         known = ("brier_1", "brier_2", "brier_3", "brier_4", "brier_lm", "cross_entropy")
         for measure in self.measures:
             if measure not in known:
                 raise UserError(f"fit.measures holds {measure!r}: choose from {', '.join(known)}.")
         if self.draws < 20 or not 0 < self.confidence < 1:
-            raise UserError("fit wants draws >= 20 and 0 < confidence < 1.")
+            raise UserError("fit needs draws >= 20 and 0 < confidence < 1.")
 
 
 @dataclass(frozen=True)
@@ -105,11 +102,12 @@ class HardwareConfig:
 
     devices: int = option(8, "devices that train one model")
     peak_tflops: float = option(989.0, "peak of one device in the training precision, TFLOP/s")
-    mfu: float = option(0.4, "share of the peak that training reaches")
+    mfu: float = option(0.4, "fraction of the peak that training reaches")
 
     def __post_init__(self) -> None:
+        check(self, "hardware")
         if self.devices < 1 or self.peak_tflops <= 0 or not 0 < self.mfu <= 1:
-            raise UserError("hardware wants devices >= 1, peak_tflops > 0 and 0 < mfu <= 1.")
+            raise UserError("hardware needs devices >= 1, peak_tflops > 0 and 0 < mfu <= 1.")
 
     @property
     def flops_per_hour(self) -> float:
@@ -121,7 +119,7 @@ class HardwareConfig:
 class ScalingConfig:
     """A scaling study: one YAML file for plan, run, fit and plot."""
 
-    run: str = option("runs/scaling", "folder of the study")
+    run: PathText = option("runs/scaling", "folder of the study")
     task: int = option(-1, "the one model to train, by its number in the plan; -1 trains all")
     ladder: LadderConfig = option(LadderConfig, "from depth to model")
     grid: GridConfig = option(GridConfig, "models and budgets")

@@ -69,7 +69,9 @@ def on_every_rank(action: Callable[[], T]) -> list[T]:
     for _, failure in outcomes:
         if failure is not None:
             kind, message = failure
-            raise kind(message)
+            error = kind(message)
+            error.on_all_ranks = True
+            raise error
     return [result for result, _ in outcomes]
 
 

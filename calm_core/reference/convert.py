@@ -124,7 +124,7 @@ def _import_calm(
         with replacing(paths.tokenizer) as temporary:
             shutil.copyfile(tokenizer, temporary)
     state = {
-        "config": configuration.to_dict(experiment),
+        "config": configuration.to_dict(configuration.with_absolute_paths(experiment)),
         "identity": {"data": UNTRAINED, "model": asdict(shape), "positions": longest},
         FORM: reference,
     }

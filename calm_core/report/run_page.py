@@ -280,9 +280,8 @@ def _base(file: str) -> tuple[dict[str, Any], str]:
     """The settings that a run's configuration file gives, and its name; the defaults where it is not known any more."""
     if file and Path(file).exists():
         try:
-            return dict(
-                configuration.flatten(configuration.to_dict(configuration.load(Experiment, Path(file), [])))
-            ), file
+            given = configuration.with_absolute_paths(configuration.load(Experiment, Path(file), []))
+            return dict(configuration.flatten(configuration.to_dict(given))), file
         except UserError:  # the file has changed since, and is no configuration now
             pass
     return dict(configuration.flatten(configuration.to_dict(Experiment()))), "the defaults"

@@ -1,6 +1,5 @@
 """What the runs of a study measured: one row a model and budget, kept in one parquet file."""
 
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -21,22 +20,15 @@ from calm_core.training.run_log import read_metrics
 
 MEASURES = ("brier_1", "brier_2", "brier_3", "brier_4", "brier_lm", "loss")
 
-# The sections of a configuration that decide what a training comes to ...
+# The sections of a configuration that decide the result of a training, by what the model is.
 TOKENS = ("seed", "data", "tokenizer", "model", "training", "evaluation")
 
 LATENTS = (*TOKENS, "head")
 
 AUTOENCODER = ("seed", "data", "tokenizer", "autoencoder", "autoencoder_training")
 
-# ... but for these: where things lie, how work is shared out, what is kept and said of it, and the length of a training
-# at a constant rate. K is in the model's name.
-ASIDE = re.compile(
-    r"data\.(k|tokenizer|tokens|autoencoder|chunks|verify|workers|device)|training\.(steps|milestones)"
-    r"|\w+\.(micro_batch|deterministic|log_every|eval_every|save_every|background_saves|keep|resume|bad_steps"
-    r"|hang_\w+|wandb\w*)"
-)
-
-ASIDE_OF_TOKENS = re.compile(r"data\.(latents|packing)")
+# K is in the model's name, and a training at a constant rate may be longer.
+SET_BY_THE_STUDY = ("data.k", "training.steps")
 
 Row = dict[str, Any]
 
@@ -85,10 +77,13 @@ def _require_same(name: str, folder: Path, planned: Experiment, sections: Collec
     run = RunFolder(folder)
     if not run.metrics.exists():
         return
-    saved = configuration.load(Experiment, run.config, [])
-    for key, old, new in configuration.differences(configuration.to_dict(saved), configuration.to_dict(planned)):
-        of_tokens = sections is TOKENS and ASIDE_OF_TOKENS.fullmatch(key)
-        if key.partition(".")[0] in sections and not ASIDE.fullmatch(key) and not of_tokens:
+    chunks = () if sections is TOKENS else ("chunks",)
+    compared = (configuration.load(Experiment, run.config, []), planned)
+    saved, wanted = (configuration.to_dict(configuration.with_absolute_paths(one)) for one in compared)
+    for key, old, new in configuration.differences(saved, wanted):
+        if key.partition(".")[0] not in sections or key in SET_BY_THE_STUDY:
+            continue
+        if configuration.decides(Experiment, key, "weights", "training", "data", "scores", *chunks):
             raise UserError(
                 f"{name} was trained with {key}={old}, and the study now gives {new}: restore it, or move {folder} "
                 "away and run again."

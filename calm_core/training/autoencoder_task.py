@@ -15,7 +15,7 @@ from torch import Tensor
 from calm_core.autoencoder.artefact import save_autoencoder
 from calm_core.autoencoder.model import Autoencoder, autoencoder_loss
 from calm_core.checkpoint.load import full_weights
-from calm_core.config import differences
+from calm_core.config import decides, differences
 from calm_core.config.model_config import AutoencoderConfig
 from calm_core.data.dataset import Blend, Samples
 from calm_core.data.store import TokenStore
@@ -30,9 +30,6 @@ from calm_core.plan import flops
 from calm_core.plan.flops import AutoencoderShape
 
 EVALUATED_CHUNKS = 4096
-
-# Settings that may change without changing what the weights mean.
-_NOT_OF_THE_WEIGHTS = ("kl_weight", "kl_floor", "token_dropout", "latent_dropout", "init_std")
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class AutoencoderTask:
     def shared_with(self, model: dict[str, Any]) -> str:
         """All weights of an autoencoder of this shape."""
         for key, theirs, ours in differences(model, self.identity["model"]):
-            if key not in _NOT_OF_THE_WEIGHTS:
+            if decides(AutoencoderConfig, key, "weights"):
                 raise UserError(
                     f"training.init_from: {key} is {theirs} in that checkpoint and {ours} here; set it as it is there."
                 )

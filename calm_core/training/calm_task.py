@@ -11,7 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from calm_core.autoencoder.model import Autoencoder
-from calm_core.config import differences
+from calm_core.config import decides, differences
 from calm_core.config.experiment import EvaluationConfig, SamplesConfig
 from calm_core.config.model_config import ModelShape
 from calm_core.config.parallel_config import ParallelConfig
@@ -35,15 +35,6 @@ from calm_core.plan import flops
 from calm_core.plan.layout import check_layout
 from calm_core.plan.pipeline_split import describe, pipeline_split, stage_fractions
 from calm_core.tokenizer import Tokenizer
-
-# Settings that may change without changing what the weights mean.
-_NOT_OF_THE_WEIGHTS = (
-    "backbone.init_std",
-    "head.samples",
-    "head.target_samples",
-    "head.target_group",
-    "head.beta",
-)
 
 
 class CalmTask:
@@ -111,7 +102,7 @@ class CalmTask:
 
     def shared_with(self, model: dict[str, Any]) -> str:
         """All weights of a network of this shape; those of the backbone if only the rest differs."""
-        changed = [c for c in differences(model, self.identity["model"]) if c[0] not in _NOT_OF_THE_WEIGHTS]
+        changed = [c for c in differences(model, self.identity["model"]) if decides(ModelShape, c[0], "weights")]
         for key, theirs, ours in changed:
             if key.startswith("backbone."):
                 raise UserError(

@@ -50,7 +50,7 @@ def train(
     Raises:
         UserError: if the folder or a checkpoint does not fit this run, or its loss remains not finite or a spike.
     """
-    resolved = configuration.to_dict(experiment)
+    resolved = configuration.to_dict(configuration.with_absolute_paths(experiment))
     check(task, config, topology, folder)
     watchdog = Watchdog(config.hang_start_minutes, config.hang_minutes, topology.rank, folder.logs)
     with deterministic(config.deterministic), watchdog, ExitStack() as stack:

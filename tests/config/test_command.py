@@ -95,10 +95,23 @@ def refuse(*_) -> None:
     raise UserError("The field is wrong: mend it.")
 
 
-@pytest.mark.parametrize(("rank", "printed"), [("0", "The field is wrong: mend it.\n"), ("3", "")])
-def test_rank_0_alone_prints_the_sentence(monkeypatch, capsys, rank, printed):
+@pytest.mark.parametrize(
+    ("rank", "agreed", "printed"),
+    [
+        ("0", False, "The field is wrong: mend it.\n"),
+        ("0", True, "The field is wrong: mend it.\n"),
+        ("3", False, "rank 3: The field is wrong: mend it.\n"),
+        ("3", True, ""),
+    ],
+)
+def test_every_rank_prints_its_sentence_unless_all_have_the_same(monkeypatch, capsys, rank, agreed, printed):
+    def fail(*_) -> None:
+        error = UserError("The field is wrong: mend it.")
+        error.on_all_ranks = agreed
+        raise error
+
     monkeypatch.setenv("RANK", rank)
-    assert run(action=refuse) == ExitCode.USAGE
+    assert run(action=fail) == ExitCode.USAGE
     assert capsys.readouterr().err == printed
 
 
@@ -135,7 +148,7 @@ def test_a_tool_s_parser_complains_by_a_sentence(capsys):
 SCRIPT = '''
 """Count to something."""
 from dataclasses import dataclass
-from calm_core import command
+from calm_core.config import command
 from calm_core.config import option
 
 @dataclass(frozen=True)

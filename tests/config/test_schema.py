@@ -102,10 +102,21 @@ def test_instances_share_no_list():
         ("optimizer.lr=3e-4", "lr", 3e-4),
         ("optimizer.lr=-1E+2", "lr", -100.0),
         ("optimizer.lr=1", "lr", 1.0),
-        ("optimizer.lr=.inf", "lr", float("inf")),
         ("optimizer.steps=1_000", "steps", 1000),
         ("optimizer.nesterov=true", "nesterov", True),
         ("data.corpus=[x, y z]", "corpus", ["x", "y z"]),
+        ("data.corpus=my.txt", "corpus", ["my.txt"]),
+        ("data.corpus=*.jsonl", "corpus", ["*.jsonl"]),
+        ("data.corpus=[*.jsonl]", "corpus", ["*.jsonl"]),
+        ("data.corpus=[*.jsonl, 'b*.txt', c.txt]", "corpus", ["*.jsonl", "b*.txt", "c.txt"]),
+        ("data.corpus=['*.jsonl']", "corpus", ["*.jsonl"]),
+        ("data.corpus=[part-?.jsonl]", "corpus", ["part-?.jsonl"]),
+        ("data.corpus=[part-[0-9].jsonl,x]", "corpus", ["part-[0-9].jsonl", "x"]),
+        ("data.corpus=[part-[a,b].jsonl,x]", "corpus", ["part-[a,b].jsonl", "x"]),
+        ("data.corpus=2024", "corpus", ["2024"]),
+        ("data.weights=0.5", "weights", [0.5]),
+        ("data.weights=1e-1", "weights", [0.1]),
+        ("data.parts={path: a}", "parts", [Part("a")]),
         ("data.weights=[1, 2e-1]", "weights", [1.0, 0.2]),
         ("data.limit=5", "limit", 5.0),
         ("data.limit=null", "limit", None),
@@ -132,13 +143,17 @@ def test_values_are_of_the_annotated_type(read, override, key, expected):
         "optimizer.lr=fast",
         "optimizer.lr=true",
         "optimizer.lr=.nan",
+        "optimizer.lr=.inf",
+        "optimizer.lr=-.inf",
+        "optimizer.lr=1e999",
         "optimizer.lr=nan",
         "optimizer.lr=",
         "optimizer.steps=1.0",
         "optimizer.steps=true",
         "optimizer.steps=1e3",
         "optimizer.nesterov=1",
-        "data.corpus=x",
+        "data.corpus={a: x}",
+        "data.weights=x",
         "data.corpus=[1]",
         "data.weights=[a]",
         "data.limit=soon",
@@ -235,7 +250,7 @@ def test_an_override_that_the_command_does_not_read_is_refused(read):
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=20)
-floats = st.floats(allow_nan=False)
+floats = st.floats(allow_nan=False, allow_infinity=False)
 
 
 @settings(max_examples=40, deadline=None)

@@ -72,7 +72,7 @@ def test_the_stages_read_the_configuration_that_was_resolved(experiment, monkeyp
     monkeypatch.setattr("calm_core.workflow.stages.run_process", lambda command, *_: ran.append(command) or 2)
     assert run_stages(experiment) == 2
     assert len(ran) == 1  # it stops at the first failure, with its code
-    assert config.load(Experiment, Path(ran[0][-1]), []) == experiment
+    assert config.load(Experiment, Path(ran[0][-1]), []) == config.with_absolute_paths(experiment)
 
 
 def test_seconds_and_stamps_survive_the_process(tmp_path):
