@@ -154,7 +154,7 @@ def _expanded(path: str) -> str:
     if unset := VARIABLE.search(expanded):
         raise ValueError(f"names the variable {unset[0]}, which is not set")
     if expanded.startswith("~"):
-        raise ValueError("names a home folder that does not exist; a file of this name is ./~...")
+        raise ValueError("names a home folder that does not exist")
     return expanded
 
 

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,17 @@ def test_without_a_configuration_the_demo_is_used(tmp_path):
     (tmp_path / "demo.yaml").write_text("seed: 5\n")
     run(action=lambda *arguments: calls.append(arguments))
     assert calls == [(Root(), False), (Root(seed=5), False)]
+
+
+def test_the_configuration_that_is_used_is_named_where_none_is_given(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("seed: 5\n")
+    run(str(tmp_path / "c.yaml"))
+    assert capsys.readouterr().out == ""
+    run()
+    assert "using the built-in defaults" in capsys.readouterr().out
+    (tmp_path / "demo.yaml").write_text("seed: 5\n")
+    run(action=lambda *_: print("working"))
+    assert capsys.readouterr().out == f"# no configuration is given: using {tmp_path / 'demo.yaml'}\nworking\n"
 
 
 def test_the_exit_code_is_the_action_s():
@@ -136,6 +148,15 @@ def test_help_lists_the_fields_that_the_command_reads(capsys):
     assert "Train something." in text
     assert config.describe(Root, ["training"]) in text
     assert "other.width" not in text
+
+
+def test_a_tool_s_paths_may_begin_with_home_and_variables(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = command.Parser(prog="evaluate.py")
+    parser.add_argument("--output", type=Path)
+    assert parser.parse_args(["--output=~/x"]).output == Path("/home/me/x")
+    with pytest.raises(UserError, match=r"\$NO_SUCH_NAME, which is not set"):
+        parser.parse_args(["--output=$NO_SUCH_NAME/x"])
 
 
 def test_a_tool_s_parser_complains_by_a_sentence(capsys):
