@@ -85,15 +85,62 @@ def test_special_tokens_by_their_usual_names(path):
 
 
 def test_special_tokens_by_the_names_beside_the_file(path, tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes(path.read_bytes())
+    library = tokenizers.Tokenizer.from_file(str(path))
+    library.add_special_tokens(["<end>", "<fill>"])
+    library.save(str(tmp_path / "tokenizer.json"))
     names = tmp_path / "tokenizer_config.json"
-    ids = json.loads(path.read_text())["model"]["vocab"]
-    names.write_text(json.dumps({"bos_token": None, "eos_token": {"content": "e"}, "pad_token": "a"}))
+    ids = library.get_vocab()
+    names.write_text(json.dumps({"bos_token": None, "eos_token": {"content": "<end>"}, "pad_token": "<fill>"}))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
-    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (ids["e"], ids["e"], ids["a"])
-    names.write_text(json.dumps({"eos_token": "<end>"}))
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (ids["<end>"], ids["<end>"], ids["<fill>"])
+    names.write_text(json.dumps({"eos_token": "e"}))
+    with pytest.raises(UserError, match=r"tokenizer\.json turns the text 'e' into a control token"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+    names.write_text(json.dumps({"eos_token": "<other>"}))
     with pytest.raises(UserError, match=r"names no eos token: put the model's tokenizer_config\.json beside it"):
         load_tokenizer(tmp_path / "tokenizer.json")
     names.write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json is not valid JSON"):
         load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def unigram(special: bool) -> tokenizers.Tokenizer:
+    """Its control tokens are in the vocabulary of the model, with better scores than the characters have."""
+    pieces = [("<s>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -3.0) for piece in ["▁", *"<s/>ab$10"])]
+    made = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=2))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    made.decoder = decoders.Metaspace(prepend_scheme="never")
+    made.add_tokens([AddedToken(name, special=special, normalized=False) for name in ("<s>", "</s>")])
+    return made
+
+
+def added_token_that_is_not_special() -> tokenizers.Tokenizer:
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    made.train_from_iterator(["some text"], trainer)
+    made.add_tokens([AddedToken("<|endoftext|>", special=False)])
+    return made
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: unigram(True), lambda: unigram(False), added_token_that_is_not_special], ids=range(3)
+)
+def test_text_that_names_a_control_token_is_encoded_as_text(make, tmp_path):
+    library = make()
+    library.encode_special_tokens = True
+    text = "a<s>$10</s> b<|endoftext|>" if "<|endoftext|>" in library.get_vocab() else "a<s>$10</s> b"
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    control = {tokenizer.bos, tokenizer.eos, tokenizer.pad}
+    assert control & set(library.encode(text).ids)  # the case is one
+    ids = tokenizer.encode(text)
+    assert not control & set(ids)
+    assert tokenizer.decode([tokenizer.bos, *ids, tokenizer.eos]) == text
+    assert tokenizer.encode("a b") == library.encode("a b").ids
+    assert {library.get_vocab()[name] for name in ("<s>", "</s>", "<|endoftext|>") if name in library.get_vocab()} <= (
+        control
+    )

@@ -15,10 +15,9 @@ def model(texts: list[str], **options) -> bytes:
         sentence_iterator=iter(texts),
         model_writer=content,
         vocab_size=600,
-        byte_fallback=True,
         max_sentence_length=1 << 20,
         minloglevel=2,
-        **options,
+        **{"byte_fallback": True, **options},
     )
     return content.getvalue()
 
@@ -51,3 +50,14 @@ def test_a_model_without_eos_is_refused(slice_of_text, tmp_path):
     (tmp_path / "t.model").write_bytes(model(slice_of_text[:2], model_type="bpe", eos_id=-1))
     with pytest.raises(UserError, match=r"t\.model has no bos or no eos"):
         load_tokenizer(tmp_path / "t.model")
+
+
+def test_characters_without_a_token_are_not_pad(slice_of_text, tmp_path):
+    content = model(slice_of_text[:4], model_type="unigram", byte_fallback=False)
+    (tmp_path / "t.model").write_bytes(content)
+    tokenizer, library = load_tokenizer(tmp_path / "t.model"), sentencepiece.SentencePieceProcessor(model_proto=content)
+    text = "naïve — 日本語"
+    assert library.unk_id() in library.encode(text)  # the case is one
+    assert tokenizer.encode(text) == library.encode(text)
+    assert (tokenizer.pad, tokenizer.vocab_size) == (600, 601)
+    assert tokenizer.decode([*tokenizer.encode("a word"), tokenizer.pad]) == "a word"

@@ -1,0 +1,78 @@
+"""From one text file to scores and text, by the three commands of the README, and an AR model beside it."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from launching import ROOT, finish
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+CONFIG = """
+tokenizer: {vocab_size: 330}
+autoencoder: {hidden: 32, latent: 8}
+autoencoder_training: &training
+  steps: 4
+  global_batch: 8
+  micro_batch: 2
+  positions: 16
+  precision: fp32
+  schedule: {warmup: 1}
+  log_every: 1
+  eval_every: 0
+  save_every: 0
+  wandb: disabled
+model: {layers: 2, hidden: 32, ffn: 64, heads: 2}
+head: {noise: 8, samples: 4, target_samples: 8}
+training: {<<: *training, eval_every: 2}
+evaluation: {windows: 16, samples: 4, micro_batch: 2}
+pipeline: {processes: 1}
+samples: {prompts: [The people], max_tokens: 8}
+"""
+
+
+def script(name: str, *arguments: object) -> str:
+    code, output = finish([sys.executable, str(ROOT / name), *map(str, arguments)], seconds=600)
+    assert code == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own")
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 7))) for _ in range(300)]
+    (folder / "my.txt").write_text(" ".join(draw.choices(words, k=4000)))
+    (folder / "config.yaml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    corpus = f"data.corpus=[{folder / 'my.txt'}]"
+    output = script("pretrain/pipeline.py", folder / "config.yaml", corpus, f"run={folder / 'mine'}")
+    assert "held out: the last " in output
+    return folder / "mine"
+
+
+def test_one_text_file_is_enough(run: Path) -> None:
+    split = json.loads((run / "tokens" / "manifest.json").read_text())["split"]
+    assert split["by"] == "position"
+    scores = json.loads((run / "calm" / "evaluation.json").read_text())
+    assert scores["brier_1"] is not None
+    assert scores["unigram_brier_1"] is not None
+    assert script("pretrain/generate.py", run, "--prompt", "the", "--max-tokens", 8)
+
+
+def test_an_autoregressive_model_scores_the_same_tokens(run: Path, folder: Path) -> None:
+    ar = ["head.kind=softmax", "training.positions=64", f"data.tokens={run / 'tokens'}", f"run={folder / 'ar'}"]
+    ar.append(f"data.tokenizer={run / 'tokenizer' / 'tokenizer.model'}")
+    script("pretrain/train_calm.py", folder / "config.yaml", *ar)
+    script("pretrain/evaluate.py", folder / "ar", "--output", folder / "ar.json")
+    calm, other = (json.loads(path.read_text()) for path in (run / "calm" / "evaluation.json", folder / "ar.json"))
+    assert calm["measure"] == other["measure"]
+    assert calm["windows"] == other["windows"] >= 2
+    for n in range(1, 5):
+        assert calm[f"unigram_brier_{n}"] == pytest.approx(other[f"unigram_brier_{n}"], abs=1e-6)
