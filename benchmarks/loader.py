@@ -19,7 +19,7 @@ import torch
 
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.config.model_config import AutoencoderConfig
-from calm_core.data.dataset import Blend, Samples, read_batch
+from calm_core.data.dataset import Blend, TrainingSamples, read_batch
 from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.order import SampleOrder
 from calm_core.data.store import ChunkStore, list_column, write_shard
@@ -94,7 +94,7 @@ def measure(opener: Callable, folder: Path, seconds: float, seed: int) -> dict[s
 def stored(folder: Path, seed: int) -> tuple[Callable, int, float]:
     """Stored latents, as a training run reads them."""
     store = ChunkStore(folder, "train", "size")
-    samples = Samples(Blend.of(store), POSITIONS, seed)
+    samples = TrainingSamples(Blend.of(store), POSITIONS, seed)
     return lambda chosen: read_batch(samples, chosen, chosen), len(store), BYTES_PER_CHUNK / K
 
 
@@ -116,7 +116,7 @@ def encoded(folder: Path, seed: int) -> tuple[Callable, int, float]:
     autoencoder = Autoencoder(AutoencoderConfig(hidden=HIDDEN, latent=LATENT), VOCABULARY, K).requires_grad_(False)
     autoencoder.tokenizer_hash = "none"
     store = EncodedStore(folder, "train", autoencoder, "size")
-    samples = Samples(Blend.of(store), POSITIONS, seed)
+    samples = TrainingSamples(Blend.of(store), POSITIONS, seed)
     return lambda chosen: read_batch(samples, chosen, chosen), len(store), 2.0
 
 

@@ -1,4 +1,4 @@
-"""Manifests: what an artefact is, which format it has, and what it was made from."""
+"""Manifests: the kind and format of an artefact, and what it was made from."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ CHECKSUM = "checksum"  # of the manifest's other fields; those of earlier versio
 
 
 def format_version(kind: str) -> int:
-    """The version of the format of the artefacts of this kind that is written and read."""
+    """The format version of artefacts of this kind that is written and read."""
     return FORMAT_VERSIONS.get(kind, 1)
 
 
@@ -50,7 +50,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def require_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse an artefact that was made from something else than is wanted now.
+    """Refuse an artefact that was made from other inputs than `wanted`.
 
     Raises:
         UserError: naming the first input that differs.

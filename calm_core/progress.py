@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""Progress of long work: a bar on a terminal, otherwise a plain line every few seconds."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ class Progress:
     """`with Progress("encoding", total, "tokens") as progress:` and then `progress.advance(n, "a note")`, on stderr."""
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0):
-        """Begin at `done` of `total` units."""
+        """Start at `done` of `total` units."""
         self._label, self._total, self._unit = label, total, unit
         self._done = self._begin = done
         self._started = self._printed = time.monotonic()
@@ -31,7 +31,7 @@ class Progress:
             self._print()
 
     def advance(self, amount: int = 1, note: str = "") -> None:
-        """Count `amount` more units as done, and show it when it is time."""
+        """Count `amount` more units as done; show the progress when due."""
         self._done += amount
         self._note = note
         if self._bar is not None:

@@ -18,10 +18,10 @@ SECTIONS = ("data",)
 
 
 def prepare(experiment: Experiment, dry_run: bool, shard: ArrayTask | None = None, finish: bool = False) -> None:
-    """Encode the chunks or one task of them, unless that is done; or print what would be done."""
+    """Encode the chunks or one task of them, unless done already; or print what would be done."""
     data, paths = experiment.data, experiment.paths
     if dry_run and not (paths.tokens.exists() and paths.autoencoder.exists()):
-        print(f"would encode {paths.tokens} with {paths.autoencoder}, which are not both there yet: {paths.chunks}")
+        print(f"would encode {paths.tokens} with {paths.autoencoder}, which do not both exist yet: {paths.chunks}")
         return
     autoencoder = load_autoencoder(paths.autoencoder, device_of(data.device))
     if autoencoder.k != data.k:
@@ -42,7 +42,7 @@ def prepare(experiment: Experiment, dry_run: bool, shard: ArrayTask | None = Non
 
 
 def device_of(name: str) -> str:
-    """The device to encode on: `auto` is a GPU where there is one."""
+    """The device to encode on: `auto` is a GPU if there is one."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise UserError("data.device=cuda, but there is no GPU here: set data.device=cpu or auto.")

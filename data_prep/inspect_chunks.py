@@ -1,4 +1,4 @@
-"""Look inside a chunk store: counts, token and sigma statistics, and a piece of text beside its reconstruction."""
+"""Inspect a chunk store: counts, token and sigma statistics, and some text beside its reconstruction."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ from calm_core.tokenizer import Tokenizer, load_tokenizer
 
 
 def inspect() -> None:
-    """Print what the store on the command line holds."""
+    """Print the contents of the store on the command line."""
     parser = command.Parser(description=__doc__)
     parser.add_argument("store", type=Path, help="folder of the chunk store, such as runs/demo/chunks")
     parser.add_argument("--split", default="held_out", help="train or held_out (the default)")
@@ -39,17 +39,17 @@ def print_statistics(store: ChunkStore) -> None:
     print(f"files       {len(store.shards):,} shards, {size / 1e6:,.1f} MB, {size / len(store):,.0f} bytes a chunk")
     for name, value in store.manifest["made_from"].items():
         print(f"made from   {name} {value}")
-    print(f"\nof the first {found['rows']:,} chunks; ranges are least, 10 %, half, 90 %, greatest")
+    print(f"\nof the first {found['rows']:,} chunks; ranges are minimum, 10 %, median, 90 %, maximum")
     print(f"documents   {' '.join(f'{length:,.0f}' for length in lengths)} chunks")
-    print(f"tokens      {found['tokens_used']:,} of {store.vocab_size:,} in use, {found['pad_share']:.2%} pad")
-    print(f"mean        {found['mean']:.3f} ± {found['mean_std']:.3f}, greatest {found['mean_abs']:.3f}")
+    print(f"tokens      {found['tokens_used']:,} of {store.vocab_size:,} in use, {found['pad_fraction']:.2%} pad")
+    print(f"mean        {found['mean']:.3f} ± {found['mean_std']:.3f}, maximum {found['mean_abs']:.3f}")
     print(f"sigma       {' '.join(f'{value:.3f}' for value in sigma)}")
-    print(f"dimensions  {store.latent}, {found['flat_dimensions']} of them all but constant")
+    print(f"dimensions  {store.latent}, {found['flat_dimensions']} of them nearly constant")
 
 
 @torch.no_grad()
 def print_text(store: ChunkStore, start: int, count: int, tokenizer: Tokenizer, autoencoder_path: Path | None) -> None:
-    """The text of some chunks; with an autoencoder beside what it makes of their means, and how much is right."""
+    """The text of some chunks; with an autoencoder, beside its reconstruction from their means, and its accuracy."""
     start = min(max(0, start), len(store) - 1)
     rows = store.read(start, min(count, len(store) - start), ("tokens", "mean"))
     print(f"\n{store.document(start)}, from chunk {start:,}:")

@@ -19,10 +19,10 @@ SECTIONS = ("data",)
 
 
 def prepare(experiment: Experiment, dry_run: bool, shard: ArrayTask | None = None, finish: bool = False) -> None:
-    """Tokenize the corpus or one task of it, unless that is done; or print what would be done."""
+    """Tokenize the corpus or one task of it, unless done already; or print what would be done."""
     data, paths = experiment.data, experiment.paths
     if dry_run and not paths.tokenizer.exists():
-        print(f"would tokenize {', '.join(data.corpus)} with {paths.tokenizer}, which is not there yet: {paths.tokens}")
+        print(f"would tokenize {', '.join(data.corpus)} with {paths.tokenizer} (not there yet): {paths.tokens}")
         return
     build = TokenStoreBuild.begin(data, load_tokenizer(paths.tokenizer), paths.tokens, held_out_tokens(experiment))
     print(build.split, flush=True)

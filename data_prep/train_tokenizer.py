@@ -13,7 +13,7 @@ SECTIONS = ("data", "tokenizer")
 
 
 def prepare(experiment: Experiment, dry_run: bool) -> None:
-    """Train the tokenizer, unless it is there; or print what would be done."""
+    """Train the tokenizer, unless it exists; or print what would be done."""
     config, data, path = experiment.tokenizer, experiment.data, experiment.paths.tokenizer
     corpus = sources(data.corpus)
     made_from = {

@@ -1,4 +1,4 @@
-"""Verify a token or chunk store: reads every byte, compares every checksum and count, and names each bad file."""
+"""Verify token or chunk stores: read every byte, compare every checksum and count, and name each bad file."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def verify() -> ExitCode:
         for fault in faults(folder):
             bad += 1
             print(fault, flush=True)
-        print(f"{folder}: {bad} faults" if bad else f"{folder}: every checksum and count is right")
+        print(f"{folder}: {bad} faults" if bad else f"{folder}: every checksum and count is correct")
         found += bad
     return ExitCode.USAGE if found else ExitCode.OK
 

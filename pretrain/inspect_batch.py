@@ -10,7 +10,7 @@ from calm_core import config
 from calm_core.autoencoder.artefact import load_autoencoder
 from calm_core.config import command
 from calm_core.config.experiment import Experiment
-from calm_core.data.dataset import Samples, chunk_rows, token_rows
+from calm_core.data.dataset import TrainingSamples, chunk_rows, read_batch, token_rows
 from calm_core.errors import UserError
 from calm_core.tokenizer import load_tokenizer
 from calm_core.training.run_log import samples_of_step
@@ -33,22 +33,22 @@ def inspect(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(experiment.paths.tokenizer)
     samples = samples_of_step(run, arguments.step)
     print(f"{'sample':>10}  {'window':>10}  documents, and the text that the sample begins with")
-    for sample, (windows, window) in zip(samples, source.places(np.array(samples)), strict=True):
-        tokens = windows.batch(np.array([window]), ("tokens",))["tokens"].flatten()[:SHOWN_TOKENS]
+    for sample, (windows, window) in zip(samples, source.windows_of(np.array(samples)), strict=True):
+        tokens = read_batch(windows, np.array([window]), np.array([sample]), ["tokens"]).tokens.flatten()[:SHOWN_TOKENS]
         text = " ".join(tokenizer.decode(tokens.tolist()).split())
         print(f'{sample:>10}  {window:>10}  {", ".join(windows.documents(window))}: "{text}"')
 
 
-def samples_of(run: Path, experiment: Experiment) -> Samples:
+def samples_of(run: Path, experiment: Experiment) -> TrainingSamples:
     """The samples of a run."""
     paths, data, seed = experiment.paths, replace(experiment.data, verify="size"), experiment.seed
     if run.name != paths.calm_run.name:
-        return Samples(token_rows(data, paths).train, experiment.autoencoder_training.positions * data.k, seed)
+        return TrainingSamples(token_rows(data, paths).train, experiment.autoencoder_training.positions * data.k, seed)
     if experiment.head.reads_tokens:
         rows = token_rows(data, paths)
     else:
         rows = chunk_rows(data, paths, load_autoencoder(paths.autoencoder))
-    return Samples(rows.train, experiment.training.positions, seed)
+    return TrainingSamples(rows.train, experiment.training.positions, seed)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Chunk stores: K tokens and their latents in float16, made from token shards and a frozen autoencoder.
 
-With packing `pack` documents run on, from shard to shard too, so that chunk c of a split holds its tokens from c·K on,
-whatever the shards, and pad fills the last chunk. With `align` each document begins a chunk, and pad fills its last.
+With packing `pack` documents run on, across shards too: chunk c of a split holds its tokens from c·K on, and pad fills
+the last chunk of the split. With `align` each document begins a chunk, and pad fills its last one.
+
+Tokens are the same on every machine. Latents are rounded as the processor's kernels round: machines with other vector
+instructions (AVX2, AVX-512, a GPU) write float16 values that may differ in the last bit.
 """
 
 from collections.abc import Callable
@@ -23,11 +26,17 @@ from calm_core.errors import UserError
 from calm_core.manifest import format_version, read_manifest, store_hash
 from calm_core.progress import Progress
 
+SHARD_ROWS = 1 << 20  # chunks in a shard at most: it is held in memory while it is written, 0.55 GB at l=128
+
+ENCODED_AT_ONCE = 1 << 12  # chunks: few enough for their activations to stay in cache
+
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
 
 def chunk_offsets(offsets: np.ndarray, k: int, packing: Packing) -> np.ndarray:
     """The first chunk that begins in each document, and the number of chunks: `[documents + 1]`, like `offsets`.
 
-    A packed document may be too short for a chunk of its own: the next document has the same first chunk then.
+    A packed document may be too short to begin a chunk: it then has the same first chunk as the next document.
     """
     if packing == "pack":
         return -(-offsets // k)
@@ -35,7 +44,7 @@ def chunk_offsets(offsets: np.ndarray, k: int, packing: Packing) -> np.ndarray:
 
 
 def chunked(tokens: np.ndarray, offsets: np.ndarray, k: int, pad: int, packing: Packing) -> np.ndarray:
-    """The tokens `[n]` of documents that begin at `offsets` as chunks `[chunks, K]`, filled up with `pad`."""
+    """The tokens `[n]` of documents that begin at `offsets`, as chunks `[chunks, K]` filled up with `pad`."""
     starts = chunk_offsets(offsets, k, packing)
     chunks = np.full((starts[-1], k), pad, tokens.dtype)
     if packing == "pack":
@@ -47,7 +56,7 @@ def chunked(tokens: np.ndarray, offsets: np.ndarray, k: int, pad: int, packing: 
 
 
 def tokens_before(chunk: int, offsets: np.ndarray, k: int, packing: Packing) -> int:
-    """How many tokens of the shard are in the chunks before this one, padding not counted."""
+    """How many tokens of the shard are in the chunks before this one, without padding."""
     if packing == "pack":
         return min(chunk * k, int(offsets[-1]))
     starts = chunk_offsets(offsets, k, packing)
@@ -56,41 +65,33 @@ def tokens_before(chunk: int, offsets: np.ndarray, k: int, packing: Packing) -> 
 
 
 def text_tokens(tokens: Tensor, pad: int | None) -> Tensor:
-    """Which tokens of the chunks `[..., K]` are text: all but the `pad` that a chunk ends in; all if `pad` is None."""
+    """Which tokens of the chunks `[..., K]` are text: all but the trailing `pad` of a chunk; all if `pad` is None."""
     if pad is None:
         return torch.ones_like(tokens, dtype=torch.bool)
     return (tokens != pad).flip(-1).cumsum(-1).flip(-1) > 0
 
 
-ENCODED_AT_ONCE = 1 << 12  # chunks: few enough for their activations to stay in cache
-
-FLOAT16_MAX = float(np.finfo(np.float16).max)
-
-
 def encoded(
     encoder: FoldedEncoder, chunks: np.ndarray, advance: Callable[[int], object] = lambda count: None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The posteriors of the chunks `[n, K]`: mean and log_std, `[n, l]` float16. `advance` hears of what is done.
+    """The posteriors of the chunks `[n, K]`: mean and log_std, `[n, l]` float16. `advance` is told the chunks done.
 
     Raises:
-        UserError: if a number is beyond the range of float16.
+        UserError: if a value is beyond the range of float16.
     """
     mean, log_std = (np.empty((len(chunks), encoder.latent), np.float16) for _ in range(2))
     for begin in range(0, len(chunks), ENCODED_AT_ONCE):
-        piece = slice(begin, begin + ENCODED_AT_ONCE)
-        tokens = torch.from_numpy(chunks[piece].astype(np.int64)).to(encoder.device)
+        batch = slice(begin, begin + ENCODED_AT_ONCE)
+        tokens = torch.from_numpy(chunks[batch].astype(np.int64)).to(encoder.device)
         for name, values, out in zip(("mean", "log_std"), encoder.encode(tokens), (mean, log_std), strict=True):
             largest = values.abs().max().item()
             if not largest <= FLOAT16_MAX:  # not-a-number included
                 raise UserError(
                     f"A latent's {name} is {largest:g}, beyond float16's {FLOAT16_MAX:g}: train the autoencoder again."
                 )
-            out[piece] = values.cpu().numpy()
+            out[batch] = values.cpu().numpy()
         advance(len(tokens))
     return mean, log_std
-
-
-SHARD_ROWS = 1 << 20  # chunks in a shard at most: it is held in memory while it is written, 0.55 GB at l=128
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def build_chunks(
 
 
 def require_tokenizer(autoencoder: Autoencoder, tokenizer_hash: str, tokens: Path) -> None:
-    """Refuse tokens that are not of the tokenizer that the autoencoder was trained with.
+    """Refuse tokens of another tokenizer than the autoencoder was trained with.
 
     Raises:
         UserError: naming both.
@@ -226,12 +227,12 @@ def require_tokenizer(autoencoder: Autoencoder, tokenizer_hash: str, tokens: Pat
     if tokenizer_hash != autoencoder.tokenizer_hash:
         raise UserError(
             f"The autoencoder was trained with the tokenizer {autoencoder.tokenizer_hash}, but the tokens in {tokens} "
-            f"are of {tokenizer_hash}: set data.autoencoder or data.tokens to one that fits the other."
+            f"are of {tokenizer_hash}: set data.autoencoder or data.tokens to one that matches the other."
         )
 
 
 def source_of_chunks(tokenizer: str, tokens: str, autoencoder: Autoencoder, packing: Packing) -> dict[str, Any]:
-    """What decides the chunks and latents of a token store, wherever they are computed; the first two are hashes."""
+    """What decides the chunks and latents of a token store; `tokenizer` and `tokens` are content hashes."""
     return {
         "format": format_version("chunks"),
         "tokenizer": tokenizer,
@@ -245,7 +246,7 @@ def source_of_chunks(tokenizer: str, tokens: str, autoencoder: Autoencoder, pack
 def _write(
     path: Path, columns: dict[str, pa.Array], names: pa.Array, starts: np.ndarray, rows: range, metadata: dict[str, str]
 ) -> dict[str, Any]:
-    """Write the chunks `rows` of a part, and the sidecar with their documents; the entry in the manifest."""
+    """Write the chunks `rows` of an input, and the sidecar with their documents; returns the manifest entry."""
     document, inside, continues = documents_of(starts, rows)
     columns["document"] = pa.array(document.astype(np.int32))
     sidecar = {
@@ -262,15 +263,19 @@ def _write(
 
 
 def documents_of(starts: np.ndarray, rows: range) -> tuple[np.ndarray, range, bool]:
-    """The documents of the chunks `rows` of a part, whose documents begin with the chunks `starts`.
+    """The documents of the chunks `rows` of an input, whose documents begin with the chunks `starts`.
 
-    A chunk belongs to the document of its first token. Returns the document of each chunk, counted within the second
-    result; the documents of these chunks, one that has begun in the chunks before among them; and whether one has.
+    A chunk belongs to the document of its first token.
+
+    Returns:
+        The document of each chunk, as an index into the second result.
+        The documents of these chunks, including one that begins in the chunks before.
+        Whether there is such a one.
     """
     if not rows:
         return np.empty(0, np.int64), range(len(starts) - 1), False
-    # With the chunks before and after: a document too short for a chunk of its own goes with the chunk before it, or
-    # with the first one of the part.
+    # With the chunks before and after: a document too short to begin a chunk goes with the chunk before it, or with
+    # the first chunk of the input.
     around = np.arange(rows.start - 1, rows.stop + 1)
     before, *document, after = np.searchsorted(starts, around, side="right") - 1
     first, last = document[0] if rows.start else 0, document[-1]

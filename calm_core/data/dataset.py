@@ -1,10 +1,10 @@
 """The samples of a run: windows of the stores that it reads, and the micro-batches made of them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from calm_core.autoencoder.folded_encoder import FoldedEncoder
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.config.data_config import DataConfig, StoreShare, weights_of
+from calm_core.config.experiment import Paths
 from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.order import BlendOrder, SampleOrder
 from calm_core.data.store import ChunkStore, Store, TokenStore
@@ -22,9 +23,9 @@ from calm_core.model.heads.protocol import Target
 
 @dataclass(frozen=True)
 class Blend:
-    """The training documents of one or several stores, all of one tokenizer, K and autoencoder.
+    """The training splits of one or several stores, all of one tokenizer, K and autoencoder.
 
-    Held-out documents, the baselines and the shapes are those of the first store.
+    The held-out split, the baselines and the shapes are those of the first store.
     """
 
     stores: Sequence[Store]
@@ -37,31 +38,27 @@ class Blend:
 
     def __post_init__(self) -> None:
         for store in self.stores[1:]:
-            for name, value in store.kinship.items():
-                if value != self.first.kinship[name]:
+            for name, value in store.common_properties.items():
+                if value != self.first.common_properties[name]:
                     raise UserError(
                         f"{store.folder} and {self.first.folder} differ in the {name} ({value} and "
-                        f"{self.first.kinship[name]}): data.blend takes stores of one kind, make one of them again."
+                        f"{self.first.common_properties[name]}): data.blend takes stores of one kind, make one again."
                     )
 
     @property
     def first(self) -> Store:
-        """The store that says what the others must be like."""
+        """The store that the others must agree with."""
         return self.stores[0]
 
     @property
     def identity(self) -> Any:
-        """What a resumed run must share: the data of a single store; for several, theirs and the shares."""
+        """What a resumed run must have in common: the data of a single store; for several, their data and weights."""
         if len(self.stores) == 1 and self.shares[0].limit(1, 1) is None:
             return self.first.identity
         return [
             {"data": store.identity, "weight": share.weight, "budget": share.budget, "epochs": share.epochs}
             for store, share in zip(self.stores, self.shares, strict=True)
         ]
-
-
-if TYPE_CHECKING:
-    from calm_core.config.experiment import Paths
 
 
 class Rows(NamedTuple):
@@ -71,12 +68,12 @@ class Rows(NamedTuple):
     held_out: Store
 
 
-def token_rows(data: DataConfig, paths: "Paths") -> Rows:
+def token_rows(data: DataConfig, paths: Paths) -> Rows:
     """Single tokens: of the token stores of `data.blend`, or of `paths.tokens`."""
-    return _rows(data, _places(data, "tokens", paths), partial(TokenStore, verify=data.verify))
+    return _open(data, _folders(data, "tokens", paths), partial(TokenStore, verify=data.verify))
 
 
-def chunk_rows(data: DataConfig, paths: "Paths", autoencoder: Autoencoder) -> Rows:
+def chunk_rows(data: DataConfig, paths: Paths, autoencoder: Autoencoder) -> Rows:
     """Chunks with their latents, stored or encoded as they are read: of `data.blend`, or of `paths`.
 
     Raises:
@@ -89,9 +86,9 @@ def chunk_rows(data: DataConfig, paths: "Paths", autoencoder: Autoencoder) -> Ro
                 f"set data.k={autoencoder.k} or data.autoencoder to another one."
             )
         encoder = cache(partial(FoldedEncoder, autoencoder))
-        read = partial(EncodedStore, autoencoder=autoencoder, verify=data.verify, encoder=encoder)
-        return _rows(data, _places(data, "tokens", paths), read)
-    rows = _rows(data, _places(data, "chunks", paths), partial(ChunkStore, verify=data.verify))
+        open_store = partial(EncodedStore, autoencoder=autoencoder, verify=data.verify, encoder=encoder)
+        return _open(data, _folders(data, "tokens", paths), open_store)
+    rows = _open(data, _folders(data, "chunks", paths), partial(ChunkStore, verify=data.verify))
     for store in rows.train.stores:
         store.require(data.k, autoencoder.content_hash)
         if store.packing != data.packing:
@@ -102,14 +99,14 @@ def chunk_rows(data: DataConfig, paths: "Paths", autoencoder: Autoencoder) -> Ro
     return rows
 
 
-def _rows(data: DataConfig, places: list[Path], read: Callable[[Path, str], Store]) -> Rows:
-    stores = [read(place, "train") for place in places]
+def _open(data: DataConfig, folders: list[Path], open_store: Callable[[Path, str], Store]) -> Rows:
+    stores = [open_store(folder, "train") for folder in folders]
     for store in stores:
         data.require_vocabulary(store.vocab_size, store.folder)
-    return Rows(Blend(stores, data.blend or [StoreShare()]), read(places[0], "held_out"))
+    return Rows(Blend(stores, data.blend or [StoreShare()]), open_store(folders[0], "held_out"))
 
 
-def _places(data: DataConfig, kind: Literal["tokens", "chunks"], paths: "Paths") -> list[Path]:
+def _folders(data: DataConfig, kind: Literal["tokens", "chunks"], paths: Paths) -> list[Path]:
     """The stores of one kind that the blend names, or the one of the run."""
     for number, share in enumerate(data.blend):
         if not getattr(share, kind):
@@ -121,7 +118,7 @@ def _places(data: DataConfig, kind: Literal["tokens", "chunks"], paths: "Paths")
 class Windows:
     """The windows of S positions in a split: window w is the rows from w·S to w·S + S inclusive.
 
-    Row i of a window is an input and row i + 1 its target; a window's last row is the next one's first, so that every
+    Row i of a window is an input and row i + 1 its target. A window's last row is the next window's first: every
     row but the first is a target exactly once. The rows are chunks of a chunk store or tokens of a token store.
     """
 
@@ -138,22 +135,13 @@ class Windows:
     def __len__(self) -> int:
         return max(0, len(self.store) - 1) // self.positions
 
-    def batch(self, windows: np.ndarray, columns: Iterable[str]) -> dict[str, np.ndarray]:
-        """The columns of the windows `[B]`: arrays `[B, S + 1, ...]`, tokens as int64 and the rest as stored."""
-        out = empty_batch(self.store, len(windows), self.positions, columns)
-        for sample, window in enumerate(windows):
-            self.fill(int(window), {name: array[sample] for name, array in out.items()})
-        return out
-
-    def fill(self, window: int, out: Mapping[str, np.ndarray]) -> None:
-        """Copy the rows of a window into the arrays `[S + 1, ...]`, one for each column wanted."""
-        self.store.fill(window * self.positions, out)
+    def locate(self, windows: np.ndarray) -> list[tuple[Store, int]]:
+        """The store and the first row of the windows `[B]`."""
+        return [(self.store, int(window) * self.positions) for window in windows]
 
     def document_ids(self, windows: np.ndarray) -> np.ndarray:
         """The documents that the rows of the windows `[B]` begin in: int64 `[B, S + 1]`, unique within the split."""
-        return np.stack(
-            [self.store.document_ids(int(window) * self.positions, self.positions + 1) for window in windows]
-        )
+        return np.stack([self.store.document_ids(row, self.positions + 1) for _, row in self.locate(windows)])
 
     def documents(self, window: int) -> list[str]:
         """The names of the documents in a window, in their order."""
@@ -161,29 +149,17 @@ class Windows:
         return [self.store.document_name(document_id) for document_id in ids]
 
 
-def empty_batch(store: Store, samples: int, positions: int, columns: Iterable[str]) -> dict[str, np.ndarray]:
-    """Arrays `[samples, positions + 1, ...]` for the columns of a store, not filled.
+class TrainingSamples:
+    """The samples of a run: windows of S positions of a blend, in an order that follows from the seed alone.
 
-    Token ids are widened as they are copied: embeddings and losses take int64.
-    """
-    types = {name: store.columns[name] for name in columns}
-    return {
-        name: np.empty((samples, positions + 1, *shape), np.int64 if np.issubdtype(dtype, np.integer) else dtype)
-        for name, (dtype, shape) in types.items()
-    }
-
-
-class Samples:
-    """The windows of S positions of a blend, in an order that follows from the seed alone.
-
-    Each store gives its share of the samples; each pass over a store takes its windows in another order.
+    Each store gives samples in proportion to its weight; each epoch of a store visits its windows in another order.
     """
 
     def __init__(self, blend: Blend, positions: int, seed: int) -> None:
-        """With windows of `positions` rows and one.
+        """With windows of `positions` + 1 rows.
 
         Raises:
-            UserError: if a store has no window, or its budget is none.
+            UserError: if a store has no window, or a budget below one.
         """
         self.store, self.positions = blend.first, positions
         self.windows = [Windows(store, positions) for store in blend.stores]
@@ -196,7 +172,7 @@ class Samples:
                 raise UserError(
                     f"The budget of {windows.store.folder} is less than one sample: raise it in data.blend."
                 )
-        self._turns = BlendOrder(weights_of(blend.shares), limits)
+        self._blend_order = BlendOrder(weights_of(blend.shares), limits)
         self._orders = [SampleOrder(len(windows), seed + number) for number, windows in enumerate(self.windows)]
 
     def require(self, samples: int) -> None:
@@ -205,27 +181,24 @@ class Samples:
         Raises:
             UserError: saying how many they give.
         """
-        self._turns.place(np.array([samples - 1]))
+        self._blend_order.locate(np.array([samples - 1]))
 
-    def places(self, samples: np.ndarray) -> list[tuple[Windows, int]]:
-        """The store's windows that each sample `[B]` is of, and which of them it is."""
-        stores, numbers = self._turns.place(np.asarray(samples, np.int64))
+    def windows_of(self, samples: np.ndarray) -> list[tuple[Windows, int]]:
+        """The window that each sample `[B]` is: the windows of its store, and the number among them."""
+        stores, numbers = self._blend_order.locate(np.asarray(samples, np.int64))
         chosen = np.empty_like(numbers)
         for store in np.unique(stores):
             chosen[stores == store] = self._orders[store].window(numbers[stores == store])
         return [(self.windows[store], int(window)) for store, window in zip(stores, chosen, strict=True)]
 
-    def batch(self, samples: np.ndarray, columns: Iterable[str]) -> dict[str, np.ndarray]:
-        """The columns of the samples `[B]`: arrays `[B, S + 1, ...]`, tokens as int64 and the rest as stored."""
-        out = empty_batch(self.store, len(samples), self.positions, columns)
-        for sample, (windows, window) in enumerate(self.places(samples)):
-            windows.fill(window, {name: array[sample] for name, array in out.items()})
-        return out
+    def locate(self, samples: np.ndarray) -> list[tuple[Store, int]]:
+        """The store and the first row of the samples `[B]`."""
+        return [(windows.store, window * self.positions) for windows, window in self.windows_of(samples)]
 
     def documents(self, samples: np.ndarray) -> list[str]:
-        """The names of the documents behind the samples `[B]`, each once."""
+        """The names of the documents in the samples `[B]`, each once."""
         return list(
-            dict.fromkeys(name for windows, window in self.places(samples) for name in windows.documents(window))
+            dict.fromkeys(name for windows, window in self.windows_of(samples) for name in windows.documents(window))
         )
 
 
@@ -257,22 +230,29 @@ class ChunkBatch:
 
 
 def needed_columns(store: Store, *, first: bool, last: bool) -> list[str]:
-    """What a pipeline stage reads of a store: the first its inputs, the last the targets, those between nothing."""
+    """The columns that a pipeline stage reads: the first its inputs, the last the targets, those between none."""
     if last:
         return list(store.columns)
     return ["tokens"] if first else []
 
 
 def read_batch(
-    windows: Windows | Samples, chosen: np.ndarray, samples: np.ndarray, columns: Iterable[str] | None = None
+    source: Windows | TrainingSamples, chosen: np.ndarray, samples: np.ndarray, columns: Iterable[str] | None = None
 ) -> ChunkBatch:
-    """The `chosen` ones `[B]` as the samples with these global indices; a token store's row is a chunk of one token.
+    """Read the `chosen` windows or samples `[B]` as the samples with these global indices `[B]`.
 
-    `columns` are those of the store that are read; None means all.
+    `columns` are those to read, None for all. A row of a token store is a chunk of one token. Token ids are widened to
+    int64, which embeddings and losses take.
     """
-    names = list(windows.store.columns) if columns is None else list(columns)
-    if not names:
+    store, length = source.store, source.positions + 1
+    arrays = {}
+    for name, (dtype, shape) in store.columns.items():
+        if columns is None or name in columns:
+            arrays[name] = np.empty((len(chosen), length, *shape), np.int64 if name == "tokens" else dtype)
+    if not arrays:
         return ChunkBatch(samples)
-    arrays = {name: torch.from_numpy(array) for name, array in windows.batch(chosen, names).items()}
-    tokens = arrays.pop("tokens").view(len(chosen), windows.positions + 1, windows.store.k)
-    return ChunkBatch(samples, tokens, **arrays)
+    for index, (of_store, row) in enumerate(source.locate(chosen)):
+        of_store.fill(row, {name: array[index] for name, array in arrays.items()})
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    tokens = tensors.pop("tokens").view(len(chosen), length, store.k)
+    return ChunkBatch(samples, tokens, **tensors)

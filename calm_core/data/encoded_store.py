@@ -1,4 +1,4 @@
-"""A token store read as the chunk store that an autoencoder would make of it: latents are computed as they are read."""
+"""A token store read as the chunk store that an autoencoder makes of it: latents are computed on reading."""
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -18,7 +18,7 @@ from calm_core.manifest import source_hash
 class EncodedStore(TokenStore):
     """One split of a token store, its documents packed into chunks; a row is a chunk, with the columns of `ChunkStore`.
 
-    The encoder runs where the autoencoder is when the first latent is asked for.
+    The encoder is built on the autoencoder's device when the first latent is read.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class EncodedStore(TokenStore):
         verify: Verify = "auto",
         encoder: Callable[[], FoldedEncoder] | None = None,
     ) -> None:
-        """Open and verify one split. `encoder` gives the autoencoder's, for several stores to share its tables.
+        """Open and verify one split. `encoder` returns the autoencoder's encoder, whose tables several stores share.
 
         Raises:
             UserError: as `Store` does, or if the autoencoder was trained with another tokenizer.
@@ -49,19 +49,19 @@ class EncodedStore(TokenStore):
 
     @property
     def identity(self) -> str:
-        """That of the chunk store made of the same tokens by the same autoencoder."""
+        """The identity of the chunk store made from the same tokens by the same autoencoder."""
         return source_hash(source_of_chunks(self.tokenizer_hash, self.content_hash, self._autoencoder, self.packing))
 
     @property
-    def kinship(self) -> dict[str, Any]:
-        """What stores must have in common to be blended."""
-        return {**super().kinship, "autoencoder": self._autoencoder.content_hash}
+    def common_properties(self) -> dict[str, Any]:
+        """What blended stores must have in common."""
+        return {**super().common_properties, "autoencoder": self._autoencoder.content_hash}
 
     def __len__(self) -> int:
         return -(-super().__len__() // self.k)
 
     def fill(self, start: int, out: Mapping[str, np.ndarray]) -> None:
-        """Copy rows from `start` on into the arrays `[count, ...]`, one for each column wanted."""
+        """Copy rows from `start` on into the arrays `[count, ...]` of the wanted columns."""
         tokens = self._chunks(start, len(next(iter(out.values()))))
         columns = {"tokens": tokens}
         if out.keys() - columns.keys():
@@ -86,7 +86,7 @@ class EncodedStore(TokenStore):
         return chunks
 
     def _tokens_of(self, start: int, count: int) -> tuple[int, int]:
-        """The first token of rows [start, start + count), and the first one after them."""
+        """The first token of the rows [start, start + count), and the first token after them."""
         if start < 0 or count < 0 or start + count > len(self):
             raise IndexError(f"rows {start} to {start + count} of {self.folder}, which has {len(self)}")
         return start * self.k, min((start + count) * self.k, super().__len__())

@@ -9,12 +9,16 @@ import numpy as np
 
 from calm_core.errors import UserError
 
-ROUNDS = 8
+ROUNDS = 8  # of the Feistel network
+
+BLOCK = 1 << 12  # samples whose stores are computed at once
+
+SCALE = 1 << 30  # weights become whole numbers of about this sum: their products with 2^33 samples fit int64
 
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Which of `count` windows each sample is: epoch i // count visits every window once, in an order of its own."""
+    """Which of `count` windows each sample is: each epoch visits every window once, in an order of its own."""
 
     count: int
     seed: int
@@ -33,19 +37,19 @@ class SampleOrder:
 def permute(position: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
     """The image of each position in [0, count) under the permutation of this seed and epoch: int64 `[n]`.
 
-    Constant memory in `count`; the expected work is below two Feistel networks a position.
+    Memory is constant in `count`; a position takes fewer than two passes through the Feistel network on average.
     """
     bits = max(1, (count - 1).bit_length())
     keys = _round_keys(seed, epoch)
     image = _feistel(position.astype(np.uint64), bits, keys)
-    # The network permutes [0, 2^bits): an image outside [0, count) is sent on along its cycle until it is back inside.
+    # The network permutes [0, 2^bits): an image outside [0, count) follows its cycle until it is inside.
     while len(outside := np.flatnonzero(image >= count)):
         image[outside] = _feistel(image[outside], bits, keys)
     return image.astype(np.int64)
 
 
 def _feistel(value: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
-    """A bijection of [0, 2^bits): the halves (of equal length, or one bit apart) take turns in changing each other."""
+    """A bijection of [0, 2^bits): the two halves of the bits change each other in turn."""
     low_bits = np.uint64((bits + 1) // 2)
     low_mask = np.uint64((1 << int(low_bits)) - 1)
     high_mask = np.uint64((1 << (bits - int(low_bits))) - 1)
@@ -69,29 +73,27 @@ def _round_keys(seed: int, epoch: int) -> np.ndarray:
     return np.frombuffer(digest, dtype="<u8")
 
 
-BLOCK = 1 << 12  # samples whose stores are found at once
-
-SCALE = 1 << 30  # shares are taken as whole numbers of about this sum: products with 2^33 samples fit int64
-
-
 class Apportionment:
-    """Shares the samples 0, 1, 2, ... out among stores, in proportion to their weights."""
+    """Assigns the samples 0, 1, 2, ... to stores in proportion to their weights.
+
+    After any number of samples n, each store has given its weighted fraction of n, rounded down or up.
+    """
 
     def __init__(self, weights: Sequence[float]) -> None:
         """With one weight above zero for each store."""
-        self._parts = np.array([round(weight / sum(weights) * SCALE) for weight in weights], np.int64)
-        self._whole = int(self._parts.sum())
+        self._weights = np.array([round(weight / sum(weights) * SCALE) for weight in weights], np.int64)
+        self._total = int(self._weights.sum())
 
     def counts(self, n: int) -> np.ndarray:
-        """How many of the first n samples each store gives, int64 `[stores]`: its share of n, rounded down or up."""
-        counts, remainder = np.divmod(n * self._parts, self._whole)
-        closing = -(-(counts + 1) * self._whole // self._parts)
+        """How many of the first n samples each store gives: int64 `[stores]`."""
+        counts, remainder = np.divmod(n * self._weights, self._total)
+        closing = -(-(counts + 1) * self._total // self._weights)
         # Before these s no window of a later sample is open, and the minimum is the one of s = 0, which is n.
-        s = np.arange(max(1, n - self._whole // int(self._parts.min()) - 1), n + 1)
-        opened = -(-s * self._parts[:, None] // self._whole)
+        s = np.arange(max(1, n - self._total // int(self._weights.min()) - 1), n + 1)
+        opened = -(-s * self._weights[:, None] // self._total)
         served = n - s + np.minimum(opened, counts[:, None]).sum(0)
         done = int(counts.sum())
-        # A store whose share of n is no whole number may have given one sample more: asked for in order of precedence.
+        # A store whose fraction of n is not whole may have given one sample more: tried in order of precedence.
         for store in sorted(np.flatnonzero(remainder), key=lambda store: (closing[store], store)):
             served += opened[store] > counts[store]
             before, done = done, min(n, int(served.min()))
@@ -100,21 +102,21 @@ class Apportionment:
 
     def run(self, n: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """The store of each of the samples n .. n + length - 1, and its number among that store's samples."""
-        parts, whole, given = self._parts.tolist(), self._whole, self.counts(n).tolist()
-        opens = [i * whole // part for i, part in zip(given, parts, strict=True)]
-        closes = [-(-(i + 1) * whole // part) for i, part in zip(given, parts, strict=True)]
+        weights, total, given = self._weights.tolist(), self._total, self.counts(n).tolist()
+        opens = [i * total // weight for i, weight in zip(given, weights, strict=True)]
+        closes = [-(-(i + 1) * total // weight) for i, weight in zip(given, weights, strict=True)]
         stores, numbers = np.empty(length, np.int64), np.empty(length, np.int64)
         for step in range(length):
             store = min((c, j) for j, (o, c) in enumerate(zip(opens, closes, strict=True)) if o <= n + step)[1]
             stores[step], numbers[step] = store, given[store]
             given[store] = i = given[store] + 1
-            opens[store], closes[store] = i * whole // parts[store], -(-(i + 1) * whole // parts[store])
+            opens[store], closes[store] = i * total // weights[store], -(-(i + 1) * total // weights[store])
         return stores, numbers
 
     def exhausted(self, store: int, samples: int) -> int:
-        """The least n of which the store gives `samples`, at least one."""
-        part = int(self._parts[store])
-        low, high = (samples - 1) * self._whole // part, -(-samples * self._whole // part)
+        """The least n after which the store has given `samples`, at least one."""
+        weight = int(self._weights[store])
+        low, high = (samples - 1) * self._total // weight, -(-samples * self._total // weight)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self.counts(middle)[store] >= samples else (middle, high)
@@ -123,30 +125,30 @@ class Apportionment:
 
 @dataclass(frozen=True)
 class _Phase:
-    """A stretch of samples that the same stores share: from `first` to before `end`, None where that never comes."""
+    """Samples `first` to `end` (exclusive, None: endless), during which the same stores take part."""
 
     first: int
     end: int | None
     stores: np.ndarray
     given: np.ndarray
-    """Samples that each of its stores gave before it."""
-    shares: Apportionment
+    """Samples that each of these stores gave before."""
+    apportionment: Apportionment
 
 
 class BlendOrder:
-    """Which store each sample of a run is of, and which of that store's samples it is.
+    """Which store each sample of a run comes from, and which of that store's samples it is.
 
-    Stores give samples in proportion to their weights, each at most its limit (None: without end). One that has given
-    all leaves, and those that remain share its part in proportion to theirs.
+    Stores give samples in proportion to their weights, each at most its limit (None: no limit). When a store has given
+    all, the others continue in proportion to their weights.
     """
 
     def __init__(self, weights: Sequence[float], limits: Sequence[int | None]) -> None:
         self._phases = list(_phases(weights, limits))
         self.samples = self._phases[-1].end
-        """How many samples there are until every store has left; None where that never happens."""
+        """How many samples all stores give; None without end."""
         self._block = lru_cache(maxsize=4)(self._find_block)
 
-    def place(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The store of each sample `[B]`, and the sample's number among that store's: int64 `[B]` each."""
         if self.samples is not None and samples.size and samples.max() >= self.samples:
             raise UserError(
@@ -162,13 +164,13 @@ class BlendOrder:
         return stores, numbers
 
     def _find_block(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Stores and numbers of the samples from index · BLOCK on, BLOCK of them or as many as there are."""
+        """Stores and numbers of the samples from index · BLOCK on: BLOCK of them, or as many as there are."""
         stores, numbers = [], []
         for phase in self._phases:
             first = max(index * BLOCK, phase.first)
             end = (index + 1) * BLOCK if phase.end is None else min((index + 1) * BLOCK, phase.end)
             if first < end:
-                store, number = phase.shares.run(first - phase.first, end - first)
+                store, number = phase.apportionment.run(first - phase.first, end - first)
                 stores.append(phase.stores[store])
                 numbers.append(phase.given[store] + number)
         return np.concatenate(stores), np.concatenate(numbers)
@@ -179,13 +181,13 @@ def _phases(weights: Sequence[float], limits: Sequence[int | None]) -> Iterator[
     given, first = np.zeros(len(weights), np.int64), 0
     stores = np.arange(len(weights))
     while len(stores):
-        shares = Apportionment([weights[store] for store in stores])
+        apportionment = Apportionment([weights[store] for store in stores])
         left = [None if limits[store] is None else limits[store] - int(given[store]) for store in stores]
-        ends = [shares.exhausted(place, count) for place, count in enumerate(left) if count is not None]
+        ends = [apportionment.exhausted(index, count) for index, count in enumerate(left) if count is not None]
         length = min(ends, default=None)
-        yield _Phase(first, None if length is None else first + length, stores, given[stores], shares)
+        yield _Phase(first, None if length is None else first + length, stores, given[stores], apportionment)
         if length is None:
             return
-        given[stores] += shares.counts(length)
+        given[stores] += apportionment.counts(length)
         first += length
         stores = np.array([store for store in stores if limits[store] is None or given[store] < limits[store]])

@@ -16,11 +16,13 @@ from calm_core.errors import UserError
 from calm_core.io import hash_file, replacing
 from calm_core.manifest import read_manifest, source_hash, store_hash
 
-AUTO_FULL_BYTES = 4 << 30  # a store up to this size is worth reading whole each time it is opened
+AUTO_FULL_BYTES = 4 << 30  # a store up to this size is read whole each time it is opened
+
+OPEN_SHARDS = 1024  # a process may map 65,530 files (vm.max_map_count); a large corpus has more shards
 
 
 def write_shard(path: Path, columns: Mapping[str, pa.Array], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Write the columns as one Arrow file, whole or not at all; its entry in a manifest (file, bytes, checksum)."""
+    """Write the columns as one Arrow file, atomically; returns its manifest entry (file, bytes, checksum)."""
     schema = pa.schema(
         [pa.field(name, column.type, nullable=False) for name, column in columns.items()], metadata=dict(metadata)
     )
@@ -33,7 +35,7 @@ def write_shard(path: Path, columns: Mapping[str, pa.Array], metadata: Mapping[s
 
 
 def read_shard(path: Path) -> pa.RecordBatch:
-    """The record batch of a shard, memory-mapped: nothing is read until it is touched.
+    """The record batch of a shard, memory-mapped: data is read when it is accessed.
 
     Raises:
         UserError: if the file is missing or is no Arrow file.
@@ -48,7 +50,7 @@ def read_shard(path: Path) -> pa.RecordBatch:
 def verify_shards(folder: Path, entries: Iterable[Mapping[str, Any]], verify: Verify = "auto") -> None:
     """Compare the files of a store with the entries of its manifest.
 
-    `size` looks at each file's length, `full` at each byte's part in the checksum; `auto` is `full` for what is small.
+    `size` compares lengths, `full` also checksums; `auto` is `full` for a small store and `size` for a large one.
 
     Raises:
         UserError: naming the first file that is missing, truncated or changed.
@@ -71,7 +73,7 @@ def verify_shards(folder: Path, entries: Iterable[Mapping[str, Any]], verify: Ve
 
 
 def files_of(shards: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
-    """The entries of all the files of the shards, sidecars included."""
+    """The manifest entries of all files of the shards, including sidecars."""
     for shard in shards:
         yield shard
         if "sidecar" in shard:
@@ -93,22 +95,19 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
-OPEN_SHARDS = 1024  # a process may map 65,530 files (vm.max_map_count); a large corpus has more shards
-
-
 @dataclass(frozen=True)
 class ShardView:
-    """One open shard: its columns are views of the memory-mapped file, nothing is copied."""
+    """One open shard; its columns are views of the memory-mapped file."""
 
     columns: Mapping[str, np.ndarray]
     """Arrays over the rows of the flat axis: `[rows]` or `[rows, width]`."""
     names: pa.StringArray
-    """The names of its documents."""
+    """The documents' names."""
     offsets: np.ndarray
     """`[documents + 1]`: the first row that begins in each document, and the number of rows."""
 
     def document_of(self, rows: np.ndarray) -> np.ndarray:
-        """The documents, as positions in `names`, that these rows of the shard begin in."""
+        """The indices in `names` of the documents that these rows of the shard begin in."""
         return np.searchsorted(self.offsets, rows, side="right") - 1
 
 
@@ -117,7 +116,7 @@ class Store:
 
     kind: ClassVar[str]
     unit: ClassVar[str]
-    """What a row of the flat axis is, as the manifest counts it."""
+    """The manifest's count of rows: `tokens` or `rows`."""
     k: int
     """Tokens per row."""
     latent: int
@@ -142,7 +141,7 @@ class Store:
         self.shards: list[dict[str, Any]] = self.manifest["splits"][split]["shards"]
         verify_shards(self.folder, files_of(self.shards), verify)
         self._starts = [0, *accumulate(shard[self.unit] for shard in self.shards)]
-        # A shard counts the documents that begin in it; its first one may have begun in the shard before.
+        # A shard counts the documents that begin in it; its first document may have begun in the shard before.
         begun = [0, *accumulate(shard["documents"] for shard in self.shards)]
         continued = [*(int(shard.get("continues", False)) for shard in self.shards), 0]
         self._first_documents = [before - goes_on for before, goes_on in zip(begun, continued, strict=True)]
@@ -152,7 +151,7 @@ class Store:
         return self._starts[-1]
 
     def rows_of(self, index: int) -> tuple[int, int]:
-        """The first row of a shard, and the first one after it."""
+        """The first row of a shard, and the first row after it."""
         return self._starts[index], self._starts[index + 1]
 
     @property
@@ -172,17 +171,17 @@ class Store:
 
     @property
     def identity(self) -> str:
-        """What the rows are, for a run that goes on: a hash."""
+        """A hash of what the rows are, which a resumed run compares."""
         return self.content_hash
 
     @property
     def padding(self) -> int | None:
-        """The token that fills up the rows of a document, None where documents run on."""
+        """The token that fills the last row of a document; None if documents run on."""
         return self.manifest["pad"] if self.packing == "align" else None
 
     @property
-    def kinship(self) -> dict[str, Any]:
-        """What stores must have in common to be blended."""
+    def common_properties(self) -> dict[str, Any]:
+        """What blended stores must have in common."""
         return {"tokenizer": self.tokenizer_hash, "number of tokens per row": self.k}
 
     @property
@@ -228,7 +227,7 @@ class Store:
         return self.document_name(int(self.document_ids(row, 1)[0]))
 
     def token_counts(self, limit: int = 1 << 26) -> np.ndarray:
-        """How often each token id occurs in the first `limit` rows, padding aside: int64 `[V]`."""
+        """How often each token id occurs in the first `limit` rows, without padding: int64 `[V]`."""
         counts = np.zeros(self.vocab_size, np.int64)
         for _, index, _, taken in self._spans(0, min(limit, self._starts[-1])):
             tokens = self.shard(index).columns["tokens"][:taken]
@@ -298,7 +297,7 @@ class ChunkStore(Store):
 
     @property
     def packing(self) -> Packing:
-        """`pack` where documents run on, `align` where each begins a chunk."""
+        """`pack`: documents run on; `align`: each begins a chunk."""
         return self.manifest.get("packing", "pack")
 
     @property
@@ -313,16 +312,16 @@ class ChunkStore(Store):
 
     @property
     def identity(self) -> str:
-        """The hash of what the rows were made from: encoded again, perhaps on another machine, they are the same."""
+        """The hash of what the rows were made from: encoded again, on any machine, they are equal up to rounding."""
         return source_hash(self.manifest["made_from"])
 
     @property
-    def kinship(self) -> dict[str, Any]:
-        """What stores must have in common to be blended."""
-        return {**super().kinship, "packing": self.packing, "autoencoder": self.autoencoder_hash}
+    def common_properties(self) -> dict[str, Any]:
+        """What blended stores must have in common."""
+        return {**super().common_properties, "packing": self.packing, "autoencoder": self.autoencoder_hash}
 
     def require(self, k: int, autoencoder_hash: str) -> None:
-        """Refuse the store where it was not made for chunks of `k` tokens by this autoencoder.
+        """Refuse the store if it was not made for chunks of `k` tokens by this autoencoder.
 
         Raises:
             UserError: naming what differs.

@@ -1,4 +1,4 @@
-"""Looking into stores: checksums and counts against the manifest, statistics, and text."""
+"""Inspection of stores: checksums and counts against the manifest, statistics, and text."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +14,10 @@ from calm_core.progress import Progress
 
 KINDS = ("tokens", "chunks")
 
+STATISTICS_ROWS = 1 << 16
+
+QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+
 
 def store_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished store of tokens or chunks.
@@ -26,7 +30,7 @@ def store_manifest(folder: Path) -> dict[str, Any]:
 
 
 def faults(folder: Path) -> Iterator[str]:
-    """What is wrong in a store, one sentence for each bad file or sum, as it is found; every byte is read.
+    """The faults of a store, one sentence for each bad file or sum, as they are found; every byte is read.
 
     Raises:
         UserError: if the folder holds no finished store.
@@ -46,11 +50,11 @@ def faults(folder: Path) -> Iterator[str]:
     for name, split in manifest["splits"].items():
         for counted in ("rows", "tokens", "documents", "bytes"):
             if split[counted] != sum(shard[counted] for shard in split["shards"]):
-                yield f"{folder / MANIFEST} sums the {counted} of {name} wrongly: make the store again."
+                yield f"{folder / MANIFEST} sums the {counted} of {name} incorrectly: make the store again."
 
 
 def _wrong_counts(folder: Path, shard: Mapping[str, Any]) -> Iterator[str]:
-    """Where a shard holds another number of something than its entry in the manifest says."""
+    """The counts in which a shard differs from its entry in the manifest."""
     batch = read_shard(folder / shard["file"])
     found = {"rows": batch.num_rows}
     if "sidecar" in shard:
@@ -67,27 +71,22 @@ def _wrong_counts(folder: Path, shard: Mapping[str, Any]) -> Iterator[str]:
             yield f"The shard {path} has {count:,} {name} instead of {wanted:,}: make its store again."
 
 
-SAMPLED = 1 << 16  # rows that the statistics are taken from
-
-QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
-
-
 def statistics(store: ChunkStore) -> dict[str, Any]:
-    """What the first rows of a split hold: lists are the least value, tenth, half, nine tenths and the greatest.
+    """Statistics of the first rows of a split; lists hold the quantiles `QUANTILES`.
 
-    Keys: `document_chunks`, the lengths of documents; `tokens_used` of V, `pad_share`; `mean` over all dimensions with
-    `mean_std` and the greatest `mean_abs`; `sigma`, the posterior's standard deviations; `flat_dimensions`, those of
-    the latent whose mean varies less than a tenth of its sigma.
+    Keys: `document_chunks`, the lengths of documents; `tokens_used`, the number of distinct token ids; `pad_fraction`;
+    `mean` over all dimensions with `mean_std` and the maximum `mean_abs`; `sigma`, the posterior's standard deviations;
+    `flat_dimensions`, the number of latent dimensions whose mean varies by less than a tenth of its sigma.
     """
-    rows = store.read(0, min(SAMPLED, len(store)), ("tokens", "mean", "log_std"))
+    rows = store.read(0, min(STATISTICS_ROWS, len(store)), ("tokens", "mean", "log_std"))
     mean, sigma = rows["mean"].astype(np.float32), np.exp(rows["log_std"].astype(np.float32))
     lengths = np.bincount(store.document_ids(0, len(mean)))
-    whole = lengths if len(mean) == len(store) else lengths[:-1]  # the last document may go on beyond the sample
+    whole = lengths if len(mean) == len(store) else lengths[:-1]  # the last document may continue beyond these rows
     return {
         "rows": len(mean),
         "document_chunks": np.quantile(whole if len(whole) else lengths, QUANTILES),
         "tokens_used": len(np.unique(rows["tokens"])),
-        "pad_share": np.mean(rows["tokens"] == store.manifest["pad"]),
+        "pad_fraction": np.mean(rows["tokens"] == store.manifest["pad"]),
         "mean": mean.mean(),
         "mean_std": mean.std(),
         "mean_abs": np.abs(mean).max(),
@@ -97,7 +96,7 @@ def statistics(store: ChunkStore) -> dict[str, Any]:
 
 
 def side_by_side(left: list[str], right: list[str], width: int) -> Iterator[str]:
-    """Pieces of text and what was made of them, in two columns of `width` together; `|` stands where they differ."""
+    """Texts and their reconstructions in two columns, `width` characters in all; `|` marks lines that differ."""
     column = max(8, (width - 3) // 2)
     one = other = ""
     same = True

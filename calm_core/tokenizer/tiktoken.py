@@ -1,7 +1,7 @@
 """Tokenizers in tiktoken's rank files: a line for each token, its bytes in base64 and its rank.
 
-A rank file says neither how text is split before its bytes are merged nor which special tokens there are. Its number of
-ranks tells what it belongs to.
+A rank file contains neither the rule that splits text before its bytes are merged nor the special tokens. Its number
+of ranks identifies the family of tokenizers that it belongs to.
 """
 
 import base64
@@ -18,16 +18,16 @@ from calm_core.io import hash_bytes
 
 LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
-MOST_CHARACTERS = 400_000  # the library is given at once; with the next limit, as Llama's own code does
+MAX_SLICE = 400_000  # characters that the library is given at once; this limit and the next are those of Llama's code
 
-MOST_RUN = 25_000  # characters in a row that are all spaces, or none of them
+MAX_RUN = 25_000  # consecutive characters that are all white space, or none of them
 
 RUN = re.compile(r"\s+|\S+")
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the files of one number of ranks share; special tokens follow the ranks."""
+    """What all files with this number of ranks have in common; special tokens follow the ranks."""
 
     split: str
     specials: int
@@ -40,11 +40,11 @@ FAMILIES = {
         split="|".join(
             (
                 r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # English endings
-                r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word, and a sign or space before it
-                r"\p{N}{1,3}",  # digits by three
+                r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word, with a sign or space before it
+                r"\p{N}{1,3}",  # up to three digits
                 r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # signs, to the end of the line
                 r"\s*[\r\n]+",
-                r"\s+(?!\S)",  # spaces, but for one before a word
+                r"\s+(?!\S)",  # white space except one before a word
                 r"\s+",
             )
         ),
@@ -56,7 +56,7 @@ FAMILIES = {
 
 
 class RankTokenizer:
-    """A rank file with its family's special tokens, and a pad after them: V is 128,257 for Llama 3."""
+    """A rank file with the special tokens of its family and a pad after them: V is 128,257 for Llama 3."""
 
     def __init__(self, content: bytes, path: Path) -> None:
         """Raises: UserError: if the ranks are damaged or of no known family."""
@@ -84,29 +84,29 @@ class RankTokenizer:
         return [self._encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; special tokens are silent."""
+        """The text of token ids; control tokens have none."""
         return self._encoding.decode([token for token in ids if token < self._ranks])
 
     def _encode(self, text: str) -> np.ndarray:
-        # A list made into an array: the library's own way to one looks for special tokens, and is slower.
+        # `encode_to_numpy` of the library looks for special tokens and is slower.
         pieces = [np.array(self._encoding.encode_ordinary(piece), np.uint32) for piece in _slices(text)]
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.uint32), *pieces])
 
 
 def _slices(text: str) -> Iterator[str]:
-    """The text in slices that hold at most `MOST_CHARACTERS`, and no run longer than `MOST_RUN`."""
-    for begin in range(0, len(text), MOST_CHARACTERS):
-        piece = text[begin : begin + MOST_CHARACTERS]
+    """The text in slices that hold at most `MAX_SLICE`, and no run longer than `MAX_RUN`."""
+    for begin in range(0, len(text), MAX_SLICE):
+        piece = text[begin : begin + MAX_SLICE]
         last = 0
-        if any(_run_length(piece, at) > MOST_RUN for at in range(0, len(piece), MOST_RUN)):
+        if any(_run_length(piece, at) > MAX_RUN for at in range(0, len(piece), MAX_RUN)):
             for run in RUN.finditer(piece):
-                for cut in range(run.start() + MOST_RUN, run.end(), MOST_RUN):
+                for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
                     yield piece[last:cut]
                     last = cut
         yield piece[last:]
 
 
 def _run_length(text: str, at: int) -> int:
-    """The length of the run that the character at `at` is in, or some length above `MOST_RUN` if it is longer."""
-    before = text[max(0, at - MOST_RUN) : at + 1][::-1]
-    return RUN.match(before).end() + RUN.match(text, at, at + MOST_RUN + 1).end() - at - 1
+    """The length of the run of the character at `at`; any length above `MAX_RUN` if it is longer."""
+    before = text[max(0, at - MAX_RUN) : at + 1][::-1]
+    return RUN.match(before).end() + RUN.match(text, at, at + MAX_RUN + 1).end() - at - 1

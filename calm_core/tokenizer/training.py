@@ -1,4 +1,4 @@
-"""Training a tokenizer by sentencepiece."""
+"""Training a tokenizer with sentencepiece."""
 
 import io
 import re
@@ -15,7 +15,7 @@ from calm_core.manifest import MANIFEST, format_version, read_manifest, require_
 from calm_core.tokenizer.protocol import Tokenizer
 from calm_core.tokenizer.sentencepiece import SentencePieceTokenizer
 
-TRAINING_PIECE = 2000  # characters: the trainer's time grows with the length of what it sees at once
+PIECE_CHARACTERS = 2000  # the trainer's time grows with the length of what it is given at once
 
 KIND = "tokenizer"
 
@@ -23,7 +23,7 @@ ERRORS_ONLY = 2  # sentencepiece's log level
 
 
 def is_trained(path: Path, made_from: Mapping[str, Any]) -> bool:
-    """Whether `train_tokenizer` has made the tokenizer at `path` from these inputs already.
+    """Whether `train_tokenizer` has already made the tokenizer at `path` from these inputs.
 
     Raises:
         UserError: if it was made from other inputs, or not by `train_tokenizer`.
@@ -32,7 +32,7 @@ def is_trained(path: Path, made_from: Mapping[str, Any]) -> bool:
     if not path.exists():
         return False
     if not manifest.exists():
-        raise UserError(f"{path} is there and was not trained here: remove it, or go on and use it as it is.")
+        raise UserError(f"{path} exists and was not trained here: remove it, or skip this step and use it as it is.")
     require_same(path, read_manifest(path.parent, KIND)["made_from"], made_from)
     return True
 
@@ -40,10 +40,10 @@ def is_trained(path: Path, made_from: Mapping[str, Any]) -> bool:
 def train_tokenizer(
     texts: Iterable[str], config: TokenizerConfig, path: Path, made_from: Mapping[str, Any]
 ) -> Tokenizer:
-    """Train a byte-pair encoding with byte fallback on the texts, and write it to `path`, whole or not at all.
+    """Train a byte-pair encoding with byte fallback on the texts, and write it to `path`, atomically.
 
-    The text is taken as it is: no normalisation, and newlines may be part of tokens. Digits stand alone. The same texts
-    give the same file. A manifest beside it says what it was made from.
+    The text is not normalised, newlines may be part of tokens, and each digit is a token. The same texts give the same
+    file. A manifest beside it records what it was made from.
 
     Raises:
         UserError: if the texts cannot support a vocabulary of this size.
@@ -78,18 +78,18 @@ def train_tokenizer(
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """The texts in pieces that begin at spaces: tokens never reach over one but at their beginning."""
+    """The texts in pieces that begin at spaces, which tokens contain only at their beginning."""
     for text in texts:
         begin = 0
         while begin < len(text):
-            end = text.find(" ", begin + TRAINING_PIECE)
+            end = text.find(" ", begin + PIECE_CHARACTERS)
             end = len(text) if end < 0 else end
             yield text[begin:end]
             begin = end
 
 
 def _sentence(error: RuntimeError, config: TokenizerConfig) -> Exception:
-    """What sentencepiece's complaint says to a user; the error itself where it is no matter of the vocabulary."""
+    """The user error for a complaint of sentencepiece about the vocabulary; the error itself for any other."""
     if too_high := re.search(r"too high.*<= (\d+)", str(error)):
         return UserError(
             f"tokenizer.vocab_size={config.vocab_size} is more than the corpus supports: "

@@ -17,7 +17,7 @@ from calm_core.autoencoder.model import Autoencoder, autoencoder_loss
 from calm_core.checkpoint.load import full_weights
 from calm_core.config import decides, differences
 from calm_core.config.model_config import AutoencoderConfig
-from calm_core.data.dataset import Blend, Samples
+from calm_core.data.dataset import Blend, TrainingSamples, read_batch
 from calm_core.data.store import TokenStore
 from calm_core.distributed.collectives import on_first_rank
 from calm_core.distributed.engine import Engine
@@ -76,7 +76,7 @@ class AutoencoderTask:
     ) -> None:
         self.config, self.k, self.positions, self.seed = config, k, positions, seed
         self.vocab_size = train.first.vocab_size
-        self.samples = Samples(train, positions * k, seed)
+        self.samples = TrainingSamples(train, positions * k, seed)
         self.tokens_per_sample = positions * k
         shape = {**asdict(config), "vocab_size": self.vocab_size, "k": k}
         sizes = AutoencoderShape(self.vocab_size, k, config.hidden, config.ffn_width, config.latent)
@@ -103,8 +103,8 @@ class AutoencoderTask:
 
     def load(self, samples: np.ndarray) -> TokenBatch:
         """The chunks of the windows of these samples."""
-        tokens = self.samples.batch(samples, ("tokens",))["tokens"][:, :-1]
-        chunks = torch.from_numpy(tokens).view(len(samples), self.positions, self.k)
+        tokens = read_batch(self.samples, samples, samples).tokens[:, :-1]
+        chunks = tokens.reshape(len(samples), self.positions, self.k)
         return TokenBatch(samples, chunks.transpose(0, 1))
 
     def require(self, samples: int) -> None:

@@ -16,7 +16,7 @@ from calm_core.config.experiment import EvaluationConfig, SamplesConfig
 from calm_core.config.model_config import ModelShape
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.data.chunks import text_tokens
-from calm_core.data.dataset import Blend, ChunkBatch, Samples, Windows, needed_columns, read_batch
+from calm_core.data.dataset import Blend, ChunkBatch, TrainingSamples, Windows, needed_columns, read_batch
 from calm_core.data.store import Store
 from calm_core.distributed.engine import Engine
 from calm_core.distributed.topology import Topology
@@ -64,7 +64,7 @@ class CalmTask:
         scored_positions(positions, shape.k)  # refuses windows that are too short to be scored
         self.shape, self.layout, self.seed = shape, layout, seed
         self.split = pipeline_split(shape, positions, layout)
-        self.samples = Samples(train, positions, seed)
+        self.samples = TrainingSamples(train, positions, seed)
         self.tokens_per_sample = positions * shape.k
         self.summary = f"K={shape.k}, {shape.head.kind} head, {shape.backbone.layers} layers of {shape.backbone.hidden}"
         self.stages = [

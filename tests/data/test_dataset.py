@@ -10,7 +10,7 @@ import torch
 from calm_core.config.data_config import DataConfig, StoreShare
 from calm_core.config.experiment import Experiment
 from calm_core.data.chunks import build_chunks
-from calm_core.data.dataset import Blend, Samples, Windows, chunk_rows, needed_columns, read_batch, token_rows
+from calm_core.data.dataset import Blend, TrainingSamples, Windows, chunk_rows, needed_columns, read_batch, token_rows
 from calm_core.data.order import SampleOrder
 from calm_core.data.store import ChunkStore, TokenStore
 from calm_core.errors import UserError
@@ -18,24 +18,24 @@ from calm_core.errors import UserError
 POSITIONS = 7
 
 
-def blend(*shares: StoreShare, seed: int = 0) -> Samples:
-    return Samples(Blend([ChunkStore(share.chunks, "train") for share in shares], shares), POSITIONS, seed)
+def blend(*shares: StoreShare, seed: int = 0) -> TrainingSamples:
+    return TrainingSamples(Blend([ChunkStore(share.chunks, "train") for share in shares], shares), POSITIONS, seed)
 
 
 def test_a_store_by_itself_is_walked_in_the_order_of_its_windows(built_chunks):
     store = ChunkStore(built_chunks, "train")
     windows, samples = Windows(store, POSITIONS), np.arange(2 * len(Windows(store, POSITIONS)))
-    found = Samples(Blend.of(store), POSITIONS, seed=5)
-    assert [window for _, window in found.places(samples)] == SampleOrder(len(windows), 5).window(samples).tolist()
-    for name, array in found.batch(samples[:9], store.columns).items():
-        assert np.array_equal(
-            array, windows.batch(SampleOrder(len(windows), 5).window(samples[:9]), store.columns)[name]
-        )
+    found = TrainingSamples(Blend.of(store), POSITIONS, seed=5)
+    assert [window for _, window in found.windows_of(samples)] == SampleOrder(len(windows), 5).window(samples).tolist()
+    batch = read_batch(found, samples[:9], samples[:9])
+    alone = read_batch(windows, SampleOrder(len(windows), 5).window(samples[:9]), samples[:9])
+    for name in store.columns:
+        assert np.array_equal(getattr(batch, name), getattr(alone, name))
 
 
 def test_a_blend_takes_the_windows_of_each_store_once_an_epoch_in_another_order_each_time(built_chunks, other_chunks):
     samples = blend(StoreShare(str(built_chunks)), StoreShare(str(other_chunks), epochs=2))
-    places = samples.places(np.arange(1500))
+    places = samples.windows_of(np.arange(1500))
     counts = [len(windows) for windows in samples.windows]
     taken = [[window for store, window in places if store is windows] for windows in samples.windows]
     assert len(taken[1]) == 2 * counts[1]
@@ -43,11 +43,12 @@ def test_a_blend_takes_the_windows_of_each_store_once_an_epoch_in_another_order_
         epochs = [windows[first : first + count] for first in range(0, len(windows) - count + 1, count)]
         assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs) >= 2
-    batch = samples.batch(np.array([3, 1499, 0]), ("tokens", "mean"))
+    batch = read_batch(samples, np.array([3, 1499, 0]), np.array([3, 1499, 0]), ("tokens", "mean"))
     for row, sample in enumerate((3, 1499, 0)):
         store, window = places[sample]
-        alone = store.batch(np.array([window]), ("tokens", "mean"))
-        assert all(np.array_equal(batch[name][row], alone[name][0]) for name in alone)
+        alone = read_batch(store, np.array([window]), np.array([sample]), ("tokens", "mean"))
+        assert np.array_equal(batch.tokens[row], alone.tokens[0])
+        assert np.array_equal(batch.mean[row], alone.mean[0])
     documents = samples.documents(np.array([3, 1499, 0]))
     assert documents == list(dict.fromkeys(name for n in (3, 1499, 0) for name in places[n][0].documents(places[n][1])))
     assert len(documents) >= 3
@@ -61,7 +62,7 @@ def test_budgets_are_weights_and_limits_in_tokens(built_chunks, other_chunks):
     samples.require(40)
     with pytest.raises(UserError, match="give 40 samples"):
         samples.require(41)
-    stores = [samples.windows.index(store) for store, _ in samples.places(np.arange(40))]
+    stores = [samples.windows.index(store) for store, _ in samples.windows_of(np.arange(40))]
     assert (stores.count(0), stores.count(1)) == (30, 10)
     with pytest.raises(UserError, match="less than one sample"):
         blend(StoreShare(str(built_chunks), budget=per_sample - 1))

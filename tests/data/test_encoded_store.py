@@ -3,7 +3,7 @@ import pytest
 
 from calm_core.config.data_config import DataConfig
 from calm_core.config.experiment import Experiment
-from calm_core.data.dataset import Blend, Samples, chunk_rows
+from calm_core.data.dataset import Blend, TrainingSamples, chunk_rows, read_batch
 from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.store import ChunkStore
 from calm_core.errors import UserError
@@ -36,9 +36,10 @@ def test_its_samples_and_its_identity_are_those_of_the_store(tokens, built_chunk
     assert stores[0].identity == stores[1].identity
     Blend(stores, [None, None])  # one may be blended with the other
     samples = np.array([3, 100, 41])
-    first, second = (Samples(Blend.of(store), 7, seed=1).batch(samples, ("tokens", "mean")) for store in stores)
-    assert np.array_equal(first["tokens"], second["tokens"])
-    np.testing.assert_allclose(first["mean"], second["mean"], rtol=2**-10, atol=1e-6)
+    sources = [TrainingSamples(Blend.of(store), 7, seed=1) for store in stores]
+    first, second = (read_batch(source, samples, samples, ("tokens", "mean")) for source in sources)
+    assert np.array_equal(first.tokens, second.tokens)
+    np.testing.assert_allclose(first.mean, second.mean, rtol=2**-10, atol=1e-6)
 
 
 def test_nothing_is_encoded_for_a_stage_that_reads_tokens_alone(tokens, autoencoder, monkeypatch):

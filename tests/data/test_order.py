@@ -96,17 +96,17 @@ def test_a_store_that_has_given_its_limit_leaves_its_share_to_the_others(weights
     limits = [data.draw(st.integers(1, 60)) for _ in weights]
     order = BlendOrder(weights, limits)
     assert order.samples == sum(limits)
-    stores, numbers = order.place(np.arange(order.samples))
+    stores, numbers = order.locate(np.arange(order.samples))
     for store, limit in enumerate(limits):
         assert np.array_equal(numbers[stores == store], np.arange(limit))
     with pytest.raises(UserError, match=rf"give {order.samples} samples .* sample {order.samples} is"):
-        order.place(np.array([order.samples]))
+        order.locate(np.array([order.samples]))
 
 
 def test_the_others_go_on_in_proportion_to_each_other():
     order = BlendOrder([2.0, 1.0, 1.0], [100, None, None])
     assert order.samples is None
-    counts = prefix_counts(order.place(np.arange(1000))[0], 3)
+    counts = prefix_counts(order.locate(np.arange(1000))[0], 3)
     left = int(np.argmax(counts[:, 0] == 100))
     assert 199 <= left <= 200
     assert counts[left:, 0].max() == 100
@@ -116,6 +116,6 @@ def test_the_others_go_on_in_proportion_to_each_other():
 def test_samples_are_placed_alike_in_any_company():
     order = BlendOrder([0.6, 0.3, 0.1], [None, 5000, None])
     samples = np.arange(3 * BLOCK)
-    together = order.place(samples)
-    alone = BlendOrder([0.6, 0.3, 0.1], [None, 5000, None]).place(samples[::-7])
+    together = order.locate(samples)
+    alone = BlendOrder([0.6, 0.3, 0.1], [None, 5000, None]).locate(samples[::-7])
     assert all(np.array_equal(a[::-7], b) for a, b in zip(together, alone, strict=True))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from calm_core.data import chunks as chunk_stores
 from calm_core.data.chunks import build_chunks, chunked, documents_of
 from calm_core.data.corpus import Tally, documents, records, sources
-from calm_core.data.dataset import Windows
+from calm_core.data.dataset import Windows, read_batch
 from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.split import Split
 from calm_core.data.store import ChunkStore, TokenStore
@@ -264,13 +264,13 @@ def test_windows_share_one_row_and_cover_the_split(chunks):
     whole = store.read(0, len(store), ("tokens", "mean"))
     assert len(windows) == (len(store) - 1) // 7
     chosen = np.array([3, 0, len(windows) - 1])
-    batch = windows.batch(chosen, ("tokens", "mean"))
-    assert batch["tokens"].shape == (3, 8, 4)
-    assert batch["tokens"].dtype == np.int64
+    batch = read_batch(windows, chosen, chosen, ("tokens", "mean"))
+    assert batch.tokens.shape == (3, 8, 4)
+    assert batch.tokens.dtype == torch.int64
     for sample, window in enumerate(chosen):
         rows = slice(window * 7, window * 7 + 8)
-        assert np.array_equal(batch["tokens"][sample], whole["tokens"][rows])
-        assert np.array_equal(batch["mean"][sample], whole["mean"][rows])
+        assert np.array_equal(batch.tokens[sample], whole["tokens"][rows])
+        assert np.array_equal(batch.mean[sample], whole["mean"][rows])
         ids = store.document_ids(window * 7, 8)
         assert np.array_equal(windows.document_ids(chosen)[sample], ids)
         assert windows.documents(window) == [store.document_name(number) for number in np.unique(ids)]
@@ -278,8 +278,8 @@ def test_windows_share_one_row_and_cover_the_split(chunks):
 
 def test_windows_of_a_token_store(tokens):
     store = TokenStore(tokens, "train")
-    batch = Windows(store, positions=16).batch(np.array([5]), ("tokens",))
-    assert np.array_equal(batch["tokens"][0], all_tokens(store)[80:97])
+    batch = read_batch(Windows(store, positions=16), np.array([5]), np.array([0]), ("tokens",))
+    assert np.array_equal(batch.tokens[0, :, 0], all_tokens(store)[80:97])
 
 
 def test_window_longer_than_the_split_is_refused(tokens):

@@ -31,7 +31,7 @@ def verify(monkeypatch, *stores) -> int:
 def test_good_stores_have_no_faults(tokens, chunks, monkeypatch, capsys):
     assert verify(monkeypatch, tokens, chunks) == 0
     out = capsys.readouterr().out
-    assert out.count("every checksum and count is right") == 2
+    assert out.count("every checksum and count is correct") == 2
     assert f"{chunks}, held_out: " in out
 
 
@@ -81,7 +81,7 @@ def test_statistics_are_those_of_the_rows(built_chunks, tokens):
     assert found["rows"] == len(store)
     assert found["tokens_used"] == len(np.unique(rows["tokens"]))
     pads = -len(TokenStore(tokens, "train")) % 4
-    assert found["pad_share"] == pytest.approx(pads / rows["tokens"].size)
+    assert found["pad_fraction"] == pytest.approx(pads / rows["tokens"].size)
     assert found["sigma"][0] == pytest.approx(np.exp(rows["log_std"].min().astype(np.float32)), rel=1e-5)
     assert found["document_chunks"][-1] == np.bincount(store.document_ids(0, len(store))).max()
 
