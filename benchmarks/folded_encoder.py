@@ -1,7 +1,7 @@
-"""Tokens a second of the frozen encoder, its first stage folded into tables, against the encoder as it is.
+"""Tokens per second of the frozen encoder with its first layers folded into tables, and of the encoder itself.
 
-Both encode the same chunks, as many at once as `build_chunks.py` does. Rates are medians of runs that alternate; the
-largest difference of the two posteriors is printed beside them.
+Both encode the same chunks, in the batches of `build_chunks.py`. Rates are medians of alternating runs; the largest
+difference between the two posteriors is printed too.
 
 usage: python benchmarks/folded_encoder.py [--runs 5] [--threads 2] [--device cpu]
 """

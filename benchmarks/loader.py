@@ -1,9 +1,9 @@
-"""The loader at 1x, 10x and 100x the rows: tokens/s, memory of its own and start-up time must not depend on them.
+"""The loader at 1x, 10x and 100x the rows: tokens/s, private memory and start-up time must not depend on them.
 
-The stores are synthetic (K=4, l=128, uint16 tokens and float16 latents) and lie in a temporary folder, 5.8 GB for the
-default sizes; they are read once into the page cache, then by fresh processes through the path of a training run, each
-window for the first time in its process. Beside it: copying the same bytes within memory, the plain way of indexing
-the rows, and the encoder in place of stored latents.
+The stores are synthetic (K=4, l=128, uint16 tokens and float16 latents), in a temporary folder, 5.8 GB at the default
+sizes. They are read once into the page cache, then by new processes in the way of a training run, each window once per
+process. For comparison: copying the same bytes in memory, indexing the rows by arrays, and encoding in place of stored
+latents.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def report(name: str, processes: int, opener: Callable, folder: Path, seconds: float) -> None:
-    """One line on fresh processes that read at the same time."""
+    """Print a line on new processes that read at the same time."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         found = pool.starmap(measure, [(opener, folder, seconds, seed) for seed in range(processes)])
     tokens = sum(one["tokens_per_second"] for one in found)
@@ -65,18 +65,18 @@ def report(name: str, processes: int, opener: Callable, folder: Path, seconds: f
     print(
         f"{name:>18}, {first['rows']:>10,} rows, {processes} process(es): {tokens / 1e6:6.2f}M tokens/s, "
         f"{first['bytes_per_token']:6.1f} bytes/token, {tokens * first['bytes_per_token'] / 1e9:5.2f} GB/s, "
-        f"start-up {1e3 * first['start_up']:5.1f} ms, memory {first['anonymous']:+5.0f} MiB of its own",
+        f"start-up {1e3 * first['start_up']:5.1f} ms, memory {first['anonymous']:+5.0f} MiB private",
         flush=True,
     )
 
 
 def measure(opener: Callable, folder: Path, seconds: float, seed: int) -> dict[str, float]:
-    """Start-up until the first micro-batch, then tokens/s over windows that this process has not touched."""
+    """Start-up until the first micro-batch, then tokens/s over windows that this process has not read before."""
     before, start = anonymous_mib(), time.perf_counter()
     load, rows, bytes_per_token = opener(folder, seed)
     load(np.arange(MICRO_BATCH))
     start_up, start = time.perf_counter() - start, time.perf_counter()
-    windows = min(rows // POSITIONS, 4096)  # an epoch at most: none of them twice
+    windows = min(rows // POSITIONS, 4096)  # at most an epoch: no window twice
     consumed = MICRO_BATCH
     while time.perf_counter() - start < seconds and consumed + MICRO_BATCH <= windows:
         load(np.arange(consumed, consumed + MICRO_BATCH))
@@ -99,7 +99,7 @@ def stored(folder: Path, seed: int) -> tuple[Callable, int, float]:
 
 
 def by_index(folder: Path, seed: int) -> tuple[Callable, int, float]:
-    """The plain way: rows gathered by an index array, then stacked."""
+    """Rows gathered by an index array, then stacked."""
     store = ChunkStore(folder, "train", "size")
     columns, order = store.shard(0).columns, SampleOrder(len(store) // POSITIONS - 1, seed)
 
@@ -160,15 +160,15 @@ def make_manifest(folder: Path, kind: str, shards: list[dict], **properties: obj
 
 
 def into_page_cache(path: Path) -> None:
-    """Read a file whole."""
+    """Read a whole file."""
     with open(path, "rb", buffering=0) as file:
-        piece = bytearray(1 << 24)
-        while file.readinto(piece):
+        buffer = bytearray(1 << 24)
+        while file.readinto(buffer):
             pass
 
 
 def copy_speed() -> float:
-    """GB/s of copying a micro-batch's bytes from one place of memory to another, over a range beyond any cache."""
+    """GB/s of copying the bytes of a micro-batch in memory, over a range larger than any cache."""
     size = MICRO_BATCH * POSITIONS * BYTES_PER_CHUNK
     source, target = np.ones((64, size // 8)), np.empty(size // 8)
     start = time.perf_counter()
@@ -178,7 +178,7 @@ def copy_speed() -> float:
 
 
 def anonymous_mib() -> float:
-    """Memory of this process that no file backs."""
+    """Private memory of this process, not backed by a file."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["RssAnon"].split()[0]) / 1024
 

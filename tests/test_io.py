@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calm_core.io import read_json, remove_partial, replacing, write_json, write_text
+from calm_core.errors import UserError
+from calm_core.io import file_lock, read_json, remove_partial, replacing, require_writable, write_json, write_text
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
@@ -40,3 +41,18 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     remove_partial(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert read_json(tmp_path / "a.json") == {"name": "Zoë"}
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"Cannot write to .*file/run: .*file is a file"):
+        require_writable(tmp_path / "file" / "run")
+
+
+def test_a_lock_excludes_others_and_shared_ones_share(tmp_path: Path) -> None:
+    with file_lock(tmp_path / "lock"), pytest.raises(BlockingIOError), file_lock(tmp_path / "lock", shared=True):
+        pass
+    with file_lock(tmp_path / "lock", shared=True), file_lock(tmp_path / "lock", shared=True):
+        pass

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from calm_core.data.store import files_of, verify_shards
 from calm_core.errors import UserError
-from calm_core.io import file_lock, read_json, remove_partial, write_json
+from calm_core.io import file_lock, read_json, remove_partial, require_writable, write_json
 from calm_core.manifest import MANIFEST, format_version, read_manifest, require_same, write_manifest
 
 JOURNAL = "building"
@@ -65,6 +65,8 @@ class StoreBuilder:
             raise UserError(
                 f"{folder} holds something else than a store of {kind}: move it away or name another folder."
             )
+        if not self.is_complete:
+            require_writable(folder)
         self._read_journal()
 
     @property

@@ -90,7 +90,7 @@ def _check_readable(path: Path) -> None:
         shown = os.fsencode(path).decode(errors="backslashreplace")
         raise UserError(f"data.corpus names {shown}, a name that is not UTF-8: rename the file.")
     if not path.exists():
-        raise UserError(f"data.corpus names {path}, a link to {os.readlink(path)}, which is missing: mend the link.")
+        raise UserError(f"data.corpus names {path}, a link to {os.readlink(path)}, which is missing: fix the link.")
     if path.is_dir():
         raise UserError(f"data.corpus names the folder {path}: name the files in it, such as {path}/*.jsonl.")
     if split_ending(path.name) is None:
@@ -239,7 +239,7 @@ class Tally:
         if self.malformed > max_malformed * max(self.records, at_least):
             raise UserError(
                 f"{self.malformed:,} of the first {self.records:,} records of the corpus are malformed, more than "
-                f"data.max_malformed={max_malformed} allows ({'; '.join(self.examples)}): mend the corpus, set "
+                f"data.max_malformed={max_malformed} allows ({'; '.join(self.examples)}): fix the corpus, set "
                 "data.text_field to the field that holds the text, or allow more."
             )
 

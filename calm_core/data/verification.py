@@ -50,7 +50,7 @@ def faults(folder: Path) -> Iterator[str]:
     for name, split in manifest["splits"].items():
         for counted in ("rows", "tokens", "documents", "bytes"):
             if split[counted] != sum(shard[counted] for shard in split["shards"]):
-                yield f"{folder / MANIFEST} sums the {counted} of {name} incorrectly: make the store again."
+                yield f"{folder / MANIFEST} sums the {counted} of {name} wrongly: make the store again."
 
 
 def _wrong_counts(folder: Path, shard: Mapping[str, Any]) -> Iterator[str]:

@@ -118,7 +118,7 @@ def _names(path: Path) -> Mapping[str, Any]:
     try:
         return json.loads(path.read_bytes()) if path.exists() else {}
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): mend or remove it.") from error
+        raise UserError(f"{path} is not valid JSON ({error}): fix or remove it.") from error
 
 
 def _find(vocabulary: Mapping[str, int], names: Mapping[str, Any], key: str, usual: Iterable[str]) -> int | None:

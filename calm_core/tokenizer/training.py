@@ -10,7 +10,7 @@ import sentencepiece
 
 from calm_core.config.data_config import TokenizerConfig
 from calm_core.errors import UserError
-from calm_core.io import replacing
+from calm_core.io import replacing, require_writable
 from calm_core.manifest import MANIFEST, format_version, read_manifest, require_same, write_manifest
 from calm_core.tokenizer.protocol import Tokenizer
 from calm_core.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -48,6 +48,7 @@ def train_tokenizer(
     Raises:
         UserError: if the texts cannot support a vocabulary of this size.
     """
+    require_writable(path.parent)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -28,7 +30,7 @@ model: {layers: 2, hidden: 32, ffn: 64, heads: 2}
 head: {noise: 8, samples: 4, target_samples: 8}
 training: {<<: *training, eval_every: 2}
 evaluation: {windows: 16, samples: 4, micro_batch: 2}
-pipeline: {processes: 1}
+pipeline: {processes: 1, least_rebuilt: 0.0}
 samples: {prompts: [The people], max_tokens: 8}
 """
 
@@ -50,20 +52,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path) -> Path:
-    corpus = f"data.corpus=[{folder / 'my.txt'}]"
-    output = script("pretrain/pipeline.py", folder / "config.yaml", corpus, f"run={folder / 'mine'}")
-    assert "held out: the last " in output
+def outputs(folder: Path) -> list[str]:
+    """What the commands of the README print, run with a small model."""
+    block = re.search(r"### Your own text\n+```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    own = {"configs/demo.yaml": folder / "config.yaml", "my.txt": folder / "my.txt", "runs/mine": folder / "mine"}
+    for name, path in own.items():
+        block = block.replace(name, str(path))
+    commands = [shlex.split(line.removeprefix("python ")) for line in block.splitlines()]
+    assert len(commands) == 3
+    return [script(*command) for command in commands]
+
+
+@pytest.fixture(scope="module")
+def run(outputs: list[str], folder: Path) -> Path:
     return folder / "mine"
 
 
-def test_one_text_file_is_enough(run: Path) -> None:
+def test_one_text_file_is_enough(outputs: list[str], run: Path) -> None:
+    assert "held out: the last " in outputs[0]
+    assert "Brier-1" in outputs[1]
+    assert "Once upon a time" in outputs[2]
     split = json.loads((run / "tokens" / "manifest.json").read_text())["split"]
     assert split["by"] == "position"
     scores = json.loads((run / "calm" / "evaluation.json").read_text())
     assert scores["brier_1"] is not None
     assert scores["unigram_brier_1"] is not None
-    assert script("pretrain/generate.py", run, "--prompt", "the", "--max-tokens", 8)
 
 
 def test_an_autoregressive_model_scores_the_same_tokens(run: Path, folder: Path) -> None:
