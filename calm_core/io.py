@@ -19,7 +19,7 @@ HASH_BYTES = 16
 
 PARTIAL = ".partial"
 
-NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 def new_hash() -> "hashlib.blake2b":
@@ -101,8 +101,8 @@ def file_lock(path: Path, shared: bool = False, waiting_for: str = "") -> Iterat
             if error.errno not in NO_FLOCK:
                 raise
             print(
-                f"warning: the file system of {path} has no locks ({error.strerror}; Lustre has them when mounted with "
-                "-o flock): make sure that no other process writes to this folder.",
+                f"warning: {path} cannot be locked ({error.strerror}): make sure that no other process writes to its "
+                "folder; on Lustre, mount the file system with -o flock.",
                 file=sys.stderr,
             )
         yield

@@ -1,20 +1,16 @@
 """The folder of a training run: `config.yaml`, `metrics.jsonl`, `checkpoints/step-N/`, `logs/`, `wandb/`."""
 
-import errno
-import fcntl
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from calm_core import config
 from calm_core.checkpoint.folder import Checkpoint
 from calm_core.errors import UserError
+from calm_core.io import file_lock
 
 _LOCK = ".lock"
-
-_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}  # the file system has no locks
 
 _BEFORE_CONFIG = {_LOCK, "logs", "save", "stop"}  # what may exist before the run has written its configuration
 
@@ -43,21 +39,13 @@ class RunFolder:
             raise UserError(
                 f"{self.path} holds something other than a run: move it away or choose another `run` folder."
             )
-        with open(self.path / _LOCK, "w") as lock:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(file_lock(self.path / _LOCK))
             except BlockingIOError as error:
                 raise UserError(
                     f"another run is training in {self.path}: wait for it or choose another `run`."
                 ) from error
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                print(
-                    f"warning: {self.path / _LOCK} cannot be locked ({error.strerror}): nothing keeps a second run out "
-                    "of this folder; on Lustre mount with the option `flock`.",
-                    file=sys.stderr,
-                )
             yield
 
 
