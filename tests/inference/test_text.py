@@ -32,16 +32,28 @@ def test_what_a_stop_text_may_begin_with_is_held_back(spoken: Tokenizer) -> None
     assert spoken.decode(stream.tokens).endswith("Q:")
 
 
+def test_overlapping_stop_texts_end_the_text_where_the_first_is_complete(spoken: Tokenizer) -> None:
+    for size in (1, 3):
+        stream = TextStream(spoken, [], ("e", " ee"))
+        assert "".join(pieces(stream, spoken.encode("x ee"), size)) == "x "
+
+
 @settings(deadline=None)
 @given(data=st.data(), text=st.text(alphabet="the fox\n😀é", max_size=30), size=st.integers(1, 5))
 def test_pieces_are_the_text_up_to_the_first_stop(spoken: Tokenizer, data: st.DataObject, text: str, size: int) -> None:
     stop = data.draw(st.lists(st.text(alphabet="the fo", min_size=1, max_size=4), max_size=2))
-    before = spoken.encode("the dog")
+    before, tokens = spoken.encode("the dog"), spoken.encode(text)
     stream = TextStream(spoken, before[-1:], stop)
-    taken = pieces(stream, spoken.encode(text), size)
-    found = [at for at in map(text.find, stop) if at >= 0]
-    assert "".join(taken) == stream.text == text[: min(found, default=len(text))]
-    assert stream.stopped == bool(found)
+    taken = pieces(stream, tokens, size)
+    expected, count, stopped = text, len(tokens), False
+    for end in range(len(tokens) + 1):  # the first token that completes a stop text decides, however many come at once
+        so_far = spoken.decode([*before, *tokens[:end]]).removeprefix("the dog")
+        if found := [at for at in map(so_far.find, stop) if at >= 0]:
+            expected, count, stopped = so_far[: min(found)], end, True
+            break
+    assert "".join(taken) == stream.text == expected
+    assert (len(stream.tokens), stream.stopped) == (count, stopped)
+    assert stopped == any(one in text for one in stop)
 
 
 @settings(deadline=None)
