@@ -21,17 +21,14 @@ import torch
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.config.generation_config import GenerationOptions
 from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.distributed.topology import distributed
-from calm_core.inference.decoding import DrawnTokens
+from calm_core.inference.decoding import DocumentEnd, DrawnTokens
 from calm_core.inference.load_model import Loaded
 from calm_core.inference.sampler import ChunkSampler, Context
-from calm_core.model.backbone import transformer_config
 from calm_core.model.cache import KeyValueCache
 from calm_core.model.calm import CalmModel
 from calm_core.model.noise import SampleNoise
 from calm_core.model.parameters import initialize
-from calm_core.model.single_rank import run_directly
+from calm_core.model.single_rank import SingleRank
 
 K, LATENT, WIDTH, DRAWS, PREFIX = 4, 128, 256, 200, 32
 
@@ -47,11 +44,10 @@ def random_model(vocabulary: int, spread: float, dtype: torch.dtype) -> Loaded:
     torch.manual_seed(0)
     backbone = BackboneConfig(layers=4, hidden=WIDTH, ffn=688, heads=4)
     shape = ModelShape(backbone, HeadConfig(), vocabulary, K, LATENT)
-    model = CalmModel(transformer_config(backbone, ParallelConfig(), dtype), shape).eval()
+    model = CalmModel(SingleRank.of(backbone, dtype), shape).eval()
     initialize([model], std=0.02, seed=0)
     torch.nn.init.normal_(model.head.out_reduce.weight, std=spread)
     torch.nn.init.normal_(model.head.out_reduce.bias)  # what they have in common
-    run_directly(model)
     autoencoder = Autoencoder(AutoencoderConfig(hidden=WIDTH, latent=LATENT, init_std=0.05), vocabulary, K)
     return Loaded(model, autoencoder.to(dtype).eval(), Specials(), positions=1 << 20)
 
@@ -60,9 +56,8 @@ def baseline(vocabulary: int, dtype: torch.dtype) -> Loaded:
     """An autoregressive model on the same backbone."""
     backbone = BackboneConfig(layers=4, hidden=WIDTH, ffn=688, heads=4)
     shape = ModelShape(backbone, HeadConfig(kind="softmax"), vocabulary, k=1, latent=0)
-    model = CalmModel(transformer_config(backbone, ParallelConfig(), dtype), shape).eval()
+    model = CalmModel(SingleRank.of(backbone, dtype), shape).eval()
     initialize([model], std=0.02, seed=0)
-    run_directly(model)
     return Loaded(model, None, Specials(), positions=1 << 20)
 
 
@@ -121,8 +116,8 @@ def decoded_share(loaded: Loaded) -> float:
     """Of the tokens of all draws of a chunk, those that are decoded at T = 1/2."""
     hidden = loaded.model.hidden(torch.ones(1, PREFIX, K, dtype=torch.int64))[-1:]
     latents = loaded.model.head.sample(hidden, SampleNoise(0, [0], hidden.device), DRAWS)[0]
-    drawn = DrawnTokens(loaded.autoencoder, latents, Specials.eos, Specials.pad)
-    drawn.agreeing(2, torch.ones(1, dtype=torch.bool))
+    drawn = DrawnTokens.of(loaded.autoencoder, latents, DocumentEnd((Specials.eos,), Specials.pad))
+    drawn.shared_by(2, torch.ones(1, dtype=torch.bool))
     return (drawn.tokens >= 0).float().mean().item()
 
 
@@ -140,32 +135,31 @@ def main() -> None:
     dtype = torch.bfloat16 if arguments.bf16 else torch.float32
     print(f"T=1/2, N={DRAWS}, K={K}, d={WIDTH}, 4 layers, l={LATENT}, autoencoder {WIDTH}, prompt of {PREFIX} chunks")
     count, runs = arguments.chunks, arguments.runs
-    with distributed(ParallelConfig()):
-        print("     V  draws    decoded  plain tok/s  ours tok/s  ratio")
-        for vocabulary in arguments.vocabularies:
-            for kind, spread in (("differ", 1.0), ("alike", 0.005), ("same", 0.0)):
-                full, fast = (random_model(vocabulary, spread, kind) for kind in (torch.float32, dtype))
-                share = decoded_share(fast)
-                ways = {"plain": partial(plain, full, count), "ours": partial(ours, fast, count)}
-                before, after = speeds(ways, count * K, runs)
-                print(
-                    f"{vocabulary:6d}  {kind:7s} {share:8.0%}  {before:11.1f}  {after:10.1f}  {after / before:5.1f}",
-                    flush=True,
-                )
-        print("     V      T   CALM tok/s  AR tok/s  CALM: weights, cache of 1,000 tokens   AR: likewise")
-        for vocabulary in arguments.vocabularies:
-            calm, ar = random_model(vocabulary, 0.005, dtype), baseline(vocabulary, dtype)
-            for name, temperature in (("1", 1.0), ("1/2", 1 / 2)):
-                ways = {
-                    "calm": partial(ours, calm, count, temperature),
-                    "ar": partial(ours, ar, count * K, temperature),
-                }
-                one, other = speeds(ways, count * K, runs)
-                sizes = [f"{weights:.1f} MB, {cache:.1f} MB" for weights, cache in map(megabytes, (calm, ar))]
-                print(
-                    f"{vocabulary:6d}  {name:>5s}  {one:11.1f}  {other:8.1f}  {sizes[0]:>37s}  {sizes[1]:>14s}",
-                    flush=True,
-                )
+    print("     V  draws    decoded  plain tok/s  ours tok/s  ratio")
+    for vocabulary in arguments.vocabularies:
+        for kind, spread in (("differ", 1.0), ("alike", 0.005), ("same", 0.0)):
+            full, fast = (random_model(vocabulary, spread, kind) for kind in (torch.float32, dtype))
+            share = decoded_share(fast)
+            ways = {"plain": partial(plain, full, count), "ours": partial(ours, fast, count)}
+            before, after = speeds(ways, count * K, runs)
+            print(
+                f"{vocabulary:6d}  {kind:7s} {share:8.0%}  {before:11.1f}  {after:10.1f}  {after / before:5.1f}",
+                flush=True,
+            )
+    print("     V      T   CALM tok/s  AR tok/s  CALM: weights, cache of 1,000 tokens   AR: likewise")
+    for vocabulary in arguments.vocabularies:
+        calm, ar = random_model(vocabulary, 0.005, dtype), baseline(vocabulary, dtype)
+        for name, temperature in (("1", 1.0), ("1/2", 1 / 2)):
+            ways = {
+                "calm": partial(ours, calm, count, temperature),
+                "ar": partial(ours, ar, count * K, temperature),
+            }
+            one, other = speeds(ways, count * K, runs)
+            sizes = [f"{weights:.1f} MB, {cache:.1f} MB" for weights, cache in map(megabytes, (calm, ar))]
+            print(
+                f"{vocabulary:6d}  {name:>5s}  {one:11.1f}  {other:8.1f}  {sizes[0]:>37s}  {sizes[1]:>14s}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

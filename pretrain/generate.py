@@ -23,26 +23,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         **{field.name: getattr(arguments, field.name) for field in fields(GenerationOptions) if field.name != "stop"},
         stop=tuple(arguments.stop),
     )
-    from calm_core.config.parallel_config import ParallelConfig
-    from calm_core.distributed.topology import choose_dtype, distributed
+    from calm_core.distributed.topology import local_dtype
     from calm_core.inference.forecast import forecast
     from calm_core.inference.generate import generate, summary
-    from calm_core.inference.load_model import load_for_inference
+    from calm_core.inference.load_model import default_device, load_for_inference
     from calm_core.inference.prompts import read_prompts
 
-    prompts = read_prompts(arguments.prompt, arguments.prompt_file)
-    with distributed(ParallelConfig()) as topology:
-        dtype = choose_dtype(arguments.precision, topology)
-        loaded = load_for_inference(arguments.checkpoint, topology.device, dtype)
-        options = options.for_head(loaded.has_logits)
-        if expected := forecast(loaded, prompts, options):
-            print(f"[{expected}]", file=sys.stderr)
-        if arguments.stream:
-            print(prompts[0], end="", flush=True)
-        show = (lambda _, text: print(text, end="", flush=True)) if arguments.stream else None
-        start = time.perf_counter()
-        completions = generate(loaded, prompts, options, on_text=show)
-        seconds = time.perf_counter() - start
+    prompts, device = read_prompts(arguments.prompt, arguments.prompt_file), default_device()
+    loaded = load_for_inference(arguments.checkpoint, device, local_dtype(arguments.precision, device))
+    options = options.for_head(loaded.has_logits)
+    if expected := forecast(loaded, prompts, options):
+        print(f"[{expected}]", file=sys.stderr)
+    if arguments.stream:
+        print(prompts[0], end="", flush=True)
+    show = (lambda _, text: print(text, end="", flush=True)) if arguments.stream else None
+    start = time.perf_counter()
+    completions = generate(loaded, prompts, options, on_text=show)
+    seconds = time.perf_counter() - start
     for completion in completions:
         print("" if arguments.stream else f"{completion.prompt}{completion.text}")
         print(f"[{summary(completion, options)}]", file=sys.stderr)

@@ -17,15 +17,11 @@ def sample(experiment: Experiment, dry_run: bool) -> ExitCode:
         print(f"would continue {len(settings.prompts)} prompts at temperatures {settings.temperatures} with {run}")
         return ExitCode.OK
 
-    from calm_core.config.parallel_config import ParallelConfig
-    from calm_core.distributed.topology import distributed
+    from calm_core.inference.generate import continue_prompts
+    from calm_core.inference.load_model import default_device, load_for_inference
     from calm_core.report.run_page import write_run_page
 
-    with distributed(ParallelConfig()) as topology:
-        from calm_core.inference.generate import continue_prompts
-        from calm_core.inference.load_model import load_for_inference
-
-        samples = continue_prompts(load_for_inference(run, topology.device), settings, experiment.seed)
+    samples = continue_prompts(load_for_inference(run, default_device()), settings, experiment.seed)
     path = Path(experiment.run) / "samples.json"
     write_json(path, samples)
     write_run_page(Path(experiment.run))

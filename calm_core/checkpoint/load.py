@@ -4,7 +4,7 @@ Each rank writes what ZeRO-1 assigns to it (see `fragments` and `save`); on read
 the boxes in all files (see `tensor_folder`). How the folder becomes a complete checkpoint: see `folder`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from deepspeed.utils import safe_get_full_fp32_param
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from calm_core.checkpoint.folder import Checkpoint, DamagedError, begin, damaged_files, finish
-from calm_core.checkpoint.fragments import WEIGHT, Box, box_of, flat_parts, fragments
+from calm_core.checkpoint.folder import Checkpoint, DamagedError, damaged_files
+from calm_core.checkpoint.fragments import WEIGHT, box_of, flat_parts, fragments
 from calm_core.checkpoint.save import SavePolicy, Saver, explain_file_errors
-from calm_core.checkpoint.tensor_folder import INDEX, Entry, TensorFolder, write_file, write_index
+from calm_core.checkpoint.tensor_folder import TensorFolder
 from calm_core.distributed.collectives import on_every_rank
 from calm_core.distributed.engine import Engine
 from calm_core.errors import UserError
@@ -141,47 +141,3 @@ def _local(source: TensorFolder, name: str, parameter: nn.Parameter) -> Tensor:
     """This rank's shard of a weight, float32 on the host."""
     parts = [source.read(f"{WEIGHT}/{piece.name}", box_of(piece, parameter)) for piece in pieces(name, parameter)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-_WEIGHT = "weight/"
-
-_FILE = "weights.safetensors"
-
-
-def write_weights(final: Path, weights: Mapping[str, Tensor], state: dict[str, Any]) -> None:
-    """Write the checkpoint folder `final` (`step-N`) completely or not at all.
-
-    Args:
-        final: the folder to write.
-        weights: float32 tensors by their global names (`model.parameters`), gate and up projections separately.
-        state: plain values of the manifest.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    contents = [(_whole(name, tuple(weight.shape)), weight.flatten()) for name, weight in weights.items()]
-    try:
-        partial = begin(final)
-        checksum = write_file(partial / "tensors" / _FILE, contents)
-        index = write_index(partial / "tensors", [(_FILE, [entry for entry, _ in contents])])
-        finish(partial, final, state, {INDEX: index, _FILE: checksum})
-    except OSError as error:
-        raise UserError(
-            f"checkpoint {final} could not be written ({error}): free some space, or choose another folder."
-        ) from error
-
-
-def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """All weights of a checkpoint, with or without optimizer state, float32 on the CPU, by their global names.
-
-    Raises:
-        DamagedError: if a file is not as it was written.
-    """
-    if damaged := damaged_files(checkpoint, slice(None)):
-        raise DamagedError(f"{damaged[0]} is missing or its bytes have changed: use another checkpoint.")
-    source = TensorFolder(checkpoint.path / "tensors")
-    return {name.removeprefix(_WEIGHT): source.read(name) for name in source.shapes if name.startswith(_WEIGHT)}
-
-
-def _whole(name: str, shape: tuple[int, ...]) -> Entry:
-    return Entry(_WEIGHT + name, shape, Box((0,) * len(shape), shape))

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from calm_core.checkpoint.boxes import Box
 from calm_core.checkpoint.folder import DamagedError
-from calm_core.checkpoint.fragments import Box
 from calm_core.io import hash_bytes, new_hash, sync
 
 INDEX = "index.json"

@@ -155,16 +155,27 @@ def _process_group(device: torch.device, timeout: timedelta) -> Iterator[None]:
 def choose_dtype(precision: str, topology: Topology) -> torch.dtype:
     """The dtype that `precision` names. Collective.
 
+    With `auto` rank 0 chooses, by `local_dtype`.
+    """
+    if precision == "auto" and topology.device.type != "cuda":
+        chosen = [local_dtype(precision, topology.device)]
+        dist.broadcast_object_list(chosen, src=0)
+        return chosen[0]
+    return local_dtype(precision, topology.device)
+
+
+def local_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype that `precision` names, for this process alone.
+
     `auto` is bf16 on a GPU, and on a CPU bf16 only where its matrix products are the faster ones: processors with
     bf16 instructions gain several times, others emulate them and lose far more.
     """
     if precision != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    if topology.device.type == "cuda":
+    if device.type == "cuda":
         return torch.bfloat16
-    faster = [_product_seconds(torch.bfloat16) < _product_seconds(torch.float32)]
-    dist.broadcast_object_list(faster, src=0)
-    return torch.bfloat16 if faster[0] else torch.float32
+    faster = _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
+    return torch.bfloat16 if faster else torch.float32
 
 
 def _product_seconds(dtype: torch.dtype, size: int = 256, repeats: int = 3) -> float:

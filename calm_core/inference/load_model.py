@@ -10,17 +10,15 @@ from calm_core import config as configuration
 from calm_core.autoencoder.artefact import load_autoencoder
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.checkpoint.folder import Checkpoint, list_checkpoints, open_checkpoint
-from calm_core.checkpoint.load import load_weights
+from calm_core.checkpoint.weights import load_whole_model
 from calm_core.config.data_config import DataConfig
 from calm_core.config.experiment import Experiment, Paths
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
 from calm_core.errors import UserError
 from calm_core.inference.prompts import DocumentFormat
 from calm_core.manifest import MANIFEST, read_manifest, source_hash, store_hash
-from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
-from calm_core.model.single_rank import run_directly
+from calm_core.model.single_rank import SingleRank
 from calm_core.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -53,12 +51,15 @@ class Loaded:
         return self.model.shape
 
 
+def default_device() -> torch.device:
+    """A GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_for_inference(path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
     """The model of a checkpoint with the autoencoder and the tokenizer of its run.
 
-    Megatron-core's layers ask their process groups for this rank's share of each matrix, so this runs inside
-    `distributed(ParallelConfig())`: a plain process is a world of one there, and whatever layout trained the model,
-    its checkpoint is read whole.
+    This process holds the whole model, whatever layout trained it, and needs no process groups.
 
     Args:
         path: a checkpoint `step-N`, or the folder of a run, whose newest checkpoint is taken.
@@ -75,9 +76,8 @@ def load_for_inference(path: Path, device: torch.device, dtype: torch.dtype = to
     tokenizer = load_tokenizer(paths.tokenizer)
     autoencoder = None if shape.head.reads_tokens else load_autoencoder(paths.autoencoder, str(device), dtype)
     _check_fit(checkpoint, shape, paths, tokenizer, autoencoder)
-    model = CalmModel(transformer_config(shape.backbone, ParallelConfig(), dtype), shape)
-    load_weights(checkpoint, [model])
-    run_directly(model)
+    model = CalmModel(SingleRank.of(shape.backbone, dtype), shape)
+    load_whole_model(checkpoint, model)
     model = model.to(device).eval().requires_grad_(False)
     return Loaded(model, autoencoder, tokenizer, identity["positions"], document_format(checkpoint))
 

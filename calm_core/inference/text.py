@@ -1,4 +1,4 @@
-"""The text of tokens as they are generated: unfinished characters and possible beginnings of stop texts are held back."""
+"""The text of tokens as they are generated; an unfinished character or beginning of a stop text is held back."""
 
 from collections.abc import Sequence
 

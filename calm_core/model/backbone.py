@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from calm_core.config.model_config import BackboneConfig
 from calm_core.config.parallel_config import ParallelConfig
+from calm_core.model.attention import causal_attention
 from calm_core.model.cache import KeyValueCache
 from calm_core.model.layers import all_positions, replicated
 
@@ -117,7 +118,7 @@ class RMSNorm(nn.Module):
 
 
 class SDPAttention(MegatronModule):
-    """Core attention by `scaled_dot_product_attention`: FlashAttention on a GPU, a fused kernel on a CPU.
+    """Core attention by `causal_attention`.
 
     Reads Megatron-core's `[S, B, heads, head]` and returns `[S, B, heads * head]`. With `cache` set, the queries are
     the newest positions, and the cache's mask selects the positions that each attends to.
@@ -140,21 +141,7 @@ class SDPAttention(MegatronModule):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
         """Causal attention of `query` `[S, B, heads, head]` over `key`, `value` `[S, B, groups, head]`."""
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        mask = None
-        if self.cache is not None:
-            key, value = self.cache.extend(self.layer_number, key, value)
-            mask = self.cache.visible(query.shape[2], query.device)
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return out.permute(2, 0, 1, 3).flatten(2)
+        return causal_attention(query, key, value, self.layer_number, self.cache, self.softmax_scale)
 
 
 class Backbone(TransformerBlock):

@@ -1,46 +1,61 @@
 """The CALM network: input compression on the first pipeline stage, backbone on every stage, head on the last."""
 
-from megatron.core.enums import ModelType
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
 
 from calm_core.config.model_config import ModelShape
-from calm_core.model.backbone import Backbone
 from calm_core.model.cache import KeyValueCache
 from calm_core.model.compression import InputCompression
 from calm_core.model.heads.protocol import HeadLoss, Target
 from calm_core.model.heads.registry import head_module
 from calm_core.model.noise import Noise
+from calm_core.model.single_rank import SingleRank, SingleRankBackbone
+
+if TYPE_CHECKING:
+    from megatron.core.enums import ModelType
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-class CalmModel(MegatronModule):
+class CalmModel(nn.Module):
     """A model part: what one pipeline stage holds of the network, or one of its parts under interleaving.
 
     The first part compresses tokens to vectors, the last one holds the head and computes the loss. A part that is not
     the first gets the hidden states of the previous one through `set_input_tensor`, from Megatron-core's schedules.
+    With a `SingleRank` configuration it is the whole network, for inference.
     """
-
-    model_type = ModelType.encoder_or_decoder
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: "TransformerConfig | SingleRank",
         shape: ModelShape,
         *,
         first: bool = True,
         last: bool = True,
         vp_stage: int | None = None,
     ) -> None:
-        super().__init__(config=config)
+        super().__init__()
+        self.config = config
         self.shape, self.first, self.last, self.vp_stage = shape, first, last, vp_stage
         if first:
             self.compression = InputCompression(
                 config, shape.vocabulary, shape.k, embedding_only=shape.head.reads_tokens
             )
-        self.backbone = Backbone(config, shape.backbone.rope_base, first=first, last=last, vp_stage=vp_stage)
+        if isinstance(config, SingleRank):
+            self.backbone = SingleRankBackbone(config, shape.backbone)
+        else:
+            from calm_core.model.backbone import Backbone
+
+            self.backbone = Backbone(config, shape.backbone.rope_base, first=first, last=last, vp_stage=vp_stage)
         if last:
             self.head = head_module(shape.head.kind).build(config, shape)
+
+    @property
+    def model_type(self) -> "ModelType":
+        """What Megatron-core's schedules ask for."""
+        from megatron.core.enums import ModelType
+
+        return ModelType.encoder_or_decoder
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Set the hidden states of the previous part (called by the schedule)."""

@@ -1,33 +1,31 @@
 """Input compression: the K token embeddings of a chunk become one input vector of the backbone (paper, section 3.3)."""
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from calm_core.config.model_config import padded_vocabulary
-from calm_core.model.layers import column, layer_norm, row
+from calm_core.model.layers import column, embedding, layer_norm, row
+from calm_core.model.single_rank import SingleRank
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-class InputCompression(MegatronModule):
+class InputCompression(nn.Module):
     """Embedding, then Linear(K d -> 2 d), SiLU, Linear(2 d -> d), LayerNorm.
 
     With `embedding_only`, the embedding of the one token alone: the input of the autoregressive baseline.
     """
 
-    def __init__(self, config: TransformerConfig, vocab_size: int, k: int, *, embedding_only: bool = False) -> None:
-        super().__init__(config=config)
-        self.embedding_only = embedding_only
+    def __init__(
+        self, config: "TransformerConfig | SingleRank", vocab_size: int, k: int, *, embedding_only: bool = False
+    ) -> None:
+        super().__init__()
+        self.config, self.embedding_only = config, embedding_only
         d = config.hidden_size
-        self.embedding = VocabParallelEmbedding(
-            padded_vocabulary(vocab_size),
-            d,
-            init_method=config.init_method,
-            # With sequence parallelism the parallel matrices expect each rank's own positions.
-            reduce_scatter_embeddings=config.sequence_parallel,
-            config=config,
-        )
+        self.embedding = embedding(config, padded_vocabulary(vocab_size), d)
         if embedding_only:
             return
         self.expand = column(config, k * d, 2 * d)

@@ -1,7 +1,8 @@
 """The layers of compression and heads under tensor and sequence parallelism.
 
 The one place that imports Megatron-core for the heads, and only inside the functions that need it: a plan reads a
-head's costs without the seconds that Megatron-core takes to import. `model.costs` has the costs of the layers.
+head's costs without the seconds that Megatron-core takes to import, and inference, with a `SingleRank` configuration,
+runs without it. `model.costs` has the costs of the layers.
 
 A parameter that all tensor-parallel ranks hold whole is marked: under sequence parallelism each rank computes its
 gradient from its own positions alone, and the engine sums the gradients of marked parameters over the ranks.
@@ -10,22 +11,47 @@ gradient from its own positions alone, and the engine sums the gradients of mark
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calm_core.model import single_rank
+from calm_core.model.single_rank import SingleRank
+
 if TYPE_CHECKING:
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-def column(config: "TransformerConfig", inputs: int, outputs: int, bias: bool = True) -> "ColumnParallelLinear":
-    """A linear layer whose outputs are divided among tensor-parallel ranks."""
+def embedding(config: "TransformerConfig | SingleRank", rows: int, width: int) -> nn.Module:
+    """An embedding table whose rows are divided among tensor-parallel ranks.
+
+    Under sequence parallelism its output is divided by positions, as the parallel matrices expect it.
+    """
+    if isinstance(config, SingleRank):
+        return single_rank.embedding(rows, width, config.params_dtype)
+    from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+
+    return VocabParallelEmbedding(
+        rows,
+        width,
+        init_method=config.init_method,
+        reduce_scatter_embeddings=config.sequence_parallel,
+        config=config,
+    )
+
+
+def column(config: "TransformerConfig | SingleRank", inputs: int, outputs: int, bias: bool = True) -> nn.Module:
+    """A linear layer whose outputs are divided among tensor-parallel ranks; it returns them and a bias, None."""
+    if isinstance(config, SingleRank):
+        return single_rank.Linear(inputs, outputs, config.params_dtype, bias)
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
     return ColumnParallelLinear(inputs, outputs, config=config, init_method=config.init_method, bias=bias)
 
 
-def row(config: "TransformerConfig", inputs: int, outputs: int) -> "RowParallelLinear":
+def row(config: "TransformerConfig | SingleRank", inputs: int, outputs: int) -> nn.Module:
     """A linear layer with bias whose inputs are divided among tensor-parallel ranks, as `column` leaves them."""
+    if isinstance(config, SingleRank):
+        return single_rank.Linear(inputs, outputs, config.params_dtype)
     from megatron.core.tensor_parallel.layers import RowParallelLinear
 
     return RowParallelLinear(
@@ -39,50 +65,52 @@ def row(config: "TransformerConfig", inputs: int, outputs: int) -> "RowParallelL
     )
 
 
-def linear(config: "TransformerConfig", inputs: int, outputs: int) -> nn.Linear:
+def linear(config: "TransformerConfig | SingleRank", inputs: int, outputs: int) -> nn.Linear:
     """A linear layer that every tensor-parallel rank holds whole."""
     return replicate_all(nn.Linear(inputs, outputs, dtype=config.params_dtype), config)
 
 
-def layer_norm(config: "TransformerConfig") -> nn.LayerNorm:
+def layer_norm(config: "TransformerConfig | SingleRank") -> nn.LayerNorm:
     """A LayerNorm over the hidden width, held whole by every tensor-parallel rank."""
     norm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon, dtype=config.params_dtype)
     return replicate_all(norm, config)
 
 
-def replicated(parameter: nn.Parameter, config: "TransformerConfig") -> nn.Parameter:
+def replicated(parameter: nn.Parameter, config: "TransformerConfig | SingleRank") -> nn.Parameter:
     """Mark a parameter that all tensor-parallel ranks hold whole."""
     parameter.sequence_parallel = config.sequence_parallel
     return parameter
 
 
-def replicate_all(module: nn.Module, config: "TransformerConfig") -> nn.Module:
+def replicate_all(module: nn.Module, config: "TransformerConfig | SingleRank") -> nn.Module:
     """Mark every parameter of a plain torch module as held whole by all tensor-parallel ranks."""
     for parameter in module.parameters():
         replicated(parameter, config)
     return module
 
 
-def tensor_group() -> tuple[dist.ProcessGroup, int]:
-    """This rank's tensor-parallel group, and its index in that group."""
+def tensor_group(config: "TransformerConfig | SingleRank") -> tuple[dist.ProcessGroup | None, int]:
+    """This rank's tensor-parallel group, and its index in that group; (None, 0) without tensor parallelism."""
+    if config.tensor_model_parallel_size == 1:
+        return None, 0
     from megatron.core import parallel_state
 
     return parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_rank()
 
 
-def all_positions(x: Tensor, config: "TransformerConfig") -> int:
+def all_positions(x: Tensor, config: "TransformerConfig | SingleRank") -> int:
     """The number of positions S of which `x` `[S', ...]` holds this tensor-parallel rank's own."""
     return x.shape[0] * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
 
 
-def own_positions(x: Tensor, config: "TransformerConfig") -> Tensor:
+def own_positions(x: Tensor, config: "TransformerConfig | SingleRank") -> Tensor:
     """The rows of `x` `[S, ...]` that this tensor-parallel rank works on: all, or its S/TP."""
     if not config.sequence_parallel:
         return x
-    return x.chunk(config.tensor_model_parallel_size, dim=0)[tensor_group()[1]]
+    return x.chunk(config.tensor_model_parallel_size, dim=0)[tensor_group(config)[1]]
 
 
-def gathered_positions(x: Tensor, config: "TransformerConfig") -> Tensor:
+def gathered_positions(x: Tensor, config: "TransformerConfig | SingleRank") -> Tensor:
     """All rows `[S, ...]` of which `x` `[S', ...]` holds this tensor-parallel rank's own; not for gradients."""
     if not config.sequence_parallel:
         return x
@@ -91,7 +119,7 @@ def gathered_positions(x: Tensor, config: "TransformerConfig") -> Tensor:
     return gather_from_sequence_parallel_region(x.contiguous())
 
 
-def split_positions(x: Tensor, config: "TransformerConfig") -> Tensor:
+def split_positions(x: Tensor, config: "TransformerConfig | SingleRank") -> Tensor:
     """`own_positions` of what all ranks computed alike; backward gathers the gradients of all positions."""
     if not config.sequence_parallel:
         return x
@@ -100,8 +128,10 @@ def split_positions(x: Tensor, config: "TransformerConfig") -> Tensor:
     return scatter_to_sequence_parallel_region(x)
 
 
-def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, tokens: Tensor, config: "TransformerConfig | SingleRank") -> Tensor:
     """-log P(token) in nats `[S, B]` of tokens `[S, B]`, from this rank's logits `[S, B, V / TP]`."""
+    if isinstance(config, SingleRank):
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     return vocab_parallel_cross_entropy(logits, tokens)

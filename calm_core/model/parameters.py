@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from calm_core.model.noise import stream_seed
@@ -85,6 +83,8 @@ def global_shape(piece: Piece, local: Tensor) -> list[int]:
     """The shape of the global tensor of which `local` is this rank's shard."""
     shape = list(local.shape)
     if piece.dim is not None:
+        from megatron.core import parallel_state
+
         shape[piece.dim] *= parallel_state.get_tensor_model_parallel_world_size()
     return shape
 
@@ -93,6 +93,8 @@ def own_shard(whole: Tensor, dim: int | None) -> Tensor:
     """This tensor-parallel rank's slice of a global tensor."""
     if dim is None:
         return whole
+    from megatron.core import parallel_state
+
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     return whole.chunk(ranks, dim)[parallel_state.get_tensor_model_parallel_rank()]
 
@@ -100,6 +102,10 @@ def own_shard(whole: Tensor, dim: int | None) -> Tensor:
 def _global_name(name: str, model_part: nn.Module) -> str:
     if not name.startswith(_LAYERS):
         return name
+    if chunk.config.pipeline_model_parallel_size == 1:
+        return name
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
     index, rest = name.removeprefix(_LAYERS).split(".", 1)
     offset = get_transformer_layer_offset(model_part.config, vp_stage=model_part.vp_stage)
     return f"{_LAYERS}{int(index) + offset}.{rest}"

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm_core.checkpoint.fragments import Box, boxes_of_range
+from calm_core.checkpoint.boxes import Box, boxes_of_range
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from calm_core.checkpoint.boxes import Box, boxes_of_range
 from calm_core.checkpoint.folder import DamagedError
-from calm_core.checkpoint.fragments import Box, boxes_of_range
 from calm_core.checkpoint.tensor_folder import INDEX, Entry, TensorFolder, write_file, write_index
 from calm_core.io import hash_file
 

@@ -11,7 +11,7 @@ from calm_core import config as configuration
 from calm_core.autoencoder.artefact import save_autoencoder
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.checkpoint import load as checkpoint
-from calm_core.checkpoint.load import write_weights
+from calm_core.checkpoint.weights import write_weights
 from calm_core.config.data_config import TokenizerConfig
 from calm_core.config.experiment import Experiment
 from calm_core.config.generation_config import GenerationOptions

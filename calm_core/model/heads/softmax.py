@@ -46,38 +46,41 @@ class SoftmaxHead(nn.Module):
 
     def log_probabilities(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """log P of one token at each position, float32 `[S', B]`: hidden `[S', B, d]`, tokens `[S, B]`."""
-        return -split_positions(cross_entropy(self.logits(hidden), tokens.contiguous()), self.config)
+        return -split_positions(cross_entropy(self.logits(hidden), tokens.contiguous(), self.config), self.config)
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, noise: Noise, samples: int) -> Tensor:
         """`samples` independent tokens per position, `[S', B, N, 1]`."""
         draws = noise.uniform("softmax/sample", all_positions(hidden, self.config), samples)
-        return own_positions(_draw(self.logits(hidden), draws), self.config).unsqueeze(-1)
+        return own_positions(_draw(self.logits(hidden), draws, *tensor_group(self.config)), self.config).unsqueeze(-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's part of the logits of all positions, float32 `[S, B, V / TP]`; -inf for padding rows."""
         logits, _ = self.out(hidden)
-        first = tensor_group()[1] * logits.shape[-1]
+        first = tensor_group(self.config)[1] * logits.shape[-1]
         padding = torch.arange(first, first + logits.shape[-1], device=logits.device) >= self.vocabulary
         return logits.float().masked_fill(padding, -torch.inf)
 
 
-def _draw(logits: Tensor, draws: Tensor) -> Tensor:
+def _draw(logits: Tensor, draws: Tensor, group: dist.ProcessGroup | None, rank: int) -> Tensor:
     """Tokens `[S, B, N]` at which the cumulative distribution passes the uniform draws `[S, B, N]`.
 
-    No rank has all the logits `[S, B, V / TP]`: each counts how many of its tokens a draw has passed, and the sum of
-    the counts is the token.
+    No rank of a group has all the logits `[S, B, V / TP]`: each counts how many of its tokens a draw has passed, and
+    the sum of the counts is the token.
     """
-    group, rank = tensor_group()
     largest = logits.max(dim=-1, keepdim=True).values
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    if group is not None:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     # float64: in float32 the sum over a large vocabulary would lose rare tokens to rounding.
     passed = (logits - largest).double().exp().cumsum(dim=-1)
-    totals = passed.new_empty(dist.get_world_size(group), *passed.shape[:-1], 1)
-    dist.all_gather(list(totals), passed[..., -1:].contiguous(), group)
+    totals = passed[..., -1:].unsqueeze(0)
+    if group is not None:
+        totals = passed.new_empty(dist.get_world_size(group), *passed.shape[:-1], 1)
+        dist.all_gather(list(totals), passed[..., -1:].contiguous(), group)
     sought = draws.double() * totals.sum(0) - totals[:rank].sum(0)
     tokens = torch.searchsorted(passed, sought, right=True)
-    dist.all_reduce(tokens, group=group)
+    if group is not None:
+        dist.all_reduce(tokens, group=group)
     return tokens
 
 
