@@ -1,11 +1,13 @@
 """A frozen autoencoder on disk: `model.safetensors`, and `manifest.json` with its content hash."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.config.model_config import AutoencoderConfig
@@ -56,8 +58,18 @@ def load_autoencoder(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
         raise UserError(f"{path} is missing: train the autoencoder again, or restore the file.")
     if hash_file(path) != manifest["content_hash"]:
         raise UserError(f"{path} is not the file that {folder / MANIFEST} names (content hash differs): restore it.")
-    with torch.device("meta"):
+    with torch.device("meta"), _SkippedInitialisation():
         model = Autoencoder(AutoencoderConfig(**manifest["config"]), manifest["vocab_size"], manifest["k"])
     model.load_state_dict(load_file(path), assign=True)
     model.content_hash, model.tokenizer_hash = manifest["content_hash"], manifest["tokenizer_hash"]
     return model.to(device, dtype).requires_grad_(False).eval()
+
+
+class _SkippedInitialisation(TorchFunctionMode):
+    """Leave out initial weights: they are about to be loaded, and torch imports its compiler to draw them on "meta"."""
+
+    def __torch_function__(self, function: Callable, _: Any, args: Sequence = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
