@@ -102,7 +102,7 @@ def own_shard(whole: Tensor, dim: int | None) -> Tensor:
 def _global_name(name: str, model_part: nn.Module) -> str:
     if not name.startswith(_LAYERS):
         return name
-    if chunk.config.pipeline_model_parallel_size == 1:
+    if model_part.config.pipeline_model_parallel_size == 1:
         return name
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
