@@ -115,7 +115,7 @@ class HeadConfig:
     """
 
     kind: str = option(
-        "energy", "energy | diffusion | flow | softmax (the autoregressive baseline, K=1)", belongs_to="weights"
+        "energy", f"{' | '.join(HEADS)} (softmax is the autoregressive baseline, K=1)", belongs_to="weights"
     )
     blocks: int = option(
         0,
@@ -127,7 +127,10 @@ class HeadConfig:
         64, "energy: dimensions of the uniform noise that becomes a draw", belongs_to="weights", at_least=1
     )
     samples: int = option(
-        8, "not softmax: N, draws per position over which the loss averages (energy: at least 2)", belongs_to="training"
+        8,
+        "not softmax: N, draws per position over which the loss averages (energy: at least 2; diffusion and flow: "
+        "each with its own time, noise and target)",
+        belongs_to="training",
     )
     target_samples: int = option(
         100, "energy: M, draws from the posterior per position in the loss", belongs_to="training", at_least=1
