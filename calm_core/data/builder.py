@@ -8,7 +8,7 @@ import signal
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -85,16 +85,19 @@ class StoreBuilder:
 
     @contextmanager
     def locked(self, shared: bool = False) -> Iterator[None]:
-        """Keep other builds out of the folder, or with `shared` only those that do not share it; waits for them.
+        """Keep other builds out of the folder until the block ends; with `shared`, only those that are not shared.
 
-        What they have built in the meantime counts as done.
+        Waits for other builds. What they have built in the meantime counts as done.
         """
-        if self.is_complete:
-            shutil.rmtree(self._journal, ignore_errors=True)  # what a kill after the manifest left
-            yield
-            return
-        self.begin()
-        with file_lock(self._journal / "lock", shared=shared, waiting_for=f"another build of {self.folder} to end"):
+        with ExitStack() as stack:
+            if not self.is_complete:
+                try:
+                    self.begin()
+                    other = f"another build of {self.folder} to end"
+                    stack.enter_context(file_lock(self._journal / "lock", shared=shared, waiting_for=other))
+                except FileNotFoundError:  # another build has just completed the store and removed the journal
+                    if not self.is_complete:
+                        raise
             self._read_journal()
             try:
                 yield
@@ -102,6 +105,8 @@ class StoreBuilder:
                 if not shared and not self._done and list(self.folder.glob("*")) == [self._journal]:
                     self.discard()
                 raise
+        if self.is_complete:
+            shutil.rmtree(self._journal, ignore_errors=True)  # what a kill after the manifest left
 
     def begin(self) -> None:
         """Make the folder and record what the store is made from, before anything else is written into it."""
@@ -153,7 +158,7 @@ class StoreBuilder:
             "splits": {split: {**_totals(splits[split]), "shards": splits[split]} for split in sorted(splits)},
         }
         write_manifest(self.folder, manifest)
-        shutil.rmtree(self._journal)
+        shutil.rmtree(self._journal, ignore_errors=True)
         remove_partial(self.folder)
         return read_manifest(self.folder, self.kind)
 
