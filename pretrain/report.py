@@ -12,13 +12,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command.Parser(description=__doc__, allow_abbrev=False)
     what = "folder of an experiment, such as runs/demo, or of one of its trainings"
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=what)
-    parser.add_argument("--output", type=Path, default=Path("comparison.html"), help="page of several runs")
+    parser.add_argument("--output", type=Path, help="the page (default: RUN/report.html; comparison.html for several)")
     arguments = parser.parse_args(argv)
     if len(arguments.runs) == 1:
-        print(write_run_page(arguments.runs[0]))
+        print(write_run_page(arguments.runs[0], arguments.output))
         return
-    write_comparison(arguments.runs, arguments.output)
-    print(arguments.output)
+    page = arguments.output or Path("comparison.html")
+    write_comparison(arguments.runs, page)
+    print(page)
 
 
 if __name__ == "__main__":

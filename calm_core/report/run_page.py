@@ -93,10 +93,10 @@ def _folders(run: Path) -> list[Path]:
     return [run / part for part in TRAININGS if (run / part / "metrics.jsonl").exists()] or [run]
 
 
-def write_run_page(run: Path) -> Path:
-    """Write RUN/report.html for all training runs of an experiment; its path."""
-    page = run / "report.html"
-    sections = [section for one in trainings([run]) for section in _sections([one], one.name, run)]
+def write_run_page(run: Path, page: Path | None = None) -> Path:
+    """Write the page of all training runs of an experiment, RUN/report.html by default; its path."""
+    page = page or run / "report.html"
+    sections = [section for one in trainings([run]) for section in _sections([one], one.name, page.parent)]
     write_page(page, Path(os.path.abspath(run)).name, sections)
     return page
 

@@ -9,24 +9,28 @@ from calm_core.evaluation.tables import table
 from calm_core.io import write_json
 from calm_core.scaling.analysis import analyse
 from calm_core.scaling.points import points
-from calm_core.scaling.results import collect, results_path, write_results
+from calm_core.scaling.results import collect, results_path, with_stored, write_results
 
 LAWS = "laws.json"
 
 
 def fit_study(config: ScalingConfig, write: bool) -> str:
-    """Collect the results of a study, fit its laws, and say them; `write` keeps both in its folder."""
-    rows = collect(config)
+    """Collect the results of a study and fit its laws, as text; `write` also writes both to its folder.
+
+    Points of RUN/results.parquet whose runs are no longer there are kept.
+    """
+    rows, kept = with_stored(config, collect(config))
     laws = analyse(config, rows)
     if write:
         Path(config.run).mkdir(parents=True, exist_ok=True)
         write_results(rows, results_path(config))
         write_json(Path(config.run) / LAWS, laws)
     expected = sum(len(point.budget_steps) for point in points(config))
-    return f"{len(rows)} of {expected} points measured\n{say_laws(laws)}"
+    of_file = f", {kept} of them from {results_path(config)} (their runs are not there)" if kept else ""
+    return f"{len(rows)} of {expected} points measured{of_file}\n{laws_text(laws)}"
 
 
-def say_laws(laws: Mapping[str, Any]) -> str:
+def laws_text(laws: Mapping[str, Any]) -> str:
     """The laws of all measures, as text."""
     lines = []
     for measure, of_measure in laws.items():

@@ -1,14 +1,16 @@
-"""Saturating power laws, fitted by robust least squares to what is lost: 1 - Brier-n, 100 - BrierLM, or cross-entropy.
+"""Saturating power laws, fitted by robust least squares to a loss: 1 - Brier-n, 100 - BrierLM, or cross-entropy.
 
     loss(x) = floor + scale (x / reference)^(-exponent)                          one variable: compute
     loss(N, D, K) = floor + K^k_exponent (a (N / N0)^-alpha + b (D / D0)^-beta)  size, tokens, tokens per chunk
 
-Residuals are divided by the standard errors of the losses and pass through a soft L1 loss, so that a run that went
-wrong does not bend the law. Floor and scales are not negative. numpy and scipy alone; proven on laws that are known.
+Residuals are measured in the standard errors of the losses. Runs may scatter more than their standard errors say, so
+the fit first estimates that scatter; residuals beyond twice the scatter count linearly (soft L1) rather than squared,
+and a failed run does not bend the law. Floor and scales are not negative. Needs only numpy and scipy.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +18,22 @@ from scipy.optimize import least_squares, nnls
 
 Array = NDArray[np.float64]
 
-EXPONENTS = np.geomspace(0.02, 2.0, 13)  # where the search begins
+EXPONENTS = np.geomspace(0.02, 2.0, 13)  # where the search starts
 
 K_EXPONENTS = np.linspace(-0.5, 1.5, 5)
 
-MOST = 4.0  # a larger exponent is a step, not a law
+MAX_EXPONENT = 4.0  # a larger exponent is a step rather than a law
 
-EDGE = 1e-4  # as near to an end of its range a parameter counts as lying there, relative to 1 or to the losses
+BOUND_TOLERANCE = 1e-4  # a parameter this close to a bound counts as lying on it; relative to 1 or to the losses
+
+LINEAR_BEYOND = 2.0  # residuals count linearly beyond this many times the scatter
+
+CLIP = 2.5  # residuals are clipped at this many times the scatter when the scatter is estimated
+
+CLIPPED_VARIANCE = 0.9776  # of a standard normal variable clipped at 2.5
+
+
+Law = TypeVar("Law", "PowerLaw", "JointLaw")
 
 
 class TooFewError(ValueError):
@@ -31,31 +42,45 @@ class TooFewError(ValueError):
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """loss(x) = floor + scale (x / reference)^(-exponent)."""
+    """loss(x) = floor + scale (x / reference)^(-exponent).
+
+    `scatter` is the standard deviation of the losses about the law, in their standard errors; at least 1.
+    """
 
     floor: float
     scale: float
     exponent: float
     reference: float
+    scatter: float = 1.0
 
     def __call__(self, x: Array) -> Array:
         """The loss at `x`."""
         return self.floor + self.scale * (np.asarray(x, float) / self.reference) ** -self.exponent
 
+    def gradient(self, x: Array) -> Array:
+        """Derivatives of the loss at `x` `[n]` by floor, scale and exponent `[n, 3]`."""
+        ratio = np.asarray(x, float) / self.reference
+        power = ratio**-self.exponent
+        return np.stack([np.ones_like(ratio), power, -self.scale * power * np.log(ratio)], -1)
+
     @property
     def parameters(self) -> dict[str, float]:
-        """What an interval can be given for."""
+        """The fitted parameters by name."""
         return {"floor": self.floor, "scale": self.scale, "exponent": self.exponent}
 
     @property
     def undetermined(self) -> list[str]:
-        """The parameters at an end of what the fit allows: the points do not say where they lie."""
-        return _at_ends(self.parameters, exponents=("exponent",), typical=self.floor + self.scale)
+        """The parameters at a bound of the fit: the points do not determine them."""
+        return _at_bounds(self.parameters, exponents=("exponent",), typical=self.floor + self.scale)
 
 
 @dataclass(frozen=True)
 class JointLaw:
-    """loss(N, D, K) = floor + K^k_exponent (a (N / N0)^-alpha + b (D / D0)^-beta); one K leaves k_exponent at 0."""
+    """loss(N, D, K) = floor + K^k_exponent (a (N / N0)^-alpha + b (D / D0)^-beta).
+
+    With a single K, k_exponent is 0. `scatter` is the standard deviation of the losses about the law, in their standard
+    errors; at least 1.
+    """
 
     floor: float
     a: float
@@ -65,45 +90,65 @@ class JointLaw:
     k_exponent: float
     n_reference: float
     d_reference: float
+    scatter: float = 1.0
 
     def __call__(self, n: Array, d: Array, k: Array) -> Array:
         """The loss of models of N parameters after D tokens at K tokens per chunk."""
-        size = self.a * (np.asarray(n, float) / self.n_reference) ** -self.alpha
-        data = self.b * (np.asarray(d, float) / self.d_reference) ** -self.beta
-        return self.floor + np.asarray(k, float) ** self.k_exponent * (size + data)
+        size, data = self._powers(n, d, k)
+        return self.floor + self.a * size + self.b * data
+
+    def gradient(self, n: Array, d: Array, k: Array) -> Array:
+        """Derivatives of the loss at `[n]` points by floor, a, b, alpha, beta and k_exponent `[n, 6]`."""
+        size, data = self._powers(n, d, k)
+        columns = [
+            np.ones_like(size),
+            size,
+            data,
+            -self.a * size * np.log(n / self.n_reference),
+            -self.b * data * np.log(d / self.d_reference),
+            (self.a * size + self.b * data) * np.log(k),
+        ]
+        return np.stack(columns, -1)
+
+    def _powers(self, n: Array, d: Array, k: Array) -> tuple[Array, Array]:
+        penalty = np.asarray(k, float) ** self.k_exponent
+        size = (np.asarray(n, float) / self.n_reference) ** -self.alpha
+        data = (np.asarray(d, float) / self.d_reference) ** -self.beta
+        return penalty * size, penalty * data
 
     @property
     def parameters(self) -> dict[str, float]:
-        """What an interval can be given for."""
+        """The fitted parameters by name."""
         names = ("floor", "a", "alpha", "b", "beta", "k_exponent")
         return {name: getattr(self, name) for name in names}
 
     @property
     def undetermined(self) -> list[str]:
-        """The parameters at an end of what the fit allows: the points do not say where they lie."""
+        """The parameters at a bound of the fit: the points do not determine them."""
         parameters = {name: value for name, value in self.parameters.items() if name != "k_exponent"}
-        ends = _at_ends(parameters, exponents=("alpha", "beta"), typical=self.floor + self.a + self.b)
-        return [*ends, *(["k_exponent"] if abs(self.k_exponent) > MOST - EDGE else [])]
+        found = _at_bounds(parameters, exponents=("alpha", "beta"), typical=self.floor + self.a + self.b)
+        return [*found, *(["k_exponent"] if abs(self.k_exponent) > MAX_EXPONENT - BOUND_TOLERANCE else [])]
 
 
 def fit_power_law(x: Array, loss: Array, error: Array, near: PowerLaw | None = None) -> PowerLaw:
     """The power law through losses `[n]` with standard errors `[n]` at `x` `[n]`.
 
-    The search may begin `near` another law, whose reference is kept: only then are the scales of two laws comparable.
+    With `near`, the search starts from that law and keeps its reference and scatter; the scales of two laws compare
+    only if their references are equal.
 
     Raises:
         TooFewError: with fewer than 4 different `x`, one more than the law has parameters.
     """
     _require(x, 4, "values of compute")
-    reference = _middle(x) if near is None else near.reference
-    scaled = x / reference
+    reference = _geometric_mean(x) if near is None else near.reference
 
-    def columns(exponents: Array) -> Array:
-        return np.stack([np.ones_like(scaled), scaled ** -exponents[0]], -1)
+    def law(parameters: Array, scatter: float) -> PowerLaw:
+        floor, scale, exponent = parameters.tolist()
+        return PowerLaw(floor, scale, exponent, reference, scatter)
 
-    starts = [EXPONENTS] if near is None else [np.array([near.exponent])]
-    (floor, scale), (exponent,) = _fit(columns, starts, loss, error, [(0.0, MOST)])
-    return PowerLaw(floor, scale, exponent, reference)
+    bounds = [(0.0, np.inf), (0.0, np.inf), (0.0, MAX_EXPONENT)]
+    grid = EXPONENTS[:, None] if near is None else np.array([[near.exponent]])
+    return _fit(law, (x,), loss, error, grid, bounds, near and near.scatter)
 
 
 def fit_joint(n: Array, d: Array, k: Array, loss: Array, error: Array, near: JointLaw | None = None) -> JointLaw:
@@ -118,98 +163,93 @@ def fit_joint(n: Array, d: Array, k: Array, loss: Array, error: Array, near: Joi
     several = len(values) > 1
     if len(loss) <= 5 + several:
         raise TooFewError(f"{len(loss)} points for {5 + several} parameters: at least one more point is needed.")
-    n_reference, d_reference = (_middle(n), _middle(d)) if near is None else (near.n_reference, near.d_reference)
+    n_reference, d_reference = (
+        (_geometric_mean(n), _geometric_mean(d)) if near is None else (near.n_reference, near.d_reference)
+    )
 
-    def columns(exponents: Array) -> Array:
-        alpha, beta, k_exponent = exponents if several else (*exponents, 0.0)
-        penalty = k**k_exponent
-        return np.stack(
-            [np.ones_like(n), penalty * (n / n_reference) ** -alpha, penalty * (d / d_reference) ** -beta], -1
-        )
+    def law(parameters: Array, scatter: float) -> JointLaw:
+        floor, a, b, alpha, beta, k_exponent = [*parameters.tolist(), 0.0][:6]
+        return JointLaw(floor, a, alpha, b, beta, k_exponent, n_reference, d_reference, scatter)
 
-    starts = [EXPONENTS[::3], EXPONENTS[::3], K_EXPONENTS]
+    axes = [EXPONENTS[::3], EXPONENTS[::3], K_EXPONENTS]
     if near is not None:
-        starts = [np.array([exponent]) for exponent in (near.alpha, near.beta, near.k_exponent)]
-    bounds = [(0.0, MOST), (0.0, MOST), *([(-MOST, MOST)] if several else [])]
-    (floor, a, b), exponents = _fit(columns, starts[: len(bounds)], loss, error, bounds)
-    alpha, beta, k_exponent = exponents if several else (*exponents, 0.0)
-    return JointLaw(floor, a, alpha, b, beta, k_exponent, n_reference, d_reference)
-
-
-def bootstrap(
-    refit: Callable[[Array], PowerLaw | JointLaw],
-    fitted: Array,
-    loss: Array,
-    error: Array,
-    runs: Sequence[str],
-    draws: int,
-    seed: int = 0,
-) -> list[PowerLaw | JointLaw]:
-    """Laws of losses as they might have been: a wild bootstrap, by runs.
-
-    A draw moves the losses of a run away from the law by its residuals times one standard normal number: what is
-    peculiar to a run, its seed included, is common to its rows. A residual counts as at least a standard error, since
-    a law that goes through its points has not made them exact. All points stay, so that every draw determines the form.
-
-    Args:
-        refit: the law through losses `[n]` at the same points.
-        fitted: the law's losses `[n]`.
-        loss: measured.
-        error: their standard errors.
-        runs: the run of each.
-        draws: how many laws.
-        seed: of the normal numbers.
-    """
-    generator = np.random.default_rng(seed)
-    residual = np.where(loss < fitted, -1.0, 1.0) * np.maximum(np.abs(loss - fitted), error)
-    names, of_run = np.unique(runs, return_inverse=True)
-    return [refit(fitted + generator.standard_normal(len(names))[of_run] * residual) for _ in range(draws)]
-
-
-def interval(values: Sequence[float], confidence: float) -> tuple[float, float]:
-    """The central interval that holds this share of the values."""
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+        axes = [np.array([exponent]) for exponent in (near.alpha, near.beta, near.k_exponent)]
+    bounds = [(0.0, np.inf)] * 3 + [(0.0, MAX_EXPONENT)] * 2 + [(-MAX_EXPONENT, MAX_EXPONENT)] * several
+    grid = np.stack(np.meshgrid(*axes[: 2 + several], indexing="ij"), -1).reshape(-1, 2 + several)
+    return _fit(law, (n, d, k), loss, error, grid, bounds, near and near.scatter)
 
 
 def _fit(
-    columns: Callable[[Array], Array],
-    starts: Sequence[Array],
+    make: Callable[[Array, float], Law],
+    at: tuple[Array, ...],
     loss: Array,
     error: Array,
+    grid: Array,
     bounds: Sequence[tuple[float, float]],
-) -> tuple[Array, Array]:
-    """(linear coefficients, exponents) of the law whose columns are a function of the exponents.
+    scatter: float | None,
+) -> Law:
+    """The law that fits losses `[n]` best, `make(parameters, scatter)` with the linear parameters first.
 
-    Given the exponents the law is linear: the best point of a grid of exponents, with its coefficients by non-negative
-    least squares, is where the robust fit of all of them begins.
+    Given the exponents the law is linear: the fit starts from the point of the grid of exponents `[m, e]` whose linear
+    parameters, by non-negative least squares, leave the smallest residual. An unknown scatter is estimated on the way.
     """
-    grid = np.stack(np.meshgrid(*starts, indexing="ij"), -1).reshape(-1, len(starts))
-    first, residual = zip(*(nnls(columns(e) / error[:, None], loss / error) for e in grid), strict=True)
-    best = int(np.argmin(residual))
-    count = len(first[best])
-    typical = float(np.mean(loss))
+    exponents, low, high = grid.shape[1], *np.array(bounds).T
+    linear = len(bounds) - exponents
 
-    def misfit(parameters: Array) -> Array:
-        return (columns(parameters[count:]) @ (parameters[:count] * typical) - loss) / error
+    def gradient(parameters: Array) -> Array:
+        return make(parameters, 1.0).gradient(*at)[:, : len(bounds)] / error[:, None]
 
-    low, high = zip(*([(0.0, np.inf)] * count + list(bounds)), strict=True)
-    start = np.clip([*(first[best] / typical), *grid[best]], np.array(low) + 1e-9, np.minimum(high, 1e9))
-    found = least_squares(misfit, start, bounds=(low, high), loss="soft_l1", x_scale="jac", max_nfev=300).x
-    return found[:count] * typical, found[count:]
+    def residuals(parameters: Array) -> Array:
+        return (make(parameters, 1.0)(*at) - loss) / error
+
+    tolerance = 1e-8 if scatter is None else 1e-5  # draws need not be exact, and flat directions take hundreds of steps
+
+    def fit(start: Array, scale: float) -> Array:
+        start = np.clip(start, low + 1e-9, np.minimum(high, 1e9) - 1e-9)
+        options = {"loss": "soft_l1", "f_scale": scale, "x_scale": "jac", "max_nfev": 300, "ftol": tolerance}
+        return least_squares(residuals, start, gradient, (low, high), **options).x
+
+    starts = [(*nnls(gradient(np.append(np.zeros(linear), point))[:, :linear], loss / error), point) for point in grid]
+    first, _, point = min(starts, key=lambda start: start[1])
+    found = np.append(first, point)
+    if scatter is not None:
+        return make(fit(found, LINEAR_BEYOND * scatter), scatter)
+    # Absolute residuals first, which no single run can bend, then twice with the scatter that they show.
+    scatter = 0.5
+    for _ in range(3):
+        found = fit(found, LINEAR_BEYOND * scatter)
+        scatter = max(1.0, robust_scatter(residuals(found), len(bounds)))
+    return make(found, scatter)
 
 
-def _at_ends(parameters: Mapping[str, float], exponents: Sequence[str], typical: float) -> list[str]:
-    """Exponents at 0 or at `MOST`; floor and scales at 0, next to `typical` losses."""
+def robust_scatter(residuals: Array, parameters: int) -> float:
+    """The standard deviation behind residuals `[n]` of a fit of some parameters, by Huber's proposal 2.
+
+    Residuals count for at most 2.5 standard deviations, and n - p of them are free. (P. J. Huber, Robust Statistics,
+    section 6.4.)
+    """
+    squares, free = np.square(residuals), max(1, len(residuals) - parameters)
+    variance = float(squares.sum()) / free
+    for _ in range(50):
+        variance = float(np.minimum(squares, CLIP**2 * variance).sum()) / (free * CLIPPED_VARIANCE)
+    return variance**0.5
+
+
+def _at_bounds(parameters: Mapping[str, float], exponents: Sequence[str], typical: float) -> list[str]:
+    """Exponents at 0 or at `MAX_EXPONENT`; floor and scales at 0, relative to `typical` losses."""
     return [
         name
         for name, value in parameters.items()
-        if (not EDGE < value < MOST - EDGE if name in exponents else value < EDGE * typical)
+        if (
+            not BOUND_TOLERANCE < value < MAX_EXPONENT - BOUND_TOLERANCE
+            if name in exponents
+            else value < BOUND_TOLERANCE * typical
+        )
     ]
 
 
-def _middle(values: Array) -> float:
-    """Their geometric mean: scale and exponent are least entangled there."""
+def _geometric_mean(values: Array) -> float:
+    """As the reference, it correlates the estimates of scale and exponent least."""
     return float(np.exp(np.mean(np.log(values))))
 
 

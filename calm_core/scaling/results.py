@@ -104,6 +104,32 @@ def results_path(config: ScalingConfig) -> Path:
     return Path(config.run) / "results.parquet"
 
 
+def with_stored(config: ScalingConfig, rows: list[Row]) -> tuple[list[Row], int]:
+    """The rows, and those of the results file whose runs are no longer there; how many of the latter.
+
+    So a results file never loses a point.
+
+    Raises:
+        UserError: if the file holds points that the study does not plan, or scores that do not compare.
+    """
+    path = results_path(config)
+    found = {(row["model"], row["budget"]) for row in rows}
+    kept = [row for row in read_results(path) if (row["model"], row["budget"]) not in found] if path.exists() else []
+    planned = {
+        (point.name, budget): (step, point.size)
+        for point in points(config)
+        for budget, step in enumerate(point.budget_steps)
+    }
+    for row in kept:
+        if planned.get((row["model"], row["budget"])) != (row["step"], row["size"]):
+            raise UserError(
+                f"{path} holds {row['model']} at step {row['step']}, which this study does not plan: "
+                "restore the study's settings, or move the file away and run again."
+            )
+    _require_comparable([*rows, *kept])
+    return [*rows, *kept], len(kept)
+
+
 def write_results(rows: list[Row], path: Path) -> None:
     """Write the rows as parquet, whole or not at all."""
     with replacing(path) as temporary:

@@ -10,7 +10,7 @@ from calm_core.io import read_json
 from calm_core.report.page import Figure, Section, Table, Text, Trace, write_page
 from calm_core.scaling.analysis import law_curve
 from calm_core.scaling.figures import PUBLISHED, best_of_families, family_name, measure_title, of_family
-from calm_core.scaling.law_report import LAWS, say_laws
+from calm_core.scaling.law_report import LAWS, laws_text
 from calm_core.scaling.points import BASELINE, families
 from calm_core.scaling.results import MEASURES, Row, read_results, results_path
 from calm_core.scaling.study_plan import plan_table
@@ -33,7 +33,7 @@ def write_scaling_page(config: ScalingConfig) -> Path:
         for known in [[row for row in rows if row[measure] is not None]]
     ]
     sections += [
-        Section("Laws", [Text(say_laws(laws))]),
+        Section("Laws", [Text(laws_text(laws))]),
         Section("Plan", [Text(plan_table(config))]),
         Section("Points", [_points(rows)]),
     ]

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ from calm_core import config as configuration
 from calm_core.config.experiment import Experiment
 from calm_core.config.scaling_config import ScalingConfig
 from calm_core.errors import UserError
+from calm_core.scaling.law_report import fit_study
 from calm_core.scaling.points import Point, experiment, family_experiment, points
-from calm_core.scaling.results import collect, read_results, results_path, write_results
+from calm_core.scaling.results import Row, collect, read_results, results_path, with_stored, write_results
 
 MEASURE = "brier_lm@ctx512/stride8"
 
@@ -97,3 +99,26 @@ def test_scores_of_another_context_are_refused(study: ScalingConfig) -> None:
     trained(study, "k4-d6-s0", measure="brier_lm@ctx256/stride8")
     with pytest.raises(UserError, match=r"k4-d6-s0 (was scored )?as brier_lm@ctx256/stride8"):
         collect(study)
+
+
+def test_points_of_the_file_whose_runs_are_gone_are_kept(study: ScalingConfig, rows: list[Row]) -> None:
+    Path(study.run).mkdir()
+    rows = [row | {"measure": MEASURE} for row in rows]
+    write_results(rows, results_path(study))
+    fit_study(replace(study, fit=replace(study.fit, measures=["cross_entropy"])), write=True)
+    assert read_results(results_path(study)) == rows
+    trained(study, "ar-d6-s0")
+    merged, kept = with_stored(study, collect(study))
+    assert (len(merged), kept) == (48, 45)
+    assert [row["cross_entropy"] for row in merged if row["model"] == "ar-d6-s0"][:3] == [3.0] * 3
+
+
+def test_points_that_the_study_does_not_plan_are_neither_lost_nor_mixed_in(
+    study: ScalingConfig, rows: list[Row]
+) -> None:
+    Path(study.run).mkdir()
+    write_results(rows, results_path(study))
+    other = replace(study, grid=replace(study.grid, budgets=[1e15, 3e15]))
+    with pytest.raises(UserError, match=r"results\.parquet holds .* at step .*, which this study does not plan"):
+        fit_study(other, write=True)
+    assert read_results(results_path(study)) == rows
