@@ -1,58 +1,59 @@
-"""Curves of a run as PNG files."""
+"""The figures of a run and of its autoencoder as PNG files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
-
-from calm_core.io import replacing
-
-MODEL, BASELINE, HELD_OUT = "tab:blue", "tab:gray", "tab:orange"
+from calm_core.report.draw import draw
+from calm_core.report.figure import GREY, Axis, Figure, Trace, curve, curve_with_band
 
 Records = Sequence[Mapping[str, Any]]
+
+STEPS = Axis("step")
 
 
 def plot_loss(train: Records, evaluations: Records, title: str, path: Path) -> None:
     """The training loss over steps and, where evaluations know it, the held-out loss with two standard errors."""
-    figure, axes = _figure(title, "step", "loss")
-    axes.plot(*_columns(train, "loss"), color=MODEL, label="training")
-    if any("loss" in record for record in evaluations):
-        _with_errors(axes, evaluations, "loss", HELD_OUT, "held-out documents")
-        axes.legend(frameon=False)
-    _save(figure, path)
+    traces = [
+        curve(train, "loss", "training", color=0),
+        curve_with_band(evaluations, "loss", "held-out documents", color=1),
+    ]
+    draw([Figure("loss", title, STEPS, [t for t in traces if t], Axis("loss"))], path)
 
 
 def plot_brier(evaluations: Records, path: Path) -> None:
-    """Brier-1 and, for chunks of several tokens, Brier-2 on held-out documents over steps, and the unigram baseline.
+    """Brier-1 and, for chunks of several tokens, Brier-2 on held-out documents over steps, and the baselines.
 
     The band is two standard errors wide to each side.
     """
     shown = [n for n in (1, 2) if f"brier_{n}" in evaluations[-1]]
-    figure = Figure(figsize=(5 * len(shown), 4), layout="constrained")
-    for n, axes in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
-        style(axes, f"Brier-{n} on held-out documents", "step", "")
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-        _with_errors(axes, evaluations, f"brier_{n}", MODEL, "CALM")
-        axes.axhline(evaluations[-1][f"unigram_brier_{n}"], color=BASELINE, linestyle="--", label="unigram")
-        axes.legend(frameon=False)
-    _save(figure, path)
+    figures = []
+    for n in shown:
+        traces = [
+            curve_with_band(evaluations, f"brier_{n}", "model", color=0),
+            curve(evaluations, f"unigram_brier_{n}", "unigram", color=GREY, dashed=True),
+            curve(evaluations, f"bigram_brier_{n}", "bigram", color=3, dashed=True),
+        ]
+        title = f"Brier-{n} on held-out documents"
+        figures.append(Figure(f"brier-{n}", title, STEPS, [t for t in traces if t], brier_axis(n)))
+    draw(figures, path, width=5)
+
+
+def brier_axis(n: int) -> Axis:
+    """The axis of Brier-n."""
+    return Axis(f"Brier-{n}, per cent", percent=True)
 
 
 def plot_noise_curve(evaluation: Mapping[str, Any], path: Path) -> None:
-    """Share of tokens that an autoencoder rebuilds under noise, over its standard deviation."""
-    figure, axes = _figure(
-        "Tokens rebuilt under noise, held-out documents", "standard deviation of the noise", "share of tokens"
-    )
+    """The fraction of tokens that an autoencoder reconstructs under noise, over its standard deviation."""
     sigmas, accuracies = zip(*evaluation["noise_curve"], strict=True)
-    axes.plot(sigmas, accuracies, color=MODEL, marker="o")
-    axes.axvline(evaluation["mean_sigma"], color=BASELINE, linestyle="--", label="mean sigma of the posterior")
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    axes.legend(frameon=False)
-    _save(figure, path)
+    mean = evaluation["mean_sigma"]
+    traces = [
+        Trace("reconstructed", sigmas, accuracies, points=True),
+        Trace("mean sigma of the posterior", [mean, mean], [0.0, 1.0], color=GREY, dashed=True),
+    ]
+    title, x = "Tokens reconstructed under noise, held-out documents", Axis("standard deviation of the noise")
+    draw([Figure("noise", title, x, traces, Axis("tokens reconstructed", percent=True, least=0, most=1.02))], path)
 
 
 def plot_correlation(points: Records, r: float | None, path: Path) -> None:
@@ -60,50 +61,15 @@ def plot_correlation(points: Records, r: float | None, path: Path) -> None:
 
     The bars are two standard errors long to each side.
     """
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, scale in zip(figure.subplots(1, 2), ("linear", "log"), strict=True):
-        title = "logarithmic scale" if scale == "log" else "BrierLM" if r is None else f"BrierLM: r = {r:.3f}"
-        style(axes, title, "held-out cross-entropy (nats a token)", "")
-        axes.set_yscale(scale)
-        for width in dict.fromkeys(point["width"] for point in points):
-            own = [point for point in points if point["width"] == width and point["brier_lm"] is not None]
-            x, y = ([point[name] for point in own] for name in ("cross_entropy", "brier_lm"))
-            errors = [2 * point["brier_lm_error"] for point in own]
-            axes.errorbar(x, y, errors, fmt="o", markersize=4, capsize=2, label=f"width {width}")
-        axes.legend(frameon=False)
-    _save(figure, path)
-
-
-def _figure(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    style(axes, title, xlabel, ylabel)
-    return figure, axes
-
-
-def style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    """Give axes their title, their labels and the look of all our plots."""
-    axes.set_title(title)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-
-
-def _with_errors(axes: Axes, records: Records, name: str, color: str, label: str) -> None:
-    """A line with a band of two standard errors where they are known."""
-    steps, values = _columns(records, name)
-    errors = [2 * (record.get(f"{name}_error") or 0.0) for record in records if record.get(name) is not None]
-    axes.plot(steps, values, color=color, marker="o", markersize=4, label=label)
-    low, high = zip(*((v - e, v + e) for v, e in zip(values, errors, strict=True)), strict=True) if values else ((), ())
-    axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
-
-
-def _columns(records: Records, name: str) -> tuple[list[int], list[float]]:
-    known = [record for record in records if record.get(name) is not None]
-    return [record["step"] for record in known], [record[name] for record in known]
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    traces = []
+    for width in dict.fromkeys(point["width"] for point in points):
+        own = [point for point in points if point["width"] == width and point["brier_lm"] is not None]
+        x, y = ([point[name] for point in own] for name in ("cross_entropy", "brier_lm"))
+        traces.append(Trace(f"width {width}", x, y, [2 * point["brier_lm_error"] for point in own], line=False))
+    title = "BrierLM" if r is None else f"BrierLM: r = {r:.3f}"
+    entropy = Axis("held-out cross-entropy, nats per token")
+    figures = [
+        Figure("linear", title, entropy, traces, Axis("BrierLM")),
+        Figure("log", "logarithmic scale", entropy, traces, Axis("BrierLM", log=10)),
+    ]
+    draw(figures, path, width=5)

@@ -1,90 +1,80 @@
 """A page that needs nothing but itself: figures with zoom and hover by plotly.js, tables, texts; no network.
 
-The data of all figures is one JSON element of the page, and a few lines of script hand it to plotly.js, which is copied
-into the page from the plotly package.
+The data of all figures is one JSON element of the page, and a short script passes it to the basic bundle of plotly.js,
+which stands beside this module and is copied into the page.
 """
 
 import html
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from calm_core.io import write_text
+from calm_core.report.figure import Axis, Figure, Trace
 from calm_core.training.run_log import finite
+
+PLOTLY = Path(__file__).with_name("plotly-basic.min.js")
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 8px; }
-.figure { height: 320px; }
+h1 { font-size: 1.5em; } h2, summary { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #ddd; }
+summary { font-weight: bold; cursor: pointer; } abbr { cursor: help; text-decoration: underline dotted #999; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 8px; }
+.cell { min-width: 0; } .figure { height: 320px; }
+.about { margin: 0; text-align: right; font-size: 0.85em; color: #666; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.92em; } td, th { padding: 2px 12px 2px 0; text-align: left; }
-th { border-bottom: 1px solid #aaa; } tr.marked td { background: #fff4d6; }
+th { border-bottom: 1px solid #aaa; } tr.marked td { background: #fff4d6; } td { overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; background: #f7f7f7; padding: 0.6em; } .note { color: #666; }
+.controls { position: sticky; top: 0; z-index: 2; background: #fff; padding: 0.4em 0; }
+.controls label { margin-right: 1.5em; }
+@media (max-width: 600px) { body { margin: 0.5em auto; padding: 0 0.6em; } .figure { height: 280px; } }
 """
 
 SCRIPT = """
 const figures = JSON.parse(document.getElementById("figures").textContent);
-for (const [id, figure] of Object.entries(figures))
-  Plotly.newPlot(id, figure.data, figure.layout, {responsive: true, displaylogo: false, displayModeBar: "hover"});
+const byId = (id) => document.getElementById(id);
+const smoothed = (values, weight) => {
+  let sum = 0, count = 0;
+  return values.map((y) => y === null ? null : (sum = weight * sum + y, count = weight * count + 1, sum / count));
+};
+const shown = (figure) => {
+  const unit = byId("unit") ? byId("unit").value : "step", weight = byId("smooth") ? Number(byId("smooth").value) : 0;
+  const known = unit === "step" || figure.data.every((trace, i) => figure.other_x[i][unit]);
+  const data = figure.data.map((trace, i) => ({
+    ...trace,
+    x: known && unit !== "step" ? figure.other_x[i][unit] : trace.x,
+    y: weight && figure.smooth[i] ? smoothed(trace.y, weight) : trace.y,
+  }));
+  const xaxis = known && unit !== "step" ? {title: {text: unit}} : figure.layout.xaxis;
+  return [data, {...figure.layout, xaxis}];
+};
+const options = {responsive: true, displaylogo: false, displayModeBar: "hover"};
+const drawAll = () => {
+  for (const [id, figure] of Object.entries(figures)) Plotly.react(id, ...shown(figure), options);
+};
+for (const control of document.querySelectorAll(".controls *")) control.addEventListener("change", drawAll);
+drawAll();
 """
 
-
-@dataclass(frozen=True)
-class Trace:
-    """One line of a figure.
-
-    Attributes:
-        name: in the legend.
-        x: values.
-        y: values; None leaves a gap, and so does what is not finite.
-        error: half the height of a band around the line; None where it is unknown.
-        group: traces of a group have one colour.
-        points: draw markers.
-        line: join them; where not, errors are bars.
-        text: what hovering says of each point beside its values.
-    """
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float | None]
-    error: Sequence[float | None] | None = None
-    group: str = ""
-    points: bool = False
-    line: bool = True
-    text: Sequence[str] | None = None
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure with axes.
-
-    Attributes:
-        name: unique on the page, and the id of its element.
-        title: above it.
-        x: label of the x axis.
-        traces: its lines.
-        y: label of the y axis.
-        log_x: whether x is logarithmic.
-    """
-
-    name: str
-    title: str
-    x: str
-    traces: Sequence[Trace]
-    y: str = ""
-    log_x: bool = False
+CONTROLS = """<div class="controls"><label>x axis <select id="unit"><option>step</option>{units}</select></label>
+<label>smoothing <input id="smooth" type="range" min="0" max="0.98" step="0.02" value="0"></label></div>"""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; rows whose index is in `marked` stand out."""
+    """A table; rows whose index is in `marked` are highlighted.
+
+    `about` explains cells of the head or of the first column by their text.
+    """
 
     head: Sequence[str]
     rows: Sequence[Sequence[Any]]
     marked: frozenset[int] = frozenset()
+    about: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,10 +88,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what is below it; figures beside each other, the rest below one another."""
+    """A heading and what is below it; figures beside each other, the rest below one another; folded at first or not."""
 
     title: str
     parts: Sequence[Figure | Table | Text]
+    folded: bool = False
 
 
 def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
@@ -111,46 +102,60 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
 
 def render(title: str, sections: Sequence[Section]) -> str:
     """The page as HTML text."""
-    shown = [section for section in sections if section.parts]
-    figures = [part for section in shown for part in section.parts if isinstance(part, Figure)]
+    filled = [section for section in sections if section.parts]
+    figures = [part for section in filled for part in section.parts if isinstance(part, Figure)]
     data = {figure.name: _plotly(figure) for figure in figures}
     # "</" would end the element that the data is in.
     embedded = json.dumps(finite(data), allow_nan=False).replace("</", "<\\/")
-    library = (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+    units = dict.fromkeys(unit for figure in figures for trace in figure.traces for unit in trace.other_x)
+    controls = CONTROLS.format(units="".join(f"<option>{html.escape(unit)}</option>" for unit in units))
     return "\n".join(
         [
             f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f'<link rel="icon" href="data:,"><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>',
-            *(_section(section) for section in shown),
+            controls if units else "",
+            *(_section(section) for section in filled),
             f'<script type="application/json" id="figures">{embedded}</script>',
-            f"<script>{library}</script><script>{SCRIPT}</script></body></html>",
+            f"<script>{PLOTLY.read_text(encoding='utf-8')}</script><script>{SCRIPT}</script></body></html>",
         ]
     )
 
 
 def _section(section: Section) -> str:
-    lines, row = [f"<h2>{html.escape(section.title)}</h2>"], []
+    title = html.escape(section.title)
+    lines, row = [f"<details><summary>{title}</summary>" if section.folded else f"<h2>{title}</h2>"], []
     for part in [*section.parts, None]:
         if isinstance(part, Figure):
-            row.append(f'<div class="figure" id="{html.escape(part.name)}"></div>')
+            about = f'<p class="about"><abbr title="{html.escape(part.about)}">what is this?</abbr></p>'
+            cell = f'<div class="figure" id="{html.escape(part.name)}"></div>{about if part.about else ""}'
+            row.append(f'<div class="cell">{cell}</div>')
             continue
         if row:
             lines.append(f'<div class="figures">{"".join(row)}</div>')
             row = []
         if part is not None:
             lines.append(_table(part) if isinstance(part, Table) else _text(part))
+    if section.folded:
+        lines.append("</details>")
     return "\n".join(lines)
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
+    def shown(cell: Any) -> str:
+        text, about = html.escape(str(cell)), table.about.get(str(cell))
+        return f'<abbr title="{html.escape(about)}">{text}</abbr>' if about else text
+
+    head = "".join(f"<th>{shown(cell)}</th>" for cell in table.head)
     rows = [
         f"<tr{' class=marked' if index in table.marked else ''}>"
-        + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row)
+        + "".join(
+            f"<td>{shown(cell) if not column else html.escape(str(cell))}</td>" for column, cell in enumerate(row)
+        )
         + "</tr>"
         for index, row in enumerate(table.rows)
     ]
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _text(text: Text) -> str:
@@ -161,34 +166,58 @@ def _text(text: Text) -> str:
 
 
 def _plotly(figure: Figure) -> dict[str, Any]:
-    colours = list(dict.fromkeys(trace.group or trace.name for trace in figure.traces))
-    data = []
-    for trace in figure.traces:
-        colour = _PALETTE[colours.index(trace.group or trace.name) % len(_PALETTE)]
+    """The data and layout of plotly.js; beside each line its other x values, and whether smoothing applies to it."""
+    data, other_x, smooth = [], [], []
+    for trace, color in zip(figure.traces, figure.colors(), strict=True):
+        drawn = [_line(trace, color)]
         if trace.error is not None and trace.line:
-            data.append(_band(trace, colour))
-        line: dict[str, Any] = {
-            "name": trace.name,
-            "x": list(trace.x),
-            "y": list(trace.y),
-            "mode": _mode(trace),
-            "line": {"color": colour},
-        }
-        if trace.error is not None and not trace.line:
-            line |= {"error_y": {"type": "data", "array": list(trace.error)}, "marker": {"color": colour}}
-        data.append(line if trace.text is None else line | {"text": list(trace.text)})
+            drawn.insert(0, _band(trace, color))
+        for line in drawn:
+            outline = line.get("fill") == "toself"
+            data.append(line)
+            other_x.append({unit: _outline_x(trace, x) if outline else list(x) for unit, x in trace.other_x.items()})
+            smooth.append(trace.line and not trace.points)
     layout = {
         "title": {"text": figure.title, "font": {"size": 14}, "x": 0.01, "xanchor": "left"},
-        "xaxis": {"title": {"text": figure.x}, "type": "log" if figure.log_x else "linear"},
-        "yaxis": {"title": {"text": figure.y}},
-        "margin": {"l": 60, "r": 12, "t": 36, "b": 80},
+        "xaxis": _axis(figure.x, [trace.x for trace in figure.traces]),
+        "yaxis": _axis(figure.y, [trace.y for trace in figure.traces]),
+        "margin": {"l": 64, "r": 12, "t": 36, "b": 80},
         "showlegend": len(figure.traces) > 1,
         "legend": {"orientation": "h", "y": -0.32},
     }
-    values = {y for trace in figure.traces for y in trace.y if y is not None}
-    if len(values) == 1 and (value := values.pop()):  # plotly.js gives a constant a range of its own size: from 0 then
-        layout["yaxis"] |= {"range": sorted((0.0, 2.0 * value))}
-    return {"data": data, "layout": layout}
+    return {"data": data, "layout": layout, "other_x": other_x, "smooth": smooth}
+
+
+def _axis(axis: Axis, columns: Sequence[Sequence[float | None]]) -> dict[str, Any]:
+    layout: dict[str, Any] = {
+        "title": {"text": axis.label},
+        "type": "log" if axis.log else "linear",
+        "automargin": True,
+    }
+    if axis.log == 2:
+        layout["dtick"] = math.log10(2)
+    if axis.percent:
+        layout["tickformat"] = layout["hoverformat"] = ".4~%"
+    values = {value for column in columns for value in column if value is not None}
+    ends = {end for end in (axis.least, axis.most) if end is not None}
+    if len(values | ends) == 1 and (value := next(iter(values | ends))) and not axis.log:
+        layout["range"] = sorted((0.0, 2.0 * value))  # plotly.js would give a single value a range of its own size
+    elif ends and len(values) <= 1:
+        layout["range"] = [min(values | ends), max(values | ends)]
+    return layout
+
+
+def _line(trace: Trace, color: str) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "name": trace.name,
+        "x": list(trace.x),
+        "y": list(trace.y),
+        "mode": _mode(trace),
+        "line": {"color": color, "dash": "dash" if trace.dashed else "solid"},
+    }
+    if trace.error is not None and not trace.line:
+        line |= {"error_y": {"type": "data", "array": list(trace.error)}, "marker": {"color": color}}
+    return line if trace.text is None else line | {"text": list(trace.text)}
 
 
 def _mode(trace: Trace) -> str:
@@ -197,19 +226,15 @@ def _mode(trace: Trace) -> str:
     return "lines+markers" if trace.points or len(trace.x) == 1 else "lines"
 
 
-def _band(trace: Trace, colour: str) -> dict[str, Any]:
+def _band(trace: Trace, color: str) -> dict[str, Any]:
     """The area between y - error and y + error, as one closed outline."""
-    known = [
-        (x, y, error)
-        for x, y, error in zip(trace.x, trace.y, trace.error or (), strict=True)
-        if y is not None and error is not None
-    ]
+    known = [(trace.y[i], trace.error[i]) for i in _with_error(trace)]
     return {
-        "x": [x for x, _, _ in known] + [x for x, _, _ in reversed(known)],
-        "y": [y + e for _, y, e in known] + [y - e for _, y, e in reversed(known)],
+        "x": _outline_x(trace, trace.x),
+        "y": [y + e for y, e in known] + [y - e for y, e in reversed(known)],
         "mode": "lines",
         "fill": "toself",
-        "fillcolor": colour,
+        "fillcolor": color,
         "opacity": 0.2,
         "line": {"width": 0},
         "hoverinfo": "skip",
@@ -217,4 +242,11 @@ def _band(trace: Trace, colour: str) -> dict[str, Any]:
     }
 
 
-_PALETTE = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
+def _outline_x(trace: Trace, x: Sequence[float]) -> list[float]:
+    known = [x[i] for i in _with_error(trace)]
+    return [*known, *reversed(known)]
+
+
+def _with_error(trace: Trace) -> list[int]:
+    """The points of a trace that have a value and an error."""
+    return [i for i, error in enumerate(trace.error or ()) if trace.y[i] is not None and error is not None]

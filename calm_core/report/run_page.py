@@ -2,45 +2,64 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import numpy as np
+
 from calm_core import config as configuration
 from calm_core.config.experiment import Experiment
 from calm_core.errors import UserError
 from calm_core.io import read_json
-from calm_core.report.page import Figure, Section, Table, Text, Trace, write_page
+from calm_core.report.curves import STEPS, brier_axis
+from calm_core.report.figure import GREY, Axis, Figure, Trace, curve, curve_with_band
+from calm_core.report.page import Section, Table, Text, write_page
 from calm_core.training.run_log import read_records
 from calm_core.training.watchdog import hangs, stacks
 
 Record = dict[str, Any]
 
-# What a training record may hold beside its loss, and how the page calls it; other numbers in it are terms of the loss.
-PACE = {
-    "gradient_norm": "gradient norm",
-    "learning_rate": "learning rate",
-    "tokens_per_second": "tokens/s",
-    "mfu": "model FLOPs utilisation",
-    "memory_gib": "memory of a rank, GiB",
-    "data_wait": "share of time waiting for data",
-    "skipped_updates": "updates skipped so far",
-    "spikes": "updates skipped as spikes so far",
+# What a training record may hold beside its loss, and its axis; other numbers in it are terms of the loss.
+HEALTH = {
+    "gradient_norm": Axis("gradient norm"),
+    "learning_rate": Axis("learning rate"),
+    "tokens_per_second": Axis("tokens/s"),
+    "mfu": Axis("model FLOPs utilisation", percent=True),
+    "memory_gib": Axis("memory of a rank, GiB"),
+    "data_wait": Axis("time spent waiting for data", percent=True),
+    "skipped_updates": Axis("updates skipped so far"),
+    "spikes": Axis("updates skipped as spikes so far"),
 }
 
-BASELINES = {"unigram_": "unigram", "bigram_": "bigram"}
+BASELINES = {"unigram_": ("unigram", GREY), "bigram_": ("bigram", 5)}
+
+TERMS = {
+    "loss": "the objective of training; for an energy head it is the energy score, which has no unit and no fixed zero",
+    "held-out loss": "the same loss on documents that the model has not been trained on, with its standard error",
+    "Brier-1": "how well the model's draws predict the next token: 100 % is perfect, unigram is by token frequencies",
+    "unigram Brier-1": "the score of token frequencies alone",
+    "bigram Brier-1": "the score of token frequencies given the token before",
+    "BrierLM": "100 times the geometric mean of Brier-1 to Brier-4; given where all four exceed two standard errors",
+    "model FLOPs utilisation": "FLOPs that the model needs over those that the device could have executed",
+    "mfu": "model FLOPs utilisation: FLOPs that the model needs over those that the device could have executed",
+    "gradient norm": "norm of the gradient before clipping",
+    "time spent waiting for data": "fraction of the time of a step",
+    "collision rate of the next token": "how often two draws of the model agree on the next token",
+    "tokens reconstructed": "tokens that the autoencoder decodes as they were",
+}
 
 TRAININGS = ("calm", "autoencoder")
 
-# Of an event, what has a place of its own on the page.
+# The fields of an event that are shown elsewhere on the page.
 _ENVELOPE = {"step", "kind", "event", "time", "stages"}
 
 
 @dataclass(frozen=True)
 class Training:
-    """The records of one training run, `said` being the texts that it has come to in the end."""
+    """The records of one training run; `final_samples` are the texts of the finished run."""
 
     name: str
     folder: Path
@@ -48,11 +67,11 @@ class Training:
     evaluations: list[Record]
     events: list[Record]
     samples: list[Record]
-    said: list[Record]
+    final_samples: list[Record]
 
 
-class Happening(NamedTuple):
-    """Something that befell a run: when (seconds since 1970, 0 where nobody noted it), at what step, what, and how."""
+class Incident(NamedTuple):
+    """An event of a run: its time (seconds since 1970, 0 if unknown), step, name, and details."""
 
     time: float
     step: Any
@@ -70,8 +89,8 @@ def read_training(folder: Path, name: str) -> Training:
         raise UserError(f"{folder} holds no training run (metrics.jsonl is missing): give a folder such as runs/demo.")
     records = read_records(folder / "metrics.jsonl")
     kinds = ([r for r in records if r["kind"] == kind] for kind in ("train", "eval", "event", "sample"))
-    said = folder.parent / "samples.json"
-    return Training(name, folder, *kinds, read_json(said) if folder.name == "calm" and said.exists() else [])
+    final = folder.parent / "samples.json"
+    return Training(name, folder, *kinds, read_json(final) if folder.name == "calm" and final.exists() else [])
 
 
 def trainings(runs: Sequence[Path]) -> list[Training]:
@@ -117,61 +136,154 @@ def _sections(runs: Sequence[Training], title: str, beside: Path) -> list[Sectio
     parts: list[tuple[str, Callable[[], list[Any]]]] = [
         ("", lambda: [_summary(runs), *_losses(runs, prefix)]),
         (": scores on held-out documents", lambda: _scores(runs, prefix)),
-        (": pace and health", lambda: _curves(runs, prefix, PACE)),
+        (": speed and health", lambda: _curves(runs, prefix, HEALTH)),
         (": samples", lambda: _samples(runs)),
         (": layout", lambda: _layout(runs)),
         (": restarts and faults", lambda: _faults(runs, beside)),
         (": profiles", lambda: _profiles(runs, beside)),
         (": configuration", lambda: _configuration(runs)),
     ]
-    return [Section(f"{title}{heading}", make()) for heading, make in parts]
+    folded = (": samples", ": layout", ": profiles", ": configuration")
+    return [Section(f"{title}{heading}", make(), heading in folded) for heading, make in parts]
 
 
 def _summary(runs: Sequence[Training]) -> Table:
+    """A line for each run: what it is, how far it has come, and its last scores beside the baselines."""
     rows = []
     for run in runs:
         last = run.train[-1] if run.train else {}
-        shown = (last.get(name) for name in ("step", "loss", "tokens_per_second", "mfu"))
         evaluated = run.evaluations[-1] if run.evaluations else {}
-        rows.append([run.name, *map(_number, shown), *(_with_error(evaluated, name) for name in ("loss", "brier_1"))])
-    head = ["run", "step", "training loss", "tokens/s", "mfu", "held-out loss", "Brier-1"]
-    return Table(head, rows)
-
-
-def _losses(runs: Sequence[Training], prefix: str) -> list[Figure]:
-    both = [
-        trace
-        for run in runs
-        for trace in (
-            _trace(run.train, "loss", f"{run.name} training", run.name),
-            _evaluated(run.evaluations, "loss", f"{run.name} held-out", f"{run.name} held-out"),
+        tokens, hours = _tokens_and_hours(run)
+        brier = (_percent(evaluated, "brier_1"), *(_percent(evaluated, f"{name}brier_1") for name in BASELINES))
+        rows.append(
+            [
+                run.name,
+                _kind(run),
+                _number(last.get("step")),
+                f"{tokens[-1]:,.0f}" if tokens else "",
+                f"{hours[-1]:.3g}" if hours else "",
+                *(_number(last.get(name)) for name in ("loss", "tokens_per_second", "mfu")),
+                _with_error(evaluated, "loss"),
+                *brier,
+                _with_error(evaluated, "brier_lm"),
+                _machine(run),
+            ]
         )
+    head = ["run", "model", "step", "tokens", "hours", "training loss", "tokens/s", "mfu", "held-out loss", "Brier-1"]
+    head += ["unigram Brier-1", "bigram Brier-1", "BrierLM", "machine"]
+    filled = [column for column in range(len(head)) if any(row[column] for row in rows)]
+    return Table([head[c] for c in filled], [[row[c] for c in filled] for row in rows], about=TERMS)
+
+
+def _kind(run: Training) -> str:
+    """What is trained: the kind of head of a model, which decides the kind of its loss."""
+    if run.folder.name == "autoencoder":
+        return "autoencoder"
+    settings = _settings(run)
+    kind = settings.get("head.kind", "energy")
+    return "AR" if kind == "softmax" else f"CALM K={settings.get('data.k')}, {kind} head"
+
+
+def _settings(run: Training) -> dict[str, Any]:
+    return dict(configuration.flatten(configuration.read_yaml(run.folder / "config.yaml")))
+
+
+def _machine(run: Training) -> str:
+    starts = [event for event in run.events if event["event"] == "start"]
+    known = [
+        f"{starts[-1][key]} {key}" if key == "ranks" else str(starts[-1][key])
+        for key in ("hardware", "ranks", "precision", "commit")
+        if starts and starts[-1].get(key)
     ]
-    figures = _figure(f"{prefix}-loss", "loss", both)
+    return ", ".join(known)
+
+
+def _tokens_and_hours(run: Training) -> tuple[list[float], list[float]]:
+    """Tokens read and hours of training at each training record; empty where the records do not say."""
+    if not run.train or not all(record.get("samples") and record.get("tokens_per_second") for record in run.train):
+        return [], []
+    settings = _settings(run)
+    section = "autoencoder_training" if run.folder.name == "autoencoder" else "training"
+    k = 1 if settings.get("head.kind") == "softmax" and section == "training" else settings.get("data.k", 1)
+    each = settings.get(f"{section}.positions", 0) * k
+    tokens = [record["samples"] * each for record in run.train]
+    seconds, hours = 0.0, []
+    for before, now, record in zip([0.0, *tokens], tokens, run.train, strict=False):
+        seconds += (now - before) / record["tokens_per_second"]
+        hours.append(seconds / 3600)
+    return tokens, hours
+
+
+def _with_other_x(run: Training, trace: Trace | None) -> Trace | None:
+    """The trace with tokens and hours for its steps, interpolated between training records."""
+    tokens, hours = _tokens_and_hours(run)
+    if trace is None or not tokens:
+        return trace
+    steps = [0, *(record["step"] for record in run.train)]
+    columns = {"tokens": tokens, "hours of training": hours}
+    return replace(trace, other_x={unit: np.interp(trace.x, steps, [0, *c]).tolist() for unit, c in columns.items()})
+
+
+def _losses(runs: Sequence[Training], prefix: str) -> list[Figure | Text]:
+    """The losses in one figure for each kind of loss: those of different kinds do not compare."""
+    figures: list[Figure | Text] = []
+    kinds = list(dict.fromkeys(map(_kind, runs)))
+    if len(kinds) > 1:
+        note = f"Losses of {', '.join(kinds)} are of different kinds and do not compare: each has a figure of its own."
+        figures.append(Text(note, note=True))
+    for kind in kinds:
+        traces = []
+        for color, run in enumerate(runs):
+            if _kind(run) != kind:
+                continue
+            training = curve(run.train, "loss", f"{run.name} training", color=color)
+            held_out = curve_with_band(run.evaluations, "loss", f"{run.name} held-out", color=color, dashed=True)
+            traces += [_with_other_x(run, training), _with_other_x(run, held_out)]
+        name = f"{prefix}-loss" + (f"-{kinds.index(kind)}" if len(kinds) > 1 else "")
+        title = f"loss: {kind}" if len(kinds) > 1 else "loss"
+        figures += _figure(runs, name, title, traces, Axis("loss"))
     terms = dict.fromkeys(name for run in runs for record in run.train for name in record)
-    known = {*PACE, "step", "kind", "loss", "samples"}
-    return figures + _curves(runs, prefix, {name: f"{name}, a term of the loss" for name in terms if name not in known})
+    known = {*HEALTH, "step", "kind", "loss", "samples"}
+    axes = {name: Axis(f"{name}, a term of the loss") for name in terms if name not in known}
+    return figures + _curves(runs, prefix, axes)
 
 
 def _scores(runs: Sequence[Training], prefix: str) -> list[Figure]:
     figures = []
     for n in range(1, 5):
-        traces = [_evaluated(run.evaluations, f"brier_{n}", run.name, run.name) for run in runs]
-        for baseline, name in BASELINES.items():
-            traces.append(_trace(runs[0].evaluations, f"{baseline}brier_{n}", name, name))
-        figures += _figure(f"{prefix}-brier-{n}", f"Brier-{n}", traces)
-    shown = {"brier_lm": "BrierLM (where all four are significant)", "collision_1": "collision rate of the next token"}
-    shown |= {"token_accuracy": "tokens rebuilt"}
-    for key, title in shown.items():
-        figures += _figure(f"{prefix}-{key}", title, [_evaluated(r.evaluations, key, r.name, r.name) for r in runs])
+        traces = _evaluated(runs, f"brier_{n}")
+        for baseline, (name, color) in BASELINES.items():
+            line = curve(runs[0].evaluations, f"{baseline}brier_{n}", name, color=color, dashed=True)
+            traces.append(_with_other_x(runs[0], line))
+        figures += _figure(runs, f"{prefix}-brier-{n}", f"Brier-{n}", traces, brier_axis(n))
+    shown = {
+        "brier_lm": Axis("BrierLM"),
+        "collision_1": Axis("collision rate of the next token", percent=True),
+        "token_accuracy": Axis("tokens reconstructed", percent=True),
+    }
+    for key, axis in shown.items():
+        figures += _figure(runs, f"{prefix}-{key}", axis.label, _evaluated(runs, key), axis)
     return figures
 
 
-def _curves(runs: Sequence[Training], prefix: str, names: dict[str, str]) -> list[Figure]:
+def _evaluated(runs: Sequence[Training], key: str) -> list[Trace | None]:
+    return [
+        _with_other_x(run, curve_with_band(run.evaluations, key, run.name, color=color))
+        for color, run in enumerate(runs)
+    ]
+
+
+def _curves(runs: Sequence[Training], prefix: str, axes: dict[str, Axis]) -> list[Figure]:
     return [
         figure
-        for key, title in names.items()
-        for figure in _figure(f"{prefix}-{key}", title, [_trace(run.train, key, run.name, run.name) for run in runs])
+        for key, axis in axes.items()
+        for figure in _figure(
+            runs,
+            f"{prefix}-{key}",
+            axis.label,
+            [_with_other_x(run, curve(run.train, key, run.name, color=color)) for color, run in enumerate(runs)],
+            axis,
+        )
     ]
 
 
@@ -180,7 +292,7 @@ def _samples(runs: Sequence[Training]) -> list[Text | Table]:
     rows = [
         [run.name, sample.get("step", "samples.json"), f"{sample['temperature']:g}", sample["prompt"], sample["text"]]
         for run in runs
-        for sample in [*run.said, *reversed(run.samples)]
+        for sample in [*run.final_samples, *reversed(run.samples)]
     ]
     return [Table(["run", "step", "temperature", "prompt", "continued"], rows)] if rows else []
 
@@ -208,7 +320,7 @@ def _faults(runs: Sequence[Training], beside: Path) -> list[Table | Text]:
     return [*table, *_links(runs, beside, "stacks of ranks that the watchdog ended", lambda run: stacks(run / "logs"))]
 
 
-def _recorded(run: Training) -> Iterator[Happening]:
+def _recorded(run: Training) -> Iterator[Incident]:
     """What the run itself has written down; a start that follows no word of an end follows a crash."""
     last = ""
     for event in run.events:
@@ -216,17 +328,17 @@ def _recorded(run: Training) -> Iterator[Happening]:
         if what == "start" and last:
             what = "restart" if last in ("stopped", "finished") else "restart after a crash"
         if what not in ("start", "checkpoint", "finished"):
-            yield Happening(event.get("time", 0.0), event["step"], what, _details(event))
+            yield Incident(event.get("time", 0.0), event["step"], what, _details(event))
         if event["event"] in ("start", "stopped", "finished", "failed"):
             last = event["event"]
 
 
-def _hung(run: Training) -> Iterator[Happening]:
+def _hung(run: Training) -> Iterator[Incident]:
     for time, title in hangs(run.folder / "logs"):
-        yield Happening(time, "", "ended by the watchdog", title)
+        yield Incident(time, "", "ended by the watchdog", title)
 
 
-def _of_jobs(run: Training) -> Iterator[Happening]:
+def _of_jobs(run: Training) -> Iterator[Incident]:
     """What the jobs of the experiment on a cluster noted: those of the autoencoder's stages, or those of all others."""
     for journal in sorted((run.folder.parent / "slurm").glob("*/journal.jsonl")):
         stage = journal.parent.name
@@ -235,7 +347,7 @@ def _of_jobs(run: Training) -> Iterator[Happening]:
         trained = stage.startswith(f"train_{run.folder.name}")  # other stages count other things
         for event in read_records(journal):
             step = event.get("step", "") if trained else ""
-            yield Happening(event["time"], step, f"{stage}: {event['event']}", _details(event))
+            yield Incident(event["time"], step, f"{stage}: {event['event']}", _details(event))
 
 
 def _details(record: Record) -> str:
@@ -287,25 +399,18 @@ def _base(file: str) -> tuple[dict[str, Any], str]:
     return dict(configuration.flatten(configuration.to_dict(Experiment()))), "the defaults"
 
 
-def _figure(name: str, title: str, traces: Iterable[Trace | None]) -> list[Figure]:
-    """A figure of the traces that there are, or none."""
+def _figure(runs: Sequence[Training], name: str, title: str, traces: Iterable[Trace | None], y: Axis) -> list[Figure]:
+    """A figure of the traces that there are, or none; the axis of steps is as long as the runs."""
     known = [trace for trace in traces if trace is not None]
-    return [Figure(name, title, "step", known)] if known else []
+    most = max((record["step"] for run in runs for record in [*run.train, *run.evaluations]), default=None)
+    about = TERMS.get(title, TERMS["Brier-1"] if title.startswith("Brier-") else "")
+    return [Figure(name, title, replace(STEPS, least=0, most=most), known, y, about)] if known else []
 
 
-def _trace(records: Sequence[Record], key: str, name: str, group: str) -> Trace | None:
-    known = [record for record in records if key in record]
-    return Trace(name, [r["step"] for r in known], [r[key] for r in known], group=group) if known else None
-
-
-def _evaluated(records: Sequence[Record], key: str, name: str, group: str) -> Trace | None:
-    """A trace with a band of two standard errors."""
-    known = [record for record in records if record.get(key) is not None]
-    if not known:
-        return None
-    errors = [record.get(f"{key}_error") for record in known]
-    band = [None if error is None else 2 * error for error in errors] if any(errors) else None
-    return Trace(name, [r["step"] for r in known], [r[key] for r in known], band, group, points=True)
+def _percent(record: Record, key: str) -> str:
+    """A score as the terminal shows it."""
+    value, error = record.get(key), record.get(f"{key}_error")
+    return "" if value is None else f"{value:.3%}" + (f" ± {error:.3%}" if error is not None else "")
 
 
 def _with_error(record: Record, key: str) -> str:

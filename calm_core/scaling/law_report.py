@@ -1,4 +1,4 @@
-"""The laws of a study in words and numbers: RUN/laws.json, and a text for the terminal."""
+"""The laws of a study: RUN/laws.json, and text for the terminal."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,12 +34,12 @@ def laws_text(laws: Mapping[str, Any]) -> str:
     """The laws of all measures, as text."""
     lines = []
     for measure, of_measure in laws.items():
-        lines += ["", f"== {measure}: {_lost(measure)}", *_compute(of_measure), *_isoflop(of_measure)]
+        lines += ["", f"== {measure}: {_loss_of(measure)}", *_compute(of_measure), *_isoflop(of_measure)]
         lines += [line for name, law in of_measure["joint"].items() for line in _joint(name, law)]
     return "\n".join(lines)
 
 
-def _lost(measure: str) -> str:
+def _loss_of(measure: str) -> str:
     if measure == "cross_entropy":
         return "the loss is the cross-entropy in nats a token"
     return "the loss is 100 - BrierLM" if measure == "brier_lm" else f"the loss is 1 - Brier-{measure[-1]}"
@@ -49,9 +49,9 @@ def _compute(laws: Mapping[str, Any]) -> list[str]:
     rows = [
         [
             family,
-            *(_parameter(law["parameters"][name]) for name in ("exponent", "floor")),
+            *(parameter_text(law["parameters"][name]) for name in ("exponent", "floor")),
             str(law["points"]),
-            _missed(law["held_out"]),
+            _error_text(law["held_out"]),
             ", ".join(law["undetermined"]),
         ]
         for family, law in laws["compute"].items()
@@ -63,7 +63,7 @@ def _compute(laws: Mapping[str, Any]) -> list[str]:
         "floor",
         "points",
         "error at the largest budget, held out",
-        "left open",
+        "undetermined",
     ]
     missing = [f"{family}: no law, {law['missing']}" for family, law in laws["compute"].items() if "missing" in law]
     return [*(table(head, rows) if rows else []), *missing]
@@ -77,7 +77,7 @@ def _isoflop(laws: Mapping[str, Any]) -> list[str]:
             continue
         minima = ", ".join(
             f"{m['flops']:.3g} FLOPs: "
-            + (f"N = {m['size']:.3g}{_spread(m['interval'])}" if m["size"] else "none inside")
+            + (f"N = {m['size']:.3g}{_interval_text(m['interval'])}" if m["size"] else "none inside")
             for m in found["minima"]
         )
         growth = f"; N ~ C^{found['size_exponent']:.2f}" if found["size_exponent"] is not None else ""
@@ -88,32 +88,40 @@ def _isoflop(laws: Mapping[str, Any]) -> list[str]:
 def _joint(name: str, law: Mapping[str, Any]) -> list[str]:
     if "missing" in law:
         return [f"joint law of {name}: none, {law['missing']}"]
-    parameters = ", ".join(f"{key} {_parameter(value)}" for key, value in law["parameters"].items())
-    lines = [f"joint law of {name}, {law['points']} points: {parameters}; held-out error {_missed(law['held_out'])}"]
+    parameters = ", ".join(f"{key} {parameter_text(value)}" for key, value in law["parameters"].items())
+    lines = [
+        f"joint law of {name}, {law['points']} points: {parameters}; "
+        f"scatter {law['scatter']:.2g} standard errors; held-out error {_error_text(law['held_out'])}"
+    ]
     if law["undetermined"]:
-        lines.append(f"  these points leave open: {', '.join(law['undetermined'])} (at an end of what the fit allows)")
+        lines.append(f"  not determined by these points: {', '.join(law['undetermined'])} (at a bound of the fit)")
     for best in law["predictions"]:
         shares = ", ".join(f"{family} {share:.0%}" for family, share in best["families_of_resamplings"].items())
         lines.append(
             f"  best for {best['flops']:.3g} FLOPs: {best['family']} of {best['depth']} layers, N = {best['size']:,}"
-            f"{_spread(best['size_interval'])}, {best['tokens']:,} tokens, loss {best['loss']:.4g}"
-            f"{_spread(best['interval'])}; chosen by the resampled laws: {shares}; "
-            f"extrapolation error so far: {_missed(best['held_out'])}"
+            f"{_interval_text(best['size_interval'])}, {best['tokens']:,} tokens, loss {best['loss']:.4g}"
+            f"{_interval_text(best['interval'])}; chosen by the resampled laws: {shares}; "
+            f"extrapolation error so far: {_error_text(best['held_out'])}"
         )
         if best["edge"]:
-            lines.append("  that is the end of the ladder: the law knows no best size for this budget")
+            lines.append("  that is the smallest or largest size considered: the law has no minimum for this budget")
     return lines
 
 
-def _parameter(found: Mapping[str, Any]) -> str:
-    return f"{found['value']:.3g}{_spread(found['interval'])}"
+def parameter_text(found: Mapping[str, Any]) -> str:
+    """A parameter with its interval."""
+    return f"{_number(found['value'])}{_interval_text(found['interval'])}"
 
 
-def _spread(interval: Sequence[float] | None) -> str:
-    return f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else " [no interval]"
+def _number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) > 1e-6 else "0"
 
 
-def _missed(held_out: Mapping[str, float] | None) -> str:
+def _interval_text(interval: Sequence[float] | None) -> str:
+    return f" [{_number(interval[0])}, {_number(interval[1])}]" if interval else " [no interval]"
+
+
+def _error_text(held_out: Mapping[str, float] | None) -> str:
     if held_out is None:
-        return "not known, too few points without it"
+        return "unknown, too few points without it"
     return f"{held_out['error']:.2g} ({held_out['in_standard_errors']:.1f} standard errors)"

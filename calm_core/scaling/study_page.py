@@ -3,17 +3,26 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from calm_core.config.scaling_config import ScalingConfig
 from calm_core.io import read_json
-from calm_core.report.page import Figure, Section, Table, Text, Trace, write_page
-from calm_core.scaling.analysis import law_curve
-from calm_core.scaling.figures import PUBLISHED, best_of_families, family_name, measure_title, of_family
-from calm_core.scaling.law_report import LAWS, laws_text
-from calm_core.scaling.points import BASELINE, families
+from calm_core.report.figure import Figure
+from calm_core.report.page import Section, Table, Text, write_page
+from calm_core.scaling.figures import compute_figure, equal_compute_figure, isoflop_figures, measure_title
+from calm_core.scaling.law_report import LAWS, laws_text, parameter_text
 from calm_core.scaling.results import MEASURES, Row, read_results, results_path
 from calm_core.scaling.study_plan import plan_table
+
+ABOUT = {
+    "floor": "the loss that remains at unlimited compute",
+    "exponent": "the loss above the floor falls as compute to minus this power",
+    "alpha": "the part of the loss due to size falls as N to minus this power",
+    "beta": "the part of the loss due to data falls as D to minus this power",
+    "a": "the part of the loss due to size at the reference size",
+    "b": "the part of the loss due to data at the reference number of tokens",
+    "k_exponent": "the loss above the floor grows as K to this power",
+    "scatter": "standard deviation of the losses about the law, in their standard errors",
+    "undetermined": "parameters at a bound of the fit",
+}
 
 
 def write_scaling_page(config: ScalingConfig) -> Path:
@@ -32,10 +41,12 @@ def write_scaling_page(config: ScalingConfig) -> Path:
         for measure in config.fit.measures
         for known in [[row for row in rows if row[measure] is not None]]
     ]
+    note = f"Intervals are of {config.fit.confidence:.0%}; their coverage is measured in docs/scaling."
     sections += [
-        Section("Laws", [Text(laws_text(laws))]),
-        Section("Plan", [Text(plan_table(config))]),
-        Section("Points", [_points(rows)]),
+        Section("Laws", [Text(note, True), *_law_tables(laws)]),
+        Section("Laws in full", [Text(laws_text(laws))], folded=True),
+        Section("Plan", [Text(plan_table(config))], folded=True),
+        Section("Points", [_points(rows)], folded=True),
     ]
     page = Path(config.run) / "report.html"
     write_page(page, f"Scaling laws: {Path(config.run).name}", sections)
@@ -43,45 +54,36 @@ def write_scaling_page(config: ScalingConfig) -> Path:
 
 
 def _figures(config: ScalingConfig, rows: list[Row], laws: dict[str, Any], measure: str) -> list[Figure]:
-    title = measure_title(measure)
-    compute = [_trace(of_family(rows, f), "flops", measure, family_name(f), line=False) for f in families(config)]
-    for family in families(config):
-        curve = law_curve(laws["compute"][family], measure, [row["flops"] for row in of_family(rows, family)])
-        name = family_name(family)
-        compute += [Trace(f"law of {name}", *(x.tolist() for x in curve), group=name)] if curve else []
-    if measure == "brier_lm":
-        compute += [Trace(name, *points, points=True) for name, points in PUBLISHED.items()]
-    figures = [Figure(f"compute-{measure}", f"{title} against training FLOPs", "FLOPs", compute, log_x=True)]
-    budgets = sorted({row["budget"] for row in rows})
-    for family in families(config):
-        own = of_family(rows, family)
-        curves = [
-            _trace(sorted(at, key=lambda row: row["size"]), "size", measure, f"{at[0]['flops']:.2g} FLOPs")
-            for at in ([row for row in own if row["budget"] == budget] for budget in budgets)
-            if at
+    return [
+        compute_figure(config, rows, laws, measure),
+        *isoflop_figures(config, rows, measure),
+        equal_compute_figure(config, rows, measure),
+    ]
+
+
+def _law_tables(laws: dict[str, Any]) -> list[Table]:
+    """The parameters of the laws over compute and of the joint laws, with their intervals."""
+    forms = {
+        "compute": ("loss against compute", ["floor", "scale", "exponent"]),
+        "joint": ("loss against N, D and K", ["floor", "a", "alpha", "b", "beta", "k_exponent"]),
+    }
+    tables = []
+    for form, (title, names) in forms.items():
+        rows = [
+            [
+                measure_title(measure),
+                name,
+                *(parameter_text(law["parameters"][parameter]) for parameter in names),
+                f"{law['scatter']:.2g}",
+                ", ".join(law["undetermined"]),
+            ]
+            for measure, of_measure in laws.items()
+            for name, law in of_measure[form].items()
+            if "missing" not in law
         ]
-        name = f"isoflop-{measure}-{family}"
-        figures += (
-            [Figure(name, f"{family_name(family)}: {title} at equal FLOPs", "N", curves, log_x=True)] if own else []
-        )
-    equal = []
-    for budget in budgets:
-        best = best_of_families(config, rows, budget, measure)
-        calm = [row for family, row in best.items() if family != BASELINE]
-        label = f"{np.mean([row['flops'] for row in best.values()]):.2g} FLOPs"
-        equal += [_trace(calm, "k", measure, f"CALM, {label}")] if calm else []
-        equal += [_trace([best[BASELINE]], "k", measure, f"AR, {label}")] if BASELINE in best else []
-    return [*figures, Figure(f"k-{measure}", f"{title} over K at equal FLOPs", "K", equal, log_x=True)]
-
-
-def _trace(rows: list[Row], x: str, measure: str, name: str, line: bool = True) -> Trace:
-    """Points with two standard errors; hovering names the model."""
-    ordered = sorted(rows, key=lambda row: row[x])
-    errors = [2 * row[f"{measure}_error"] if row[f"{measure}_error"] else None for row in ordered]
-    hover = [f"{row['model']}, {row['tokens']:,} tokens" for row in ordered]
-    return Trace(
-        name, [r[x] for r in ordered], [r[measure] for r in ordered], errors, points=True, line=line, text=hover
-    )
+        head = [title, "models", *names, "scatter", "undetermined"]
+        tables += [Table(head, rows, about=ABOUT)] if rows else []
+    return tables
 
 
 def _points(rows: list[Row]) -> Table:

@@ -14,7 +14,8 @@ from calm_core import config as configuration
 from calm_core.cluster.status import StageRecords
 from calm_core.config.experiment import Experiment
 from calm_core.errors import UserError
-from calm_core.report.page import Figure, Section, Table, Text, Trace, render
+from calm_core.report.figure import Axis, Figure, Trace
+from calm_core.report.page import Section, Table, Text, render
 from calm_core.report.run_page import write_comparison, write_run_page
 from calm_core.training.run_log import read_metrics
 
@@ -163,7 +164,7 @@ def test_an_evaluation_that_diverged_is_left_out(run: Path) -> None:
 
 def test_what_is_not_finite_leaves_a_gap_in_any_figure(tmp_path: Path) -> None:
     trace = Trace("line", [1.0, 2.0, 3.0], [math.inf, 1.0, math.nan])
-    (tmp_path / "page.html").write_text(render("page", [Section("all", [Figure("f", "", "x", [trace])])]))
+    (tmp_path / "page.html").write_text(render("page", [Section("all", [Figure("f", "", Axis("x"), [trace])])]))
     assert figures(tmp_path / "page.html")["f"]["data"][0]["y"] == [None, 1.0, None]
 
 
@@ -232,7 +233,8 @@ def test_runs_of_one_name_are_told_apart_and_one_given_twice_is_one(run: Path, t
 def test_texts_cannot_break_the_page(tmp_path: Path) -> None:
     trace = Trace("</script><b>", [1, 2], [3, None])
     text = render(
-        "a & b", [Section("<x>", [Figure("f", "</script>", "x", [trace]), Table(["<h>"], [["<c>"]]), Text("<t>")])]
+        "a & b",
+        [Section("<x>", [Figure("f", "</script>", Axis("x"), [trace]), Table(["<h>"], [["<c>"]]), Text("<t>")])],
     )
     (tmp_path / "page.html").write_text(text)
     assert figures(tmp_path / "page.html")["f"]["data"][0]["name"] == "</script><b>"
