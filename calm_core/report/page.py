@@ -27,7 +27,7 @@ summary { font-weight: bold; cursor: pointer; } abbr { cursor: help; text-decora
 .about { margin: 0; text-align: right; font-size: 0.85em; color: #666; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.92em; } td, th { padding: 2px 12px 2px 0; text-align: left; }
-th { border-bottom: 1px solid #aaa; } tr.marked td { background: #fff4d6; } td { overflow-wrap: anywhere; }
+th { border-bottom: 1px solid #aaa; } tr.marked td { background: #fff4d6; }
 pre { white-space: pre-wrap; background: #f7f7f7; padding: 0.6em; } .note { color: #666; }
 .controls { position: sticky; top: 0; z-index: 2; background: #fff; padding: 0.4em 0; }
 .controls label { margin-right: 1.5em; }
@@ -52,7 +52,7 @@ const shown = (figure) => {
   const xaxis = known && unit !== "step" ? {title: {text: unit}} : figure.layout.xaxis;
   return [data, {...figure.layout, xaxis}];
 };
-const options = {responsive: true, displaylogo: false, displayModeBar: "hover"};
+const options = {responsive: true, displaylogo: false, displayModeBar: innerWidth > 600 ? "hover" : false};
 const drawAll = () => {
   for (const [id, figure] of Object.entries(figures)) Plotly.react(id, ...shown(figure), options);
 };
@@ -183,7 +183,7 @@ def _plotly(figure: Figure) -> dict[str, Any]:
         "yaxis": _axis(figure.y, [trace.y for trace in figure.traces]),
         "margin": {"l": 64, "r": 12, "t": 36, "b": 80},
         "showlegend": len(figure.traces) > 1,
-        "legend": {"orientation": "h", "y": -0.32},
+        "legend": {"orientation": "h", "y": -0.32 if len(figure.traces) <= 6 else -0.6},
     }
     return {"data": data, "layout": layout, "other_x": other_x, "smooth": smooth}
 

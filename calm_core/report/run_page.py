@@ -148,31 +148,37 @@ def _sections(runs: Sequence[Training], title: str, beside: Path) -> list[Sectio
 
 
 def _summary(runs: Sequence[Training]) -> Table:
-    """A line for each run: what it is, how far it has come, and its last scores beside the baselines."""
-    rows = []
-    for run in runs:
-        last = run.train[-1] if run.train else {}
-        evaluated = run.evaluations[-1] if run.evaluations else {}
-        tokens, hours = _tokens_and_hours(run)
-        brier = (_percent(evaluated, "brier_1"), *(_percent(evaluated, f"{name}brier_1") for name in BASELINES))
-        rows.append(
-            [
-                run.name,
-                _kind(run),
-                _number(last.get("step")),
-                f"{tokens[-1]:,.0f}" if tokens else "",
-                f"{hours[-1]:.3g}" if hours else "",
-                *(_number(last.get(name)) for name in ("loss", "tokens_per_second", "mfu")),
-                _with_error(evaluated, "loss"),
-                *brier,
-                _with_error(evaluated, "brier_lm"),
-                _machine(run),
-            ]
-        )
-    head = ["run", "model", "step", "tokens", "hours", "training loss", "tokens/s", "mfu", "held-out loss", "Brier-1"]
-    head += ["unigram Brier-1", "bigram Brier-1", "BrierLM", "machine"]
-    filled = [column for column in range(len(head)) if any(row[column] for row in rows)]
-    return Table([head[c] for c in filled], [[row[c] for c in filled] for row in rows], about=TERMS)
+    """A column for each run: what it is, how far it has come, and its last scores beside the baselines."""
+    facts = [_facts(run) for run in runs]
+    rows = [[name, *(of_run[name] for of_run in facts)] for name in facts[0]]
+    return Table(["", *(run.name for run in runs)], [row for row in rows if any(row[1:])], about=TERMS)
+
+
+def _facts(run: Training) -> dict[str, str]:
+    last = run.train[-1] if run.train else {}
+    evaluated = run.evaluations[-1] if run.evaluations else {}
+    start = next((event for event in reversed(run.events) if event["event"] == "start"), {})
+    tokens, hours = _tokens_and_hours(run)
+    return {
+        "model": _kind(run),
+        "parameters": f"{start['parameters']:,}" if "parameters" in start else "",
+        "step": _number(last.get("step")),
+        "tokens": f"{tokens[-1]:,.0f}" if tokens else "",
+        "hours of training": f"{hours[-1]:.3g}" if hours else "",
+        "tokens/s": _number(last.get("tokens_per_second")),
+        "mfu": f"{last['mfu']:.1%}" if last.get("mfu") else "",
+        "training loss": _number(last.get("loss")),
+        "held-out loss": _with_error(evaluated, "loss"),
+        "Brier-1": _percent(evaluated, "brier_1"),
+        **{f"{name} Brier-1": _percent(evaluated, f"{key}brier_1") for key, (name, _) in BASELINES.items()},
+        "BrierLM": _with_error(evaluated, "brier_lm"),
+        "machine": ", ".join(
+            f"{start[key]} {key}" if key == "ranks" else str(start[key])
+            for key in ("hardware", "ranks", "precision")
+            if start.get(key)
+        ),
+        "commit": start.get("commit", ""),
+    }
 
 
 def _kind(run: Training) -> str:
@@ -186,16 +192,6 @@ def _kind(run: Training) -> str:
 
 def _settings(run: Training) -> dict[str, Any]:
     return dict(configuration.flatten(configuration.read_yaml(run.folder / "config.yaml")))
-
-
-def _machine(run: Training) -> str:
-    starts = [event for event in run.events if event["event"] == "start"]
-    known = [
-        f"{starts[-1][key]} {key}" if key == "ranks" else str(starts[-1][key])
-        for key in ("hardware", "ranks", "precision", "commit")
-        if starts and starts[-1].get(key)
-    ]
-    return ", ".join(known)
 
 
 def _tokens_and_hours(run: Training) -> tuple[list[float], list[float]]:
@@ -244,8 +240,8 @@ def _losses(runs: Sequence[Training], prefix: str) -> list[Figure | Text]:
         figures += _figure(runs, name, title, traces, Axis("loss"))
     terms = dict.fromkeys(name for run in runs for record in run.train for name in record)
     known = {*HEALTH, "step", "kind", "loss", "samples"}
-    axes = {name: Axis(f"{name}, a term of the loss") for name in terms if name not in known}
-    return figures + _curves(runs, prefix, axes)
+    axes = {name: Axis(name) for name in terms if name not in known}
+    return figures + _curves(runs, prefix, axes, ", a term of the loss")
 
 
 def _scores(runs: Sequence[Training], prefix: str) -> list[Figure]:
@@ -273,14 +269,14 @@ def _evaluated(runs: Sequence[Training], key: str) -> list[Trace | None]:
     ]
 
 
-def _curves(runs: Sequence[Training], prefix: str, axes: dict[str, Axis]) -> list[Figure]:
+def _curves(runs: Sequence[Training], prefix: str, axes: dict[str, Axis], kind: str = "") -> list[Figure]:
     return [
         figure
         for key, axis in axes.items()
         for figure in _figure(
             runs,
             f"{prefix}-{key}",
-            axis.label,
+            axis.label + kind,
             [_with_other_x(run, curve(run.train, key, run.name, color=color)) for color, run in enumerate(runs)],
             axis,
         )

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import runpy
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -9,6 +10,7 @@ from urllib.parse import unquote
 
 import pytest
 from browser import check_that_it_draws, drawn, figures, with_script
+from launching import ROOT
 
 from calm_core import config as configuration
 from calm_core.cluster.status import StageRecords
@@ -245,3 +247,60 @@ def test_texts_cannot_break_the_page(tmp_path: Path) -> None:
 def test_no_run_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no training run"):
         write_run_page(tmp_path)
+
+
+def test_the_page_is_small_enough_to_send(run: Path) -> None:
+    assert write_run_page(run).stat().st_size <= 1_500_000
+
+
+def test_the_page_of_one_run_goes_where_it_is_asked(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    asked = tmp_path / "elsewhere.html"
+    runpy.run_path(str(ROOT / "pretrain" / "report.py"))["main"]([str(run), "--output", str(asked)])
+    assert capsys.readouterr().out.strip() == str(asked)
+    assert figures(asked)["one-calm-loss"]["data"]
+    assert not (run / "report.html").exists()
+
+
+def test_losses_of_different_kinds_are_not_drawn_on_one_axis(run: Path, tmp_path: Path) -> None:
+    other = _run(tmp_path / "two", 2.0)
+    settings = other / "calm" / "config.yaml"
+    settings.write_text(settings.read_text().replace("kind: energy", "kind: softmax"))
+    write_comparison([run, other], tmp_path / "comparison.html")
+    shown = figures(tmp_path / "comparison.html")
+    assert "calm-loss" not in shown
+    names = [{trace["name"] for trace in shown[f"calm-loss-{n}"]["data"] if "name" in trace} for n in (0, 1)]
+    assert names[0] == {"one/calm training", "one/calm held-out"}
+    assert names[1] == {"two/calm training", "two/calm held-out"}
+    assert "are of different kinds and do not compare" in (tmp_path / "comparison.html").read_text()
+
+
+def test_a_run_has_one_colour_in_all_figures(run: Path, tmp_path: Path) -> None:
+    write_comparison([run, _run(tmp_path / "two", 2.0)], tmp_path / "comparison.html")
+    shown = figures(tmp_path / "comparison.html")
+    for name in ("one", "two"):
+        colors = {
+            trace["line"]["color"]
+            for figure in shown.values()
+            for trace in figure["data"]
+            if trace.get("name", "").startswith(name)
+        }
+        assert len(colors) == 1
+
+
+def test_the_steps_can_be_read_as_tokens_and_hours(run: Path) -> None:
+    metrics = run / "calm" / "metrics.jsonl"
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "train":
+            record["samples"] = 2 * record["step"]
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = configuration.load(Experiment, run / "calm" / "config.yaml", [])
+    per_step = 2 * settings.training.positions * settings.data.k
+    figure = figures(write_run_page(run))["one-calm-loss"]
+    for trace, other in zip(figure["data"], figure["other_x"], strict=True):
+        assert other["tokens"] == pytest.approx([step * per_step for step in trace["x"]])
+        assert other["hours of training"] == pytest.approx([x / 1234.5 / 3600 for x in other["tokens"]])
+
+
+def test_a_single_evaluation_stands_on_the_axis_of_the_whole_run(run: Path) -> None:
+    assert figures(write_run_page(run))["one-calm-brier-1"]["layout"]["xaxis"]["range"] == [0, 50]
