@@ -127,15 +127,27 @@ def guard(function: Callable[[], int | None]) -> int:
     `ExitCode.FAILED`. Output that cannot be written, because its reader is gone or the disk is full, is dropped.
     """
     with failsafe_output():
-        try:
-            return int(function() or ExitCode.OK)
-        except UserError as error:
-            rank = os.environ.get("RANK", "0")
-            if rank == "0" or not error.on_all_ranks:
-                print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr, flush=True)
-            return int(ExitCode.USAGE)
-        except KeyboardInterrupt:
-            return int(ExitCode.INTERRUPTED)
-        except Exception:
-            traceback.print_exc()
-            return int(ExitCode.FAILED)
+        code = _exit_code(function)
+    if _is_one_of_several_ranks():  # it failed: closing its process groups could wait for ranks that wait for it
+        os._exit(code)
+    return code
+
+
+def _exit_code(function: Callable[[], int | None]) -> int:
+    try:
+        return int(function() or ExitCode.OK)
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not error.on_all_ranks:
+            print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        return int(ExitCode.USAGE)
+    except KeyboardInterrupt:
+        return int(ExitCode.INTERRUPTED)
+    except Exception:
+        traceback.print_exc()
+        return int(ExitCode.FAILED)
+
+
+def _is_one_of_several_ranks() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return bool(distributed and distributed.is_initialized() and distributed.get_world_size() > 1)

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from calm_core.errors import UserError
+
 # Dense bf16 peak in FLOP/s, by the vendor's data sheets.
 _BF16_PEAKS = {
     "GB200": 2500e12,
@@ -69,6 +71,24 @@ def backends(device: torch.device) -> str:
         f"norms: torch rms_norm; attention: torch {attention}; Adam: torch fused AdamW under DeepSpeed ZeRO-1; "
         f"optional packages found: {', '.join(found) or 'none'}"
     )
+
+
+@contextmanager
+def explain_out_of_memory(section: str) -> Iterator[None]:
+    """Raise a failure to allocate memory as a `UserError`: another try with the same settings would fail alike.
+
+    Args:
+        section: section of the configuration with the training settings.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):  # the CPU allocator has no class
+            raise
+        raise UserError(
+            f"out of memory ({str(error).splitlines()[0]}): lower {section}.micro_batch, set parallel.recompute=full, "
+            "or spread the model over more ranks by parallel.tensor or parallel.pipeline."
+        ) from error
 
 
 # A workspace for each cuBLAS stream; without it the order of its sums may differ between runs.

@@ -14,7 +14,7 @@ from calm_core.distributed.engine import Engine, Pass
 from calm_core.distributed.optimizer import learning_rate_factor
 from calm_core.distributed.topology import Topology
 from calm_core.errors import ExitCode, UserError
-from calm_core.training.hardware import deterministic
+from calm_core.training.hardware import deterministic, explain_out_of_memory
 from calm_core.training.loader import Loader, step_samples
 from calm_core.training.profiler import StepProfiler
 from calm_core.training.reporter import Reporter
@@ -53,7 +53,8 @@ def train(
     resolved = configuration.to_dict(configuration.with_absolute_paths(experiment))
     check(task, config, topology, folder)
     watchdog = Watchdog(config.hang_start_minutes, config.hang_minutes, topology.rank, folder.logs)
-    with deterministic(config.deterministic), watchdog, ExitStack() as stack:
+    out_of_memory = explain_out_of_memory(task.section)
+    with deterministic(config.deterministic), out_of_memory, watchdog, ExitStack() as stack:
         on_first_rank(lambda: stack.enter_context(folder.locked()))
         if is_finished(task, config, topology, folder, resolved):
             return ExitCode.OK

@@ -2,13 +2,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from calm_core.training.hardware import deterministic
+from calm_core.errors import UserError
+from calm_core.training.hardware import deterministic, explain_out_of_memory
 
 
 def test_it_is_on_within_the_block_alone() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
     with deterministic(True):
         assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # attention's backward would not be
     assert not torch.are_deterministic_algorithms_enabled()
     with deterministic(False):
         assert not torch.are_deterministic_algorithms_enabled()
@@ -27,3 +29,13 @@ def test_a_gpu_adds_in_one_order() -> None:
 
     with deterministic(True):
         assert torch.equal(gradient(), gradient())
+
+
+def test_out_of_memory_names_the_key_to_lower() -> None:
+    words = r"out of memory .*lower autoencoder_training\.micro_batch"
+    with pytest.raises(UserError, match=words), explain_out_of_memory("autoencoder_training"):
+        torch.empty(1 << 55, dtype=torch.uint8)
+    with pytest.raises(UserError, match=r"lower training\.micro_batch"), explain_out_of_memory("training"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    with pytest.raises(RuntimeError, match="another failure"), explain_out_of_memory("training"):
+        raise RuntimeError("another failure")
