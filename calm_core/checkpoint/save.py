@@ -106,13 +106,16 @@ class Saver:
     ) -> None:
         self._thread.shutdown(wait=True)
 
-    def after_step(self, step: int, state: Callable[[], dict[str, Any]], now: bool = False) -> list[Saved]:
+    def after_step(
+        self, step: int, state: Callable[[], dict[str, Any]], now: bool = False, wait: bool = False
+    ) -> list[Saved]:
         """Complete the checkpoint being written if it is ready, and save this step if it is due. Collective.
 
         Args:
             step: the step just done.
             state: makes the plain values to save with it.
             now: save this step in any case, and wait until it is complete.
+            wait: wait until what is being written is complete.
 
         Returns:
             The checkpoints that are now complete.
@@ -122,7 +125,7 @@ class Saver:
         if (now or self._policy.due(step)) and step != self._last_step:
             completed.append(self.wait())
             self.save(step, state())
-        if now or not self._policy.background:
+        if now or wait or not self._policy.background:
             completed.append(self.wait())
         self._stall += time.perf_counter() - began
         return [self._with_stall(saved) for saved in completed if saved is not None]

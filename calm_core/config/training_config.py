@@ -130,7 +130,7 @@ class TrainingConfig:
         "write checkpoints while training continues; takes host memory, 12 bytes a parameter over data-parallel ranks",
         belongs_to="nothing",
     )
-    keep: int = option(2, "checkpoints kept, the newest ones", belongs_to="nothing", at_least=1)
+    keep: int = option(2, "newest checkpoints kept, beside those of milestones", belongs_to="nothing", at_least=1)
     resume: Literal["auto", "never"] = option(
         "auto",
         "auto: from the newest usable checkpoint of this run; never: refuse a run folder in use",
@@ -139,6 +139,11 @@ class TrainingConfig:
     init_from: PathText = option(
         "",
         "checkpoint folder to take weights from at the start, with a new optimizer and schedule",
+        belongs_to="training",
+    )
+    resume_from: PathText = option(
+        "",
+        "checkpoint folder to resume from, with its optimizer and progress, in a run folder that has no checkpoint",
         belongs_to="training",
     )
     bad_steps: int = option(

@@ -79,11 +79,16 @@ def train(
             watchdog.alive(f"step {progress.step}")
 
             state = partial(state_of, progress, engine, resolved, task.identity)
-            save(progress.step, state, now=progress.step == config.steps)
+            save(
+                progress.step,
+                state,
+                now=progress.step == config.steps,
+                wait=is_evaluation_due(config, progress.step),
+            )
             evaluated = evaluate(progress.step)
             asked = requests.agreed(topology.device)
             if asked.save or asked.stop:
-                save(progress.step, state, now=True)
+                save(progress.step, state, now=True, wait=True)
                 requests.met(asked)
             if asked.stop:
                 break
@@ -113,11 +118,18 @@ def train_step(
 
 
 def save_step(
-    saver: Saver, reporter: Reporter, watchdog: Watchdog, step: int, state: Callable[[], dict[str, Any]], now: bool
+    saver: Saver,
+    reporter: Reporter,
+    watchdog: Watchdog,
+    step: int,
+    state: Callable[[], dict[str, Any]],
+    *,
+    now: bool,
+    wait: bool,
 ) -> None:
-    """Save this step if it is due, or in any case `now`; complete an earlier checkpoint that is written."""
+    """Save this step if it is due, or in any case `now`; complete what is written, or `wait` for it to be complete."""
     with reporter.paused():
-        saved = saver.after_step(step, state, now)
+        saved = saver.after_step(step, state, now, wait)
         reporter.saved(step, saved)
     if saved:
         watchdog.alive(f"the checkpoint of step {saved[-1].step}")
@@ -134,8 +146,7 @@ def evaluate_step(
     step: int,
 ) -> bool:
     """Evaluate this step if it is due and not yet evaluated; False if a request to stop ended the evaluation early."""
-    due = step in config.milestones or step == config.steps or is_multiple(step, config.eval_every)
-    if not due or on_first_rank(lambda: is_evaluated(folder.metrics, step)):
+    if not is_evaluation_due(config, step) or on_first_rank(lambda: is_evaluated(folder.metrics, step)):
         return True
     with reporter.paused():
         metrics = task.evaluate(engine, lambda: requests.agreed(engine.topology.device).stop)
@@ -144,6 +155,12 @@ def evaluate_step(
         reporter.evaluation(step, metrics, task.texts(engine))
     watchdog.alive(f"the evaluation after step {step}")
     return True
+
+
+def is_evaluation_due(config: TrainingConfig, step: int) -> bool:
+    """Whether the model is evaluated after this step."""
+    regular = step > 0 and config.eval_every > 0 and step % config.eval_every == 0
+    return regular or step in config.milestones or step == config.steps
 
 
 def save_policy(config: TrainingConfig) -> SavePolicy:
@@ -196,8 +213,3 @@ def check(task: Task, config: TrainingConfig, topology: Topology, folder: RunFol
             f"training.hang_minutes={config.hang_minutes:g} is not below parallel.timeout_minutes={timeout:g}, which "
             "would end the run first and say less: lower the one or raise the other."
         )
-
-
-def is_multiple(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps, 0 for never, happens after this step."""
-    return step > 0 and every > 0 and step % every == 0

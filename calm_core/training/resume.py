@@ -92,13 +92,13 @@ def start(
     """The engine and the progress to continue from: those of the newest usable checkpoint, if there is any.
 
     Raises:
-        UserError: if the folder, `training.resume` or `training.init_from` does not fit this run.
+        UserError: if the folder, `training.resume_from` or `training.init_from` does not fit this run.
     """
     found = list_checkpoints(folder.checkpoints)
     if found and config.resume == "never":
         raise UserError(f"{folder.path} holds a run already: choose another `run` folder or training.resume=auto.")
-    if not found and config.resume not in ("auto", "never"):
-        found = [Path(config.resume)]
+    if not found and config.resume_from:
+        found = [Path(config.resume_from)]
     model_parts = task.build(topology, choose_dtype(config.precision, topology))
     if config.init_from and not found:
         source = open_checkpoint(Path(config.init_from))
@@ -150,7 +150,7 @@ def rate_jump(checkpoint: Checkpoint, section: str, resolved: dict[str, Any]) ->
         return []
     usable = [path for path in list_checkpoints(checkpoint.path.parent) if open_checkpoint(path).step <= start]
     advice = (
-        f"to decay once, give a new `run` folder and {section}.resume={usable[-1]}"
+        f"to decay once, give a new `run` folder and {section}.resume_from={usable[-1]}"
         if usable
         else f"no checkpoint of step {start} or before is left; {section}.milestones=[{start}] would have kept one"
     )

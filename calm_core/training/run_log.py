@@ -41,9 +41,8 @@ class RunLog:
         self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            numbers = {f"{kind}/{name}": v for name, v in values.items() if isinstance(v, int | float)}
             try:
-                self._wandb.log(numbers, step=step)
+                self._wandb.log(_numbers(kind, values), step=step)
             except Exception as error:
                 self._wandb = None
                 print(f"wandb failed ({error}); metrics.jsonl goes on.", file=sys.stderr)
@@ -97,7 +96,7 @@ def _start_wandb(folder: RunFolder, name: str, config: TrainingConfig, resolved:
     try:
         import wandb
 
-        return wandb.init(
+        run = wandb.init(
             project="calm",
             name=f"{folder.path.parent.name}/{name}",
             id=_run_id(folder.path / "wandb_id"),
@@ -109,9 +108,29 @@ def _start_wandb(folder: RunFolder, name: str, config: TrainingConfig, resolved:
             config=resolved,
             settings=wandb.Settings(silent=True, console="off", init_timeout=60, x_disable_stats=True),
         )
+        if config.wandb == "offline":
+            _repeat(folder.metrics, run)
+        return run
     except Exception as error:  # a failing tracker must not end the run
         print(f"wandb is off ({error}); metrics.jsonl has everything.", file=sys.stderr)
         return None
+
+
+def _numbers(kind: str, values: dict[str, Any]) -> dict[str, float]:
+    """What wandb gets of a record."""
+    return {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+
+
+def _repeat(metrics: Path, run: Any) -> None:
+    """Log the records of earlier starts again.
+
+    Each offline start writes a folder of its own, and `wandb sync` does not append: it replaces the history of the run
+    by that of the folder. So the newest folder has to hold the whole run.
+    """
+    for record in read_records(metrics):
+        if record["kind"] != "event":
+            values = {name: value for name, value in record.items() if name not in ("step", "kind")}
+            run.log(_numbers(record["kind"], values), step=record["step"])
 
 
 def _run_id(path: Path) -> str:

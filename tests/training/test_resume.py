@@ -1,5 +1,6 @@
 """Runs of the tiny model through the real command's path: resume, refusal, faults. One process each."""
 
+import errno
 import os
 import resource
 import signal
@@ -370,3 +371,159 @@ def test_the_autoencoder_resumes_and_freezes(tiny: Path, capsys: pytest.CaptureF
     source = tiny / "a" / "autoencoder" / "checkpoints" / "step-6"
     with pytest.raises(UserError, match="init_from: latent is 8 in that checkpoint and 4 here"):
         train_autoencoder("c", f"autoencoder_training.init_from={source}", "autoencoder.latent=4")
+
+
+def test_an_evaluation_that_fails_costs_no_checkpoint_and_is_made_up_for(
+    whole: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calm_core.training.calm_task import CalmTask
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the evaluation failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CalmTask, "evaluate", fail)
+        with pytest.raises(RuntimeError, match="the evaluation failed"):
+            train(tiny, "training.save_every=2", "training.eval_every=4", "training.keep=9")
+    assert steps_saved(tiny) == [2, 4]
+    with monkeypatch.context() as patch:
+        patch.setattr(CalmTask, "evaluate", lambda task, engine, stop: {"loss": 1.0} if engine else None)
+        train(tiny, "training.save_every=2", "training.eval_every=4", "training.keep=9")
+    assert [record["step"] for record in read_metrics(tiny / "calm" / "metrics.jsonl", "eval")] == [4, 6]
+    assert curve(tiny) == curve(whole)
+
+
+@pytest.mark.parametrize(("every", "step"), [(2, 2), (0, 6)])
+def test_a_signal_within_an_evaluation_ends_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, every: int, step: int
+) -> None:
+    from calm_core.evaluation import in_training
+
+    original = in_training._Group.scores
+
+    def scores(group: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(in_training._Group, "scores", scores)
+        assert train(tiny, f"training.eval_every={every}") == ExitCode.STOPPED
+    assert read_metrics(tiny / "calm" / "metrics.jsonl", "eval") == []
+    assert steps_saved(tiny) == [step]
+    assert train(tiny, f"training.eval_every={every}") == ExitCode.OK
+    found = [record["step"] for record in read_metrics(tiny / "calm" / "metrics.jsonl", "eval")]
+    assert found == ([2, 4, 6] if every else [6])
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_closed_terminal_and_ctrl_c_save(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    sent: list[int] = []
+
+    def step(original: Any, task: Any, micro_batches: Any, model: Any) -> Any:
+        if len(curve(tiny)) == 2 and not sent:  # once: a second Ctrl-C would end this process
+            sent.append(number)
+            os.kill(os.getpid(), number)
+            assert number != signal.SIGINT or signal.getsignal(number) == signal.SIG_DFL
+        return original(task, micro_batches, model)
+
+    before = signal.getsignal(number)
+    with forward_step_of(monkeypatch, step):
+        assert train(tiny) == ExitCode.STOPPED
+    assert signal.getsignal(number) is before
+    assert steps_saved(tiny) == [3]
+    printed = capfd.readouterr()
+    assert "stopped on request after step 3: a checkpoint is saved" in printed.out
+    assert ("Ctrl-C again ends at once" in printed.err) == (number == signal.SIGINT)
+
+
+def test_milestones_are_kept(tiny: Path) -> None:
+    train(tiny, "training.save_every=1", "training.keep=2", "training.milestones=[2]")
+    assert steps_saved(tiny) == [2, 5, 6]
+
+
+def test_a_batch_changed_on_resume_needs_what_its_steps_consume(tiny: Path) -> None:
+    from calm_core.training.calm_task import CalmTask
+
+    required: list[int] = []
+    original = CalmTask.require
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CalmTask, "require", lambda task, count: (required.append(count), original(task, count))[1])
+        train(tiny, "training.steps=2")
+        train(tiny, "training.steps=5", "training.global_batch=4")
+    assert required == [16, 16, 16 + 3 * 4]
+
+
+WSD = ("training.schedule.kind=wsd", "training.schedule.decay=0.5", "training.schedule.warmup=0")
+
+
+def test_a_decayed_run_that_is_extended_says_so_and_offers_the_milestone(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny, *WSD, "training.milestones=[3]", "training.keep=1")
+    capsys.readouterr()
+    checkpoints = tiny / "calm" / "checkpoints"
+    train(tiny, *WSD, "training.steps=14", "training.milestones=[3]")
+    out = capsys.readouterr().out
+    assert "the learning rate rises from 0 to" in out
+    assert "because wsd had begun its decay at step 3 of 6" in out
+    assert f"give a new `run` folder and training.resume_from={checkpoints / 'step-3'}" in out
+    stores = [f"data.{name}={tiny}/{name}" for name in ("chunks", "tokens")]
+    stores += [f"data.autoencoder={tiny}/autoencoder/frozen", f"run={tiny}/longer"]
+    train(tiny, *WSD, "training.steps=8", f"training.resume_from={checkpoints / 'step-3'}", *stores)
+    rates = [record[3] for record in curve(tiny / "longer")]
+    assert len(rates) == 5
+    assert rates == sorted(rates, reverse=True)
+    assert "rises" not in capsys.readouterr().out
+
+
+def test_a_finished_run_says_what_it_ignores(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    train(whole, "training.optimizer.learning_rate=0.5")
+    out = capsys.readouterr().out
+    assert "finished: " in out
+    assert "not applied, since no step remains: training.optimizer.learning_rate was 0.01, is now 0.5" in out
+    train(whole, "training.steps=4")
+    assert f"finished: {whole / 'calm'} holds 6 steps, more than training.steps=4" in capsys.readouterr().out
+
+
+def test_a_line_has_the_means_since_the_last_one(whole: Path, tiny: Path) -> None:
+    train(tiny, "training.log_every=4")
+    single, (first, second) = curve(whole), curve(tiny)
+    for name in (1, 2):
+        assert first[name] == pytest.approx(sum(line[name] for line in single[:4]) / 4)
+        assert second[name] == pytest.approx(sum(line[name] for line in single[4:]) / 2)
+    assert (first[3], first[4]) == (single[3][3], single[3][4])
+
+
+def test_a_peak_that_training_exceeds_is_unknown(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("calm_core.training.reporter.peak_flops", lambda device, dtype: (1.0, "measured"))
+    train(tiny, "training.steps=2")
+    assert [r["mfu"] for r in read_metrics(tiny / "calm" / "metrics.jsonl", "train")] == [None, None]
+    printed = capsys.readouterr()
+    assert "mfu unknown" in printed.out
+    assert printed.err.count("mfu: unknown, since training exceeds the peak") == 1
+
+
+def test_the_start_line_names_model_tokens_device_and_layout(whole: Path, tiny: Path, capsys: Any) -> None:
+    train(tiny, "training.steps=1")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("calm: "))
+    assert "K=4, energy head, 4 layers of 32" in line
+    assert "1 steps of 1.024k tokens = 1.024k; CPU, float32; 1 ranks = tensor 1 x pipeline 1 x data 1" in line
+    assert "parameters" in line
+
+
+def test_a_file_system_without_locks(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("calm_core.training.run_folder.fcntl.flock", flock)
+    assert train(tiny, "training.steps=1") == ExitCode.OK
+    error = capsys.readouterr().err
+    assert f"{tiny / 'calm' / '.lock'} cannot be locked" in error
+    assert "mount with the option `flock`" in error
