@@ -127,7 +127,8 @@ def flatten_schema(cls: type, base: Any = None, prefix: str = "") -> dict[str, L
     for field in dataclasses.fields(cls):
         default = _default(field) if base is None else getattr(base, field.name)
         if is_section(hints[field.name]):
-            leaves |= flatten_schema(hints[field.name], default, f"{prefix}{field.name}.")
+            known = None if default is dataclasses.MISSING else default
+            leaves |= flatten_schema(hints[field.name], known, f"{prefix}{field.name}.")
         else:
             about = field.metadata
             leaves[prefix + field.name] = Leaf(

@@ -1,6 +1,5 @@
 """Runs of the tiny model through the real command's path: resume, refusal, faults. One process each."""
 
-import errno
 import os
 import resource
 import signal
@@ -514,16 +513,3 @@ def test_the_start_line_names_model_tokens_device_and_layout(whole: Path, tiny: 
     assert "K=4, energy head, 4 layers of 32" in line
     assert "1 steps of 1.024k tokens = 1.024k; CPU, float32; 1 ranks = tensor 1 x pipeline 1 x data 1" in line
     assert "parameters" in line
-
-
-def test_a_file_system_without_locks(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def flock(*_: object) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr("calm_core.training.run_folder.fcntl.flock", flock)
-    assert train(tiny, "training.steps=1") == ExitCode.OK
-    error = capsys.readouterr().err
-    assert f"{tiny / 'calm' / '.lock'} cannot be locked" in error
-    assert "mount with the option `flock`" in error
