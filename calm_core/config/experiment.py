@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calm_core.config.data_config import DataConfig, TokenizerConfig
+from calm_core.config.generation_config import GenerationOptions
 from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.config.schema import PathText, check, option
@@ -19,7 +20,13 @@ class SamplesConfig:
     """Prompts that a trained model continues, and a model in training if asked to."""
 
     prompts: list[str] = option(["The state of the Union is", ""], "texts to continue; empty begins a document")
-    temperatures: list[float] = option([1.0, 0.5], "temperatures of the continuations, each 1/n")
+    temperatures: list[float] = option(
+        [1.0, 0.5], "temperatures of the continuations: each 1/n, or above 0 with head.kind=softmax", above=0
+    )
+    top_k: int = option(0, "head.kind=softmax: sample from the k most probable tokens alone; 0 means all", at_least=0)
+    top_p: float = option(
+        1.0, "head.kind=softmax: sample from the fewest tokens whose probabilities reach p", above=0, at_most=1
+    )
     max_tokens: int = option(80, "tokens of each continuation, at most", at_least=1)
     while_training: bool = option(
         False, "continue the prompts at each evaluation too, where every rank holds the whole model"
@@ -27,9 +34,24 @@ class SamplesConfig:
 
     def __post_init__(self) -> None:
         check(self, "samples")
+
+    def options(self, temperature: float, seed: int = 0) -> GenerationOptions:
+        """How the prompts are continued at one of the temperatures."""
+        return GenerationOptions(
+            max_tokens=self.max_tokens, temperature=temperature, top_k=self.top_k, top_p=self.top_p, seed=seed
+        )
+
+    def require_head(self, head: HeadConfig) -> None:
+        """Refuse what cannot apply to models with this head.
+
+        Raises:
+            UserError: naming the option.
+        """
         for temperature in self.temperatures:
-            if not 0 < temperature <= 1:
-                raise UserError(f"samples.temperatures holds {temperature}: choose values above 0 and at most 1.")
+            try:
+                self.options(temperature).for_head(has_logits=head.reads_tokens)
+            except UserError as error:
+                raise UserError(f"samples: {error}") from error
 
     def require_whole_model(self, tensor: int, pipeline: int) -> None:
         """Refuse samples in training where no rank holds the whole model.
@@ -147,6 +169,9 @@ class Experiment:
     profile: ProfileConfig = option(ProfileConfig, "profile of training steps")
     pipeline: PipelineConfig = option(PipelineConfig, "all stages as one command")
     plan: PlanConfig = option(PlanConfig, "the machine that --dry-run of a training counts with")
+
+    def __post_init__(self) -> None:
+        self.samples.require_head(self.head)
 
     @property
     def paths(self) -> Paths:

@@ -107,8 +107,7 @@ def continue_prompts(loaded: Loaded, config: SamplesConfig, seed: int) -> list[d
     """
     records = []
     for temperature in config.temperatures:
-        options = GenerationOptions(max_tokens=config.max_tokens, temperature=temperature, seed=seed)
-        for completion in generate(loaded, config.prompts, options):
+        for completion in generate(loaded, config.prompts, config.options(temperature, seed)):
             records.append({"temperature": temperature, **asdict(completion)})
     return records
 

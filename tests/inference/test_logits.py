@@ -9,13 +9,14 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
+from calm_core.config.experiment import Experiment, SamplesConfig
 from calm_core.config.generation_config import GenerationOptions
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
 from calm_core.inference.forecast import forecast
-from calm_core.inference.generate import generate, summary
+from calm_core.inference.generate import continue_prompts, generate, summary
 from calm_core.inference.load_model import Loaded
 from calm_core.inference.logits import draw_tokens, token_weights
 from calm_core.inference.sampler import ChunkSampler, Context
@@ -126,3 +127,32 @@ def test_the_other_methods_agree_with_the_logits(baseline: Loaded) -> None:
     assert len(tokens) > 2
     assert not math.isnan(statistic)
     assert statistic < chi2.ppf(0.999, len(tokens))
+
+
+def test_prompts_of_a_configuration_are_continued_with_its_truncation(baseline: Loaded) -> None:
+    config = SamplesConfig(prompts=["the"], temperatures=[3.0], max_tokens=20, top_k=1)
+    [greedy] = continue_prompts(baseline, config, seed=0)
+    assert greedy["tokens"] == continue_prompts(baseline, config, seed=1)[0]["tokens"]
+    free = dataclasses.replace(config, top_k=0)
+    assert continue_prompts(baseline, free, seed=0)[0]["tokens"] != greedy["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"temperatures": [1.5]}, "samples: temperature=1.5 is above 1"),
+        ({"temperatures": [0.4]}, "not 1/n"),
+        ({"top_k": 5}, "samples: top_k=5 needs logits"),
+        ({"top_p": 0.5}, "samples: top_p=0.5 needs logits"),
+    ],
+)
+def test_a_configuration_is_refused_where_its_head_has_no_logits(changes: dict, word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        Experiment(samples=SamplesConfig(**changes))
+    assert Experiment(samples=SamplesConfig(**changes), head=HeadConfig("softmax"))
+
+
+@pytest.mark.parametrize("changes", [{"temperatures": [0.0]}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_samples_outside_their_bounds_are_refused(changes: dict) -> None:
+    with pytest.raises(UserError, match=f"samples.{next(iter(changes))}"):
+        SamplesConfig(**changes)
