@@ -165,3 +165,20 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
                 file.write(b"\n")
         file.write(json.dumps(record).encode() + b"\n")
     sync(path)
+
+
+def prepare_output(path: Path) -> None:
+    """Make sure before a long computation that its result can be written to `path`; the folders above it are made.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        probe = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"Cannot write {path} ({error.strerror}): name a file in a folder that is writable.") from error

@@ -14,10 +14,15 @@ ROWS_AT_ONCE = 256  # inputs whose logits are held at a time: 32 MB at V = 32,00
 LOGITS_AT_ONCE = 1 << 21  # logits searched at a time for the largest: 8 MB, which stay in the processor's cache
 
 
-def log_probability(features: Tensor, weight: Tensor, token: int) -> Tensor:
-    """The log-probability `[n]` float64 of `token` for inputs `[n, hidden]`; logits are `features @ weight.T`."""
-    parts = [(part @ weight.T).double().log_softmax(-1)[:, token] for part in features.split(ROWS_AT_ONCE)]
-    return torch.cat(parts)
+def log_probability(features: Tensor, weight: Tensor, token: int | Tensor) -> Tensor:
+    """The log-probability `[n]` float64 of `token` for inputs `[n, hidden]`; logits are `features @ weight.T`.
+
+    `token` is one for all inputs, or `[n]`.
+    """
+    tokens = torch.as_tensor(token, device=features.device).expand(len(features))
+    rows = zip(features.split(ROWS_AT_ONCE), tokens.split(ROWS_AT_ONCE), strict=True)
+    found = [(part @ weight.T).double().log_softmax(-1).gather(1, own.unsqueeze(1)) for part, own in rows]
+    return torch.cat(found).squeeze(1)
 
 
 def most_probable(features: Tensor, weight: Tensor) -> Tensor:

@@ -4,19 +4,20 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from calm_core.config.training_config import OptimizerConfig, SpikeConfig
+from calm_core.distributed import schedule
 from calm_core.distributed.optimizer import SkipStepOptimizer, Update, build_optimizer
+from calm_core.distributed.schedule import ForwardStep, Pass
 from calm_core.distributed.topology import Topology
 from calm_core.plan.memory import BUCKET
 
@@ -76,16 +77,6 @@ class ModelParallelUnit:
         return parallel_state.get_data_parallel_rank(with_context_parallel=True)
 
 
-# The schedule's own protocol: (iterator of micro-batches, model part) -> (output, function of the output).
-ForwardStep = Callable[[Iterator[Any], MegatronModule], tuple[Any, Callable[..., Any]]]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """The shape of one pass through the schedule: `positions` x `micro_batch` chunks in each micro-batch."""
-
-    positions: int
-    micro_batch: int
 
 
 class Engine:
@@ -142,12 +133,7 @@ class Engine:
 
     def forward_backward(self, forward_step: ForwardStep, micro_batches: Sequence[Any], shape: Pass) -> list[Any]:
         """Accumulate the gradients of all micro-batches; the loss functions' results, on the last stage."""
-        return self._schedule(forward_step, micro_batches, shape, forward_only=False)
-
-    def evaluate(self, forward_step: ForwardStep, micro_batches: Sequence[Any], shape: Pass) -> list[Any]:
-        """Forward only; what the output functions return (called with `non_loss_data=True`), on the last stage."""
-        with torch.no_grad():
-            return self._schedule(forward_step, micro_batches, shape, forward_only=True, collect_non_loss_data=True)
+        return schedule.forward_backward(self.model_parts, forward_step, micro_batches, shape)
 
     def step(self, learning_rate: float, loss: float) -> Update:
         """One update, unless the spike detector of any rank rejects this loss or the gradient norm.
@@ -158,18 +144,6 @@ class Engine:
         self.optimizer.begin_update(loss, learning_rate)
         self._deepspeed.step()  # reduces, clips, steps `self.optimizer`, gathers the weights
         return self.optimizer.end_update()
-
-    def _schedule(self, forward_step: ForwardStep, micro_batches: Sequence[Any], shape: Pass, **how: Any) -> list[Any]:
-        iterators = [iter(micro_batches) for _ in self.model_parts]  # every model part reads all micro-batches
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(self.model_parts) > 1 else iterators[0],
-            model=self.model_parts,
-            num_microbatches=len(micro_batches),
-            seq_length=shape.positions,
-            micro_batch_size=shape.micro_batch,
-            **how,
-        )
 
     def local_gradient(self, parameter: nn.Parameter) -> Tensor:
         """This rank's accumulated gradient (a view): a float32 buffer of DeepSpeed for bf16 weights, else `.grad`.

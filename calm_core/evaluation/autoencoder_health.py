@@ -12,7 +12,7 @@ from calm_core import config
 from calm_core.autoencoder.artefact import WEIGHTS
 from calm_core.autoencoder.metrics import autoencoder_metrics, noise_curve
 from calm_core.autoencoder.model import Autoencoder
-from calm_core.config.experiment import Experiment, Paths
+from calm_core.config.experiment import Experiment
 from calm_core.data.store import TokenStore
 from calm_core.errors import UserError
 from calm_core.model.noise import stream_seed
@@ -36,24 +36,23 @@ def examine_autoencoder(model: Autoencoder, store: TokenStore, chunks: int, seed
 
 
 def find_autoencoder(path: Path) -> Path | None:
-    """The frozen autoencoder that `path` means: itself, or that of the run in it; None if it is something else."""
+    """The frozen autoencoder at `path`: the folder itself, or `frozen` of a run; None if there is neither."""
     for folder in (path, path / FROZEN):
         if (folder / WEIGHTS).is_file():
             return folder
     return None
 
 
-def paths_of_autoencoder(folder: Path) -> Paths:
-    """Where the tokenizer and the tokens of the run are that a frozen autoencoder came from, wherever the run lies now.
+def experiment_of_autoencoder(folder: Path) -> Experiment:
+    """The experiment that a frozen autoencoder is of, with the current location of its run.
 
     Raises:
-        UserError: if the folder is not in its run any more.
+        UserError: if the folder is no longer in its run.
     """
     run = folder.absolute().parent
     if not (run / "config.yaml").is_file():
         raise UserError(f"{folder} does not lie in the run that trained it: give the folder frozen of that run.")
-    experiment = config.load(Experiment, run / "config.yaml", [])
-    return replace(experiment, run=str(run.parent)).paths
+    return replace(config.load(Experiment, run / "config.yaml", []), run=str(run.parent))
 
 
 def spread_chunks(model: Autoencoder, store: TokenStore, chunks: int) -> Tensor:

@@ -5,7 +5,6 @@ Brier-n of a distribution P over the next n tokens and the truth y is `2 P(y) - 
 Brier-1..4.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -115,99 +114,43 @@ def variance_parts(score: Tensor, within: Tensor) -> VarianceParts:
     return VarianceParts(mean_within, score.var(0) - mean_within)
 
 
-@dataclass(frozen=True)
-class ClusteredMean:
-    """Means over positions with their uncertainty when the positions of a document are not independent.
+def weighted_brier_terms(samples: Tensor, truth: Tensor, log_weights: Tensor) -> BrierTerms:
+    """Terms from weighted samples: a hit weighs as its sample does, a collision as the product of its two samples.
 
-    Attributes:
-        mean: `[n]` float64; NaN without positions.
-        covariance: `[n, n]` of the means; NaN with fewer than two documents.
-        positions: number of positions.
-        clusters: number of documents, C.
+    With equal weights these are the terms of `brier_terms`. They are ratios of estimates, so they are biased while the
+    weights leave few effective samples, and consistent as N grows.
+
+    Args:
+        samples: `[..., N, tokens]`, as in `brier_terms`.
+        truth: `[..., tokens]`.
+        log_weights: `[..., N]` float64, up to a constant.
     """
-
-    mean: Tensor
-    covariance: Tensor
-    positions: int
-    clusters: int
-
-    @property
-    def standard_error(self) -> Tensor:
-        """`[n]`; NaN with fewer than two documents."""
-        return self.covariance.diagonal().sqrt()
+    weights, pairs = log_weights.softmax(-1), _pair_weights(log_weights)
+    hits = [(weights * same).sum(-1) for same in _prefixes_agree(samples, truth.unsqueeze(-2))]
+    collisions = [(pairs * same).sum((-1, -2)) for same in _pairs_agree(samples)]
+    return BrierTerms(torch.stack(hits, -1), torch.stack(collisions, -1))
 
 
-class BrierAccumulator:
-    """Means of per-position values, clustered by document; batches and ranks merge to the same result.
+def weighted_within_variance(samples: Tensor, truth: Tensor, log_weights: Tensor) -> Tensor:
+    """The variance of `weighted_brier_terms(...).score` over redrawn samples, per position `[..., n]`.
 
-    It holds one row per document: for each column the number of its positions and the sum of their values.
+    The sum of the squared influence of each sample (delta method), times N / (N - 1): about half of the variance where
+    only two or three draws are effective, and right as their number grows.
     """
-
-    def __init__(self, columns: int) -> None:
-        """For values with `columns` columns."""
-        self._clusters = torch.empty(0, dtype=torch.int64)
-        self._counts = torch.empty(0, columns, dtype=torch.int64)
-        self._sums = torch.empty(0, columns, dtype=torch.float64)
-
-    def add(self, values: Tensor, clusters: Tensor, counted: Tensor | None = None) -> None:
-        """Adds positions: `values` `[P, n]`, the document of each, `clusters` `[P]` int64, and which values count."""
-        values, clusters = values.detach().cpu().double(), clusters.cpu()
-        counted = torch.ones_like(values, dtype=torch.bool) if counted is None else counted.cpu()
-        self.merge((clusters, counted.long(), values.where(counted, 0)))
-
-    def state(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Documents `[C]` int64, their positions `[C, n]` int64, their sums `[C, n]` float64: what ranks exchange."""
-        return self._clusters, self._counts, self._sums
-
-    def merge(self, state: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Adds the state of another accumulator; a document may appear in both."""
-        clusters, counts, sums = (torch.cat(pair) for pair in zip(self.state(), state, strict=True))
-        self._clusters, row = clusters.unique(return_inverse=True)
-        self._counts = counts.new_zeros(len(self._clusters), counts.shape[1]).index_add_(0, row, counts)
-        self._sums = sums.new_zeros(len(self._clusters), sums.shape[1]).index_add_(0, row, sums)
-
-    def result(self) -> ClusteredMean:
-        """Means with the cluster-robust covariance, scaled by C / (C - 1) for few documents."""
-        count, clusters = self._counts.sum(0), len(self._clusters)
-        mean = self._sums.sum(0) / count
-        residual = (self._sums - self._counts * mean) / count
-        # One document leaves no residual, which says nothing about how documents differ.
-        scale = clusters / (clusters - 1) if clusters > 1 else math.nan
-        return ClusteredMean(mean, residual.mT @ residual * scale, int(count.max()), clusters)
+    count = samples.shape[-2]
+    weights, pairs = log_weights.softmax(-1), _pair_weights(log_weights)
+    variances = []
+    for hit, same in zip(_prefixes_agree(samples, truth.unsqueeze(-2)), _pairs_agree(samples), strict=True):
+        mean_hit = (weights * hit).sum(-1, keepdim=True)
+        collision = (pairs * same).sum((-1, -2), keepdim=True)
+        influence = 2 * weights * (hit.double() - mean_hit) - 2 * (pairs * (same.double() - collision)).sum(-1)
+        variances.append(influence.square().sum(-1) * count / (count - 1))
+    return torch.stack(variances, -1)
 
 
-def clustered_mean(values: Tensor, clusters: Tensor) -> ClusteredMean:
-    """Means of `values` `[P, n]` over positions, with standard errors clustered by `clusters` `[P]` int64."""
-    accumulator = BrierAccumulator(values.shape[1])
-    accumulator.add(values, clusters)
-    return accumulator.result()
-
-
-class BrierLM(NamedTuple):
-    """BrierLM and its standard error, or None and the reason why it is not reported."""
-
-    value: float | None
-    standard_error: float | None
-    reason: str | None
-
-
-def brier_lm(brier: ClusteredMean) -> BrierLM:
-    """100 * (Brier-1 * Brier-2 * Brier-3 * Brier-4)^(1/4), from the four means (paper, section 4).
-
-    Reported only when each of the four exceeds two standard errors: the product of four negative scores is positive, so
-    without this a predictor that is always wrong scores 100. The standard error is by the delta method.
-    """
-    if len(brier.mean) != MAX_TOKENS:
-        return BrierLM(None, None, f"BrierLM needs Brier-1 to Brier-4; only {len(brier.mean)} of them were estimated.")
-    if brier.clusters < 2:
-        return BrierLM(None, None, f"Standard errors need at least two documents, not {brier.clusters}.")
-    error = brier.standard_error
-    doubtful = [f"Brier-{n + 1}" for n in range(MAX_TOKENS) if not brier.mean[n] > 2 * error[n]]
-    if doubtful:
-        return BrierLM(None, None, f"Not above zero by two standard errors: {', '.join(doubtful)}.")
-    value = 100 * brier.mean.log().mean().exp()
-    slope = value / (MAX_TOKENS * brier.mean)
-    return BrierLM(value.item(), (slope @ brier.covariance @ slope).sqrt().item(), None)
+def effective_draws(log_weights: Tensor) -> Tensor:
+    """How many equally weighted draws the weighted ones `[..., N]` are worth, `[...]`: 1 / sum of squared weights."""
+    return 1 / log_weights.softmax(-1).square().sum(-1)
 
 
 def _prefixes_agree(left: Tensor, right: Tensor) -> list[Tensor]:
@@ -226,3 +169,10 @@ def _pairs_agree(samples: Tensor) -> list[Tensor]:
 def _off_diagonal(pairs: Tensor) -> Tensor:
     """`[..., N, N]` with zeros for a sample against itself."""
     return pairs * ~torch.eye(pairs.shape[-1], dtype=torch.bool, device=pairs.device)
+
+
+def _pair_weights(log_weights: Tensor) -> Tensor:
+    """The weights `[..., N, N]` of pairs of two different samples, which sum to 1."""
+    logs = log_weights.unsqueeze(-1) + log_weights.unsqueeze(-2)
+    same = torch.eye(logs.shape[-1], dtype=torch.bool, device=logs.device)
+    return logs.masked_fill(same, -torch.inf).flatten(-2).softmax(-1).view_as(logs)

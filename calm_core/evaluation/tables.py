@@ -15,9 +15,9 @@ def checkpoint_table(result: Mapping[str, Any]) -> str:
     ]
     within, between = (f"{result[f'variance_{part}_1']:.2e}" for part in ("within", "between"))
     spread = [
-        f"spread of the {what}: {_value(result, f'spread_{what}')}"
-        for what in ("samples", "posterior")
-        if f"spread_{what}" in result
+        f"spread of the {of}: {_value(result, f'spread_{name}')}"
+        for of, name in (("draws", "samples"), ("posterior", "posterior"))
+        if f"spread_{name}" in result
     ]
     return "\n".join(
         [
@@ -26,10 +26,14 @@ def checkpoint_table(result: Mapping[str, Any]) -> str:
             f"{result['measure']}: {_brier_lm(result)}",
             *_reason(result),
             *_no_baselines(result),
-            f"variance of one place's Brier-1: {within} from the draws, {between} from the places",
+            *_weighted(result),
+            *_paper(result),
+            *_text(result),
+            f"variance of Brier-1 at a scored position: {within} from the draws, {between} from the position",
             f"collision rate of the next token: {_percent(result, 'collision_1')}",
             f"loss: {_value(result, 'loss')}; with shuffled hidden states: {_value(result, 'loss_shuffled')}",
             *spread,
+            _interval(result),
         ]
     )
 
@@ -59,7 +63,15 @@ def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
             *table(["checkpoint", "K", "head", *(f"Brier-{n}" for n in depths), "BrierLM", "loss"], rows),
             f"BrierLM is {', '.join(sorted(strides))}; losses compare between checkpoints of one K and head alone",
             *reasons,
+            *(
+                line
+                for of in (_weighted, _paper)
+                for result in results
+                for line in of(result, f"{result['checkpoint']}: ")
+            ),
+            *_text(first),
             *_no_baselines(first),
+            _interval(first),
         ]
     )
 
@@ -96,20 +108,58 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _extent(result: Mapping[str, Any]) -> str:
     return (
-        f"{result['windows']} windows with {result['places_per_window']} scored places each, "
-        f"{result['scored_positions']:,} in {result['documents']} documents; {result['samples']} draws a place"
+        f"{result['windows']} windows with {result['places_per_window']} scored positions each, "
+        f"{result['scored_positions']:,} in {result['documents']} documents; {result['samples']} draws at each"
         + (f", rolled out over {result['rollout_chunks']} chunks" if result["rollout_chunks"] > 1 else "")
     )
 
 
+def _weighted(result: Mapping[str, Any], whose: str = "") -> list[str]:
+    """How the scored positions inside chunks were predicted, if there are any."""
+    known = " or ".join(str(count) for count in result["known_tokens"] if count)
+    if not known:
+        return []
+    worth = f"the draws at a position are worth {result['effective_draws']:.1f} equal ones on average"
+    return [f"{whose}positions inside a chunk: draws weighted by its first {known} tokens; {worth}"]
+
+
+def _interval(result: Mapping[str, Any]) -> str:
+    """What stands behind the "±"."""
+    resting = result["standard_errors"]
+    if resting["interval_factor"] is None:
+        return "no standard errors: all scored positions are of one block of one document"
+    clusters = resting["clusters"]
+    unit = "documents" if resting["of"] == "documents" else "blocks of positions of one document"
+    return f"±: half of a 95 % interval, by Student's t with {clusters - 1} degrees of freedom ({clusters} {unit})"
+
+
+def _paper(result: Mapping[str, Any], whose: str = "") -> list[str]:
+    """BrierLM by the paper's protocol, if it was asked for."""
+    if "paper" not in result:
+        return []
+    paper = result["paper"]
+    reason = f" ({paper['brier_lm_reason']})" if paper["brier_lm"] is None else ""
+    extent = f"all {paper['scored_positions']:,} positions, {paper['samples']} draws at each"
+    return [f"{whose}{paper['measure']}: {_brier_lm(paper)}{reason}; {extent}"]
+
+
+def _text(result: Mapping[str, Any]) -> list[str]:
+    """How a text was made into tokens, if one was given."""
+    if "text" not in result:
+        return []
+    text = result["text"]
+    eos = "end with eos" if text["eos"] else "have no eos at the end"
+    whence = "assumed, imported weights do not say it" if text["assumed"] else "as the run's own data"
+    return [f"documents of the text {eos}, data.packing={text['packing']}: {whence}"]
+
+
 def _depths(result: Mapping[str, Any]) -> list[int]:
-    """The n of the Brier-n that were scored."""
+    """The n of each Brier-n that was scored."""
     return [n for n in range(1, MAX_TOKENS + 1) if f"brier_{n}" in result]
 
 
 def _brier_lm(result: Mapping[str, Any]) -> str:
-    lm = result["brier_lm"]
-    return "none" if lm is None else f"{lm:.3f} ± {result['brier_lm_error']:.3f}"
+    return "none" if result["brier_lm"] is None else _with_interval(result, "brier_lm", ".3f")
 
 
 def _reason(result: Mapping[str, Any]) -> list[str]:
@@ -123,12 +173,14 @@ def _no_baselines(result: Mapping[str, Any]) -> list[str]:
 
 
 def _percent(result: Mapping[str, Any], name: str) -> str:
-    if result[name] is None:
-        return "-"
-    error = result[f"{name}_error"]
-    return f"{result[name]:.3%}" + (f" ± {error:.3%}" if error is not None else "")
+    return "-" if result[name] is None else _with_interval(result, name, ".3%")
 
 
 def _value(result: Mapping[str, Any], name: str) -> str:
-    error = result[f"{name}_error"]
-    return f"{result[name]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    return _with_interval(result, name, ".4f")
+
+
+def _with_interval(result: Mapping[str, Any], name: str, form: str) -> str:
+    """A score, and half of its 95 % interval where there is one."""
+    error, factor = result[f"{name}_error"], result["standard_errors"]["interval_factor"]
+    return f"{result[name]:{form}}" + (f" ± {factor * error:{form}}" if error is not None else "")

@@ -50,7 +50,12 @@ class BranchingCache(KeyValueCache):
         self._trunk = 0
 
     def branch(self, starts: Tensor) -> None:
-        """Start R branches, one position of each in every later pass; branch r follows position `starts[r]`."""
+        """Start R branches, one position of each in every later pass; branch r follows position `starts[r]`, `[R]`.
+
+        Branches of an earlier call are dropped.
+        """
+        if self._starts is not None:
+            self.length = self._trunk
         self._starts, self._trunk = starts, self.length
 
     def rotary(self, rope: Callable[..., Tensor], new: int) -> Tensor:

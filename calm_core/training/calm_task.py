@@ -21,8 +21,8 @@ from calm_core.data.store import Store
 from calm_core.distributed.engine import Engine
 from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
-from calm_core.evaluation.in_training import evaluate, own_windows
-from calm_core.evaluation.scores import HeldOut, scored_positions
+from calm_core.evaluation.evaluate import evaluate
+from calm_core.evaluation.held_out import HeldOut, scored_offsets
 from calm_core.inference.generate import continue_prompts
 from calm_core.inference.load_model import Loaded
 from calm_core.model.backbone import transformer_config
@@ -61,7 +61,7 @@ class CalmTask:
     ) -> None:
         check_layout(shape, positions, layout)
         samples.require_whole_model(layout.tensor, layout.pipeline)
-        scored_positions(positions, shape.k)  # refuses windows that are too short to be scored
+        scored_offsets(positions, shape.k)  # refuses windows that are too short to be scored
         self.shape, self.layout, self.seed = shape, layout, seed
         self.split = pipeline_split(shape, positions, layout)
         self.samples = TrainingSamples(train, positions, seed)
@@ -87,7 +87,7 @@ class CalmTask:
 
     def build(self, topology: Topology, dtype: torch.dtype) -> list[MegatronModule]:
         """This rank's parts of the network; the initial weights depend on the seed alone."""
-        own_windows(self._held_out, topology)  # refuses too few windows for these ranks
+        self._held_out.micro_batches(topology)  # refuses too few windows for these ranks
         self._device = topology.device
         self._columns = needed_columns(self.samples.store, first=topology.first, last=topology.last)
         if self.layout.pipeline > 1:
@@ -150,7 +150,7 @@ class CalmTask:
 
     def evaluate(self, engine: Engine, stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
         """Brier scores and loss on held-out documents."""
-        return evaluate(engine, self._held_out, stop)
+        return evaluate(engine.model_parts, engine.topology, self._held_out, stop)
 
     def is_finished(self) -> bool:
         """Nothing remains to be done after the last step."""

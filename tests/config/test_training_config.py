@@ -1,19 +1,15 @@
 """Settings of model, layout and training that are refused, each by a sentence that names the key."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from calm_core.config.data_config import DataConfig
-from calm_core.config.experiment import EvaluationConfig, PlanConfig
+from calm_core.config.experiment import PlanConfig
 from calm_core.config.model_config import BackboneConfig, HeadConfig
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.config.training_config import OptimizerConfig, TrainingConfig
 from calm_core.errors import UserError
-from calm_core.evaluation.in_training import own_windows
-from calm_core.evaluation.scores import HeldOut
 
 
 def batch(global_batch: int, micro_batch: int, ranks: int, multiple: int = 1) -> int:
@@ -70,20 +66,3 @@ def test_bad_settings(make: Callable[[], object], words: str) -> None:
 def test_micro_batches() -> None:
     assert batch(16, 4, 2) == 2
     assert batch(16, 2, 2, 4) == 4
-
-
-def test_held_out_windows_are_shared_by_the_ranks() -> None:
-    def own(rank: int, ranks: int, layout: ParallelConfig, available: int = 40, **options: int) -> np.ndarray:
-        config = EvaluationConfig(**{"windows": 16, "micro_batch": 2, **options})
-        held_out = HeldOut(range(available), None, None, 0, config)
-        place = SimpleNamespace(data_rank=rank, data_size=ranks, layout=layout)
-        return np.stack(own_windows(held_out, place))
-
-    alone = own(0, 1, ParallelConfig())
-    assert alone.shape == (8, 2)
-    assert (alone[0, 0], alone[-1, -1]) == (0, 39)
-    shares = [own(rank, 4, ParallelConfig()) for rank in range(4)]
-    assert sorted(np.concatenate(shares).flatten()) == alone.flatten().tolist()
-    assert len(own(0, 1, ParallelConfig(pipeline=3, virtual=2))) % 3 == 0
-    with pytest.raises(UserError, match=r"has 40 windows, fewer than the 48 .*lower evaluation\.micro_batch"):
-        own(0, 4, ParallelConfig(), micro_batch=12)

@@ -11,7 +11,7 @@ from calm_core.data.chunks import build_chunks, chunk_offsets, chunked, text_tok
 from calm_core.data.dataset import chunk_rows
 from calm_core.data.store import ChunkStore, TokenStore
 from calm_core.errors import UserError
-from calm_core.evaluation.brier import BrierAccumulator, clustered_mean
+from calm_core.evaluation.clustered import BrierAccumulator, clustered_mean
 
 
 def test_only_the_pad_that_ends_a_chunk_is_no_text():

@@ -12,8 +12,8 @@ from calm_core.data.store import TokenStore
 from calm_core.errors import UserError
 from calm_core.evaluation.autoencoder_health import (
     examine_autoencoder,
+    experiment_of_autoencoder,
     find_autoencoder,
-    paths_of_autoencoder,
     spread_chunks,
 )
 
@@ -49,10 +49,10 @@ def test_chunks_are_spread_over_the_split(run):
 def test_an_autoencoder_is_found_in_its_run_and_nowhere_else(run):
     assert find_autoencoder(run) == find_autoencoder(run / "frozen") == run / "frozen"
     assert find_autoencoder(run.parent) is None
-    assert paths_of_autoencoder(run / "frozen").tokens == run.parent / "tokens"
+    assert experiment_of_autoencoder(run / "frozen").paths.tokens == run.parent / "tokens"
     lonely = shutil.copytree(run / "frozen", run.parent.parent / "lonely" / "frozen")
     with pytest.raises(UserError, match="does not lie in the run"):
-        paths_of_autoencoder(lonely)
+        experiment_of_autoencoder(lonely)
 
 
 @pytest.mark.parametrize("source", ["held_out", "text", "tokens"])

@@ -3,19 +3,16 @@ from math import comb
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from calm_core.errors import UserError
 from calm_core.evaluation.brier import (
-    BrierAccumulator,
-    ClusteredMean,
     autoregressive_brier_terms,
-    brier_lm,
     brier_terms,
-    clustered_mean,
+    effective_draws,
     variance_parts,
+    weighted_brier_terms,
+    weighted_within_variance,
     within_variance,
 )
 
@@ -115,66 +112,40 @@ def test_autoregressive_terms_have_the_same_expectation() -> None:
     torch.testing.assert_close(JOINT.flatten() @ score, exact_brier((1, 2)), atol=1e-13, rtol=0)
 
 
-def test_standard_error_is_the_spread_of_document_means_when_documents_are_equally_long() -> None:
+def test_equal_weights_change_nothing() -> None:
+    samples = torch.randint(3, (50, 6, 4), generator=torch.Generator().manual_seed(0))
+    truth, equal = samples[:, 0], torch.full((50, 6), -700.0, dtype=torch.float64)
+    weighted, plain = weighted_brier_terms(samples, truth, equal), brier_terms(samples, truth)
+    torch.testing.assert_close(weighted.hit, plain.hit)
+    torch.testing.assert_close(weighted.collision, plain.collision)
+    torch.testing.assert_close(effective_draws(equal), torch.full((50,), 6.0, dtype=torch.float64))
+
+
+def weighted_draws(draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Second tokens `[1000, N, 1]` of draws from JOINT, weighted as by a decoder that is 95 % sure of the first, 1."""
+    outcomes = JOINT.flatten().multinomial(1000 * draws, replacement=True, generator=generator).view(1000, draws)
+    log_weights = torch.tensor([0.025, 0.95, 0.025], dtype=torch.float64).log()[outcomes // 3]
+    return (outcomes % 3).unsqueeze(-1), log_weights
+
+
+def test_weighted_terms_tend_to_those_of_the_conditional_distribution() -> None:
     generator = torch.Generator().manual_seed(1)
-    values = torch.randn(30, 1, 2, generator=generator) + 0.1 * torch.randn(30, 7, 2, generator=generator)
-    result = clustered_mean(values.flatten(0, 1).double(), torch.arange(30).repeat_interleave(7) * 10**12)
-    means = values.double().mean(1)
-    torch.testing.assert_close(result.mean, means.mean(0))
-    torch.testing.assert_close(result.standard_error, means.std(0) / 30**0.5)
-    assert (result.positions, result.clusters) == (210, 30)
+    weights = torch.tensor([0.025, 0.95, 0.025], dtype=torch.float64)
+    conditional = weights @ JOINT / (weights @ JOINT).sum()
+    exact = 2 * conditional[2] - conditional.square().sum()
+    biases = []
+    for draws in (8, 32, 64):
+        samples, log_weights = weighted_draws(draws, generator)
+        truth = torch.full((1000, 1), 2)
+        score = weighted_brier_terms(samples, truth, log_weights).score[:, 0]
+        biases.append(abs(score.mean() - exact).item())
+        # The estimated variance is that of the scores over redrawn samples, once a few draws are effective.
+        ratio = weighted_within_variance(samples, truth, log_weights).mean() / score.var()
+        assert 0.8 < ratio < 1.2 if draws > 8 else 0.4 < ratio < 1
+    assert biases[2] < biases[0] / 4
 
 
-def test_one_document_has_no_standard_error() -> None:
-    result = clustered_mean(torch.ones(5, 4), torch.zeros(5, dtype=torch.int64))
-    assert result.mean.tolist() == [1, 1, 1, 1]
-    assert result.standard_error.isnan().all()
-    assert "two documents" in brier_lm(result).reason
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(-8, 8)), min_size=1, max_size=40), st.integers(1, 4))
-def test_merging_parts_equals_the_whole(rows: list[tuple[int, int]], ranks: int) -> None:
-    clusters = torch.tensor([row[0] for row in rows])
-    values = torch.tensor([[row[1] / 8, row[1] ** 2 / 64] for row in rows])  # exact in binary
-    merged = BrierAccumulator(2)
-    for rank in range(ranks):
-        part = BrierAccumulator(2)
-        for start in range(rank, len(rows), 2 * ranks):
-            batch = slice(start, start + ranks + 1, ranks)
-            part.add(values[batch], clusters[batch])
-        merged.merge(part.state())
-    whole = clustered_mean(values, clusters)
-    result = merged.result()
-    assert result.positions == whole.positions == len(rows)
-    assert torch.equal(result.mean, whole.mean)
-    assert torch.equal(result.covariance.nan_to_num(), whole.covariance.nan_to_num())
-
-
-def test_a_constant_wrong_predictor_scores_none_not_100() -> None:
-    samples, truth = torch.zeros(50, 8, 4, dtype=torch.int64), torch.ones(50, 4, dtype=torch.int64)
-    scores = brier_terms(samples, truth).score
-    assert torch.equal(scores, -torch.ones_like(scores))
-    result = brier_lm(clustered_mean(scores, torch.arange(50)))
-    assert (result.value, result.standard_error) == (None, None)
-    assert "Brier-1, Brier-2, Brier-3, Brier-4" in result.reason
-
-
-def test_brier_lm_names_the_score_that_is_not_significant() -> None:
-    covariance = torch.diag(torch.tensor([0.01, 0.01, 0.01, 0.06]) ** 2).double()
-    brier = ClusteredMean(torch.tensor([0.4, 0.3, 0.2, 0.1]).double(), covariance, positions=100, clusters=10)
-    assert brier_lm(brier).reason.endswith("standard errors: Brier-4.")
-    assert "only 3" in brier_lm(ClusteredMean(brier.mean[:3], covariance[:3, :3], 100, 10)).reason
-
-
-def test_brier_lm_value_and_delta_method() -> None:
-    generator = torch.Generator().manual_seed(2)
-    mean = torch.tensor([0.4, 0.3, 0.2, 0.1]).double()
-    root = 0.003 * torch.randn(4, 4, generator=generator, dtype=torch.float64)
-    result = brier_lm(ClusteredMean(mean, root @ root.mT, positions=100, clusters=10))
-    assert result.value == pytest.approx(100 * (0.4 * 0.3 * 0.2 * 0.1) ** 0.25)
-    draws = mean + torch.randn(40_000, 4, generator=generator, dtype=torch.float64) @ root.mT
-    spread = (100 * draws.prod(-1) ** 0.25).std().item()
-    assert result.standard_error == pytest.approx(spread, rel=0.03)
-    perfect = clustered_mean(torch.ones(6, 4), torch.arange(6))
-    assert brier_lm(perfect) == (pytest.approx(100), 0.0, None)
+def test_a_single_draw_that_outweighs_all_others_leaves_finite_terms() -> None:
+    samples = torch.tensor([[[1], [2], [3]]])
+    terms = weighted_brier_terms(samples, torch.tensor([[1]]), torch.tensor([[0.0, -2000.0, -3000.0]]).double())
+    assert (terms.hit.item(), terms.collision.item()) == (1, 0)

@@ -23,7 +23,7 @@ from calm_core.training.run_log import read_metrics
 
 @pytest.fixture(scope="module")
 def runs(tiny_experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """AR, K=2 and K=4 on the same tokens; the last one knows twice the context."""
+    """AR, K=2 and K=4 on the same tokens; the last one is trained on twice the context."""
     folder = tmp_path_factory.mktemp("runs")
     shared = config.load(Experiment, tiny_experiment / "config.yaml", [f"run={tiny_experiment}"]).paths
     tokenizer = load_tokenizer(shared.tokenizer)
@@ -48,7 +48,7 @@ def evaluate(*arguments: object) -> None:
 
 
 @pytest.mark.parametrize("source", ["text", "held_out"])
-def test_every_kind_is_scored_at_the_same_places(
+def test_every_kind_is_scored_at_the_same_positions(
     runs: dict[str, Path], tiny_experiment: Path, tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.jsonl"
@@ -63,7 +63,7 @@ def test_every_kind_is_scored_at_the_same_places(
         (4, "energy", 1),
     ]
     ar, *calm = found
-    assert ar["measure"] == "brier_lm@ctx64/stride8"
+    assert ar["measure"] == "brier_lm@ctx64/stride4"
     same = ["context", "measure", "windows", "places_per_window", "scored_positions", "documents", "samples"]
     # The unigram baseline of four tokens tells which tokens they were; its counts see the padding of a last chunk.
     unigram = [f"unigram_brier_{n}" for n in range(1, 5)]
@@ -86,7 +86,7 @@ def test_what_does_not_compare_is_refused(runs: dict[str, Path]) -> None:
         evaluate(*runs.values(), "--context", 128)
     with pytest.raises(UserError, match=r"--context 30 is not a multiple of 4.*k4"):
         evaluate(*runs.values(), "--context", 30)
-    with pytest.raises(UserError, match="is an autoencoder, which compares with nothing"):
+    with pytest.raises(UserError, match="is an autoencoder, which cannot be compared"):
         evaluate(runs["ar"], runs["k2"] / "autoencoder" / "frozen")
 
 
@@ -101,9 +101,9 @@ def test_padded_documents_are_scored_under_a_name_of_their_own(
     changes += ["training.steps=1", "evaluation.windows=2"]
     assert run_calm(config.load(Experiment, tiny_experiment / "config.yaml", changes)) == ExitCode.OK
     [trained] = read_metrics(tmp_path / "calm" / "metrics.jsonl", "eval")
-    assert trained["measure"] == "brier_lm@ctx128/stride8/align4"
+    assert trained["measure"] == "brier_lm@ctx128/stride4/align4"
     evaluate(tmp_path, "--windows", 2)
-    assert "brier_lm@ctx128/stride8/align4: " in capsys.readouterr().out
+    assert "brier_lm@ctx128/stride4/align4: " in capsys.readouterr().out
     for source in ([], ["--text", tiny_experiment / "corpus" / "1.txt"]):
         with pytest.raises(UserError, match=r"has another packing of documents than .*; evaluate it by itself"):
             evaluate(runs["k4"], tmp_path, *source, "--context", 48)
@@ -112,6 +112,6 @@ def test_padded_documents_are_scored_under_a_name_of_their_own(
 def test_one_checkpoint_under_a_shorter_context(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     evaluate(runs["k4"], "--context", 48, "--windows", 4, "--places", 2)
     shown = capsys.readouterr().out
-    assert "4 windows with 2 scored places each, 8 in " in shown
-    assert "brier_lm@ctx48/stride8" in shown
+    assert "4 windows with 2 scored positions each, 8 in " in shown
+    assert "brier_lm@ctx48/stride4" in shown
     assert "from the draws" in shown

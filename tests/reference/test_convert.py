@@ -249,7 +249,7 @@ def test_an_imported_model_is_scored_on_a_text_without_training_data(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with distributed(ParallelConfig()):
-        from calm_core.evaluation.checkpoint import BASELINES
+        from calm_core.evaluation.scores import BASELINES
 
         imported(tiny, tmp_path)
     text, output = tmp_path / "text.jsonl", tmp_path / "out.json"
