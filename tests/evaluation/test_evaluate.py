@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.enums import ModelType
 from torch import Tensor
 
 from calm_core import config
@@ -94,6 +95,7 @@ class Knowing(torch.nn.Module):
     With `halves` every other draw is of a chunk that is wrong from its first token on.
     """
 
+    model_type = ModelType.encoder_or_decoder
     vp_stage, first, last = None, True, True
 
     def __init__(
