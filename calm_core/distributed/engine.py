@@ -76,8 +76,6 @@ class ModelParallelUnit:
         return parallel_state.get_data_parallel_rank(with_context_parallel=True)
 
 
-
-
 class Engine:
     """Runs model parts forward and backward and steps their sharded optimizer.
 

@@ -95,9 +95,11 @@ class BrierAccumulator:
         self._counts, self._sums = _summed(counts, row, len(self._keys)), _summed(sums, row, len(self._keys))
 
     def result(self) -> ClusteredMean:
-        """Means with the cluster-robust covariance, scaled by C / (C - 1) for few clusters.
+        """Means with their cluster-robust covariance.
 
-        The clusters are the documents; where there is only one, up to `BLOCKS` blocks of consecutive positions.
+        The clusters are the documents; where there is only one, up to `BLOCKS` blocks of consecutive positions. A
+        residual of a cluster with the fraction a_c of the positions is divided by sqrt(1 - 2 a_c + sum a^2), which makes
+        the variance unbiased if clusters vary alike: for equal ones that is the factor C / (C - 1).
         """
         filled = (self._counts > 0).any(1)
         documents, cluster = self._keys[filled, 0].unique(return_inverse=True)
@@ -109,10 +111,10 @@ class BrierAccumulator:
         counts, sums = (_summed(rows[filled], cluster, clusters) for rows in (self._counts, self._sums))
         total = counts.sum(0)
         mean = sums.sum(0) / total
-        residual = (sums - counts * mean) / total
-        # A single cluster leaves no residual, which says nothing about how clusters differ.
-        scale = clusters / (clusters - 1) if clusters > 1 else torch.nan
-        return ClusteredMean(mean, residual.mT @ residual * scale, int(total.max()), clusters, unit)
+        fraction = counts / total
+        # A single cluster leaves 0 / 0: no residual, which says nothing about how clusters differ.
+        residual = (sums - counts * mean) / total / (1 - 2 * fraction + fraction.square().sum(0)).clamp(min=0).sqrt()
+        return ClusteredMean(mean, residual.mT @ residual, int(total.max()), clusters, unit)
 
 
 def clustered_mean(values: Tensor, documents: Tensor) -> ClusteredMean:

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,15 @@ from launching import ROOT
 from calm_core import config
 from calm_core.autoencoder.artefact import load_autoencoder, save_autoencoder
 from calm_core.autoencoder.model import Autoencoder
-from calm_core.config.experiment import Experiment
+from calm_core.checkpoint.folder import finish
+from calm_core.config.experiment import EvaluationConfig, Experiment
 from calm_core.config.model_config import AutoencoderConfig
+from calm_core.config.parallel_config import ParallelConfig
 from calm_core.data.chunks import build_chunks
+from calm_core.distributed.topology import distributed
 from calm_core.errors import ExitCode, UserError
+from calm_core.evaluation.comparison import Text, tokens_of_text
+from calm_core.inference.load_model import find_checkpoint
 from calm_core.tokenizer import load_tokenizer
 from calm_core.training.launch import run_calm
 from calm_core.training.run_log import read_metrics
@@ -115,3 +121,76 @@ def test_one_checkpoint_under_a_shorter_context(runs: dict[str, Path], capsys: p
     assert "4 windows with 2 scored positions each, 8 in " in shown
     assert "brier_lm@ctx48/stride4" in shown
     assert "from the draws" in shown
+
+
+def test_a_text_is_tokenized_as_the_data_of_the_run(
+    runs: dict[str, Path], tiny_experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Documents without eos in training have none in the text; its field is the run's, or the one that is named."""
+    tokenizer = load_tokenizer(tiny_experiment / "tokenizer" / "tokenizer.model")
+    documents = [path.read_text() for path in sorted(tiny_experiment.glob("corpus/1*.txt"))]
+    text = tmp_path / "content.jsonl"
+    text.write_text("".join(json.dumps({"content": document}) + "\n" for document in documents))
+    data = config.load(Experiment, tiny_experiment / "config.yaml", ["data.eos=false"]).data
+    store = tokens_of_text(Text(text, "content"), tokenizer, data, tmp_path)
+    tokens = store.read(0, len(store), ("tokens",))["tokens"]
+    assert (tokens == tokenizer.bos).sum() == len(documents)
+    assert not (tokens == tokenizer.eos).any()
+    evaluate(
+        runs["k4"], "--text", text, "--text-field", "content", "--windows", 1, "--output", tmp_path / "new" / "x.json"
+    )
+    found = json.loads((tmp_path / "new" / "x.json").read_text())
+    assert found["text"] == {"field": "content", "eos": True, "packing": "pack", "assumed": False}
+    assert "documents of the text end with eos, data.packing=pack: as the run's own data" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--text-field"):
+        evaluate(runs["k4"], "--text", text)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file" / "x.json", tmp_path):
+        with pytest.raises(UserError, match=r"Cannot write .*: name a file"):
+            evaluate(tmp_path / "no run at all", "--output", output)
+
+
+def test_a_checkpoint_that_training_removes_gives_way_to_the_newer_one(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(runs["k4"], tmp_path / "k4"))
+    [old] = (run / "calm" / "checkpoints").iterdir()
+    found: list[Path] = []
+
+    newer = old.with_name("step-3")
+    with distributed(ParallelConfig()) as topology:
+        from calm_core.evaluation import comparison
+
+        def find_and_lose(path: Path) -> Path:
+            """As the original; training then saves a newer checkpoint and removes the first one found."""
+            result = find_checkpoint(path)
+            if not found:
+                partial = Path(shutil.copytree(old, newer.with_name("step-3.partial")))
+                manifest = json.loads((old / "manifest.json").read_text())
+                finish(partial, newer, manifest["state"], manifest["files"])
+                shutil.rmtree(old)
+            found.append(result)
+            return result
+
+        monkeypatch.setattr(comparison, "find_checkpoint", find_and_lose)
+        settings = EvaluationConfig(windows=1, samples=4)
+        [result] = comparison.compare([run], None, 0, 0, settings, topology, tmp_path)
+    assert found[0] == old
+    assert (result["step"], result["checkpoint"]) == (3, str(newer))
+
+
+def test_the_papers_protocol_needs_its_context_or_a_name_of_its_own(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"blocks of 8,192 tokens, is more than the 64 .*--context 64 scores shorter"):
+        evaluate(runs["ar"], "--protocol", "paper")
+    output = tmp_path / "out.json"
+    evaluate(runs["ar"], runs["k4"], "--protocol", "paper", "--context", 64, "--windows", 3, "--output", output)
+    ar, calm = json.loads(output.read_text())
+    assert ar["paper"]["measure"] == calm["paper"]["measure"] == "brier_lm@paper/ctx64"
+    assert (ar["paper"]["places_per_window"], calm["paper"]["places_per_window"]) == (60, 15)
+    assert (ar["paper"]["rollout_chunks"], ar["paper"]["samples"]) == (4, 2)
+    assert capsys.readouterr().out.count("brier_lm@paper/ctx64") == 2
