@@ -72,6 +72,18 @@ def require_writable(folder: Path) -> None:
         raise UserError(f"Cannot write to {folder}: no permission to write to {existing}; name another folder.")
 
 
+def prepare_output(path: Path) -> None:
+    """Make the folder of a file that a long computation is to write, before it begins.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    require_writable(path.parent)
+    if path.is_dir():
+        raise UserError(f"Cannot write to {path}: it is a folder; name a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def remove_partial(folder: Path) -> None:
     """Remove the temporary files that killed processes left in `folder`; no other process may be writing there."""
     for path in folder.glob(f".*{PARTIAL}"):
@@ -165,20 +177,3 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
                 file.write(b"\n")
         file.write(json.dumps(record).encode() + b"\n")
     sync(path)
-
-
-def prepare_output(path: Path) -> None:
-    """Make sure before a long computation that its result can be written to `path`; the folders above it are made.
-
-    Raises:
-        UserError: if it cannot.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        probe = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"Cannot write {path} ({error.strerror}): name a file in a folder that is writable.") from error

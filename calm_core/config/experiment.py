@@ -11,9 +11,6 @@ from calm_core.config.schema import PathText, check, option
 from calm_core.config.training_config import TrainingConfig
 from calm_core.errors import UserError
 
-# Scored chunks begin at token offsets divisible by this, so that models of every K score the same positions.
-STRIDE = 8
-
 
 @dataclass(frozen=True)
 class SamplesConfig:

@@ -97,9 +97,9 @@ class BrierAccumulator:
     def result(self) -> ClusteredMean:
         """Means with their cluster-robust covariance.
 
-        The clusters are the documents; where there is only one, up to `BLOCKS` blocks of consecutive positions. A
-        residual of a cluster with the fraction a_c of the positions is divided by sqrt(1 - 2 a_c + sum a^2), which makes
-        the variance unbiased if clusters vary alike: for equal ones that is the factor C / (C - 1).
+        The clusters are the documents; where there is only one, up to `BLOCKS` blocks of consecutive positions. The
+        residual of a cluster with the fraction a of the positions is divided by sqrt(1 - 2 a + sum of all a^2), which
+        makes the variance unbiased if clusters vary alike: for equal ones that is the factor C / (C - 1).
         """
         filled = (self._counts > 0).any(1)
         documents, cluster = self._keys[filled, 0].unique(return_inverse=True)

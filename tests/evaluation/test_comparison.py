@@ -149,7 +149,7 @@ def test_a_text_is_tokenized_as_the_data_of_the_run(
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file" / "x.json", tmp_path):
-        with pytest.raises(UserError, match=r"Cannot write .*: name a file"):
+        with pytest.raises(UserError, match=r"Cannot write to .*; name a"):
             evaluate(tmp_path / "no run at all", "--output", output)
 
 
