@@ -112,8 +112,9 @@ class BrierAccumulator:
         total = counts.sum(0)
         mean = sums.sum(0) / total
         fraction = counts / total
-        # A single cluster leaves 0 / 0: no residual, which says nothing about how clusters differ.
-        residual = (sums - counts * mean) / total / (1 - 2 * fraction + fraction.square().sum(0)).clamp(min=0).sqrt()
+        free = 1 - 2 * fraction + fraction.square().sum(0)
+        # A cluster that has all positions leaves no residual, which says nothing about how clusters differ.
+        residual = ((sums - counts * mean) / total / free.sqrt()).where(free > 1e-12, torch.nan)
         return ClusteredMean(mean, residual.mT @ residual, int(total.max()), clusters, unit)
 
 

@@ -1,5 +1,6 @@
 """The scores of micro-batches put together: means over documents with their standard errors, by name."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,7 +50,7 @@ def summarize(parts: Iterable[ClusteredScores]) -> dict[str, Any]:
     for _, state in parts:
         total.merge(state)
     result = total.result()
-    errors = [error if result.clusters > 1 else None for error in result.standard_error.tolist()]
+    errors = [None if math.isnan(error) else error for error in result.standard_error.tolist()]
     named: dict[str, Any] = {}
     for name, mean, error in zip(names, result.mean.tolist(), errors, strict=True):
         named[name], named[f"{name}_error"] = mean, error
