@@ -32,10 +32,16 @@ def forward_only(
 ) -> list[Any]:
     """Run micro-batches without gradients.
 
+    A model that is whole on this rank needs no schedule, and no configuration of Megatron-core.
+
     Returns:
         On the last stage what the output functions return (called with `non_loss_data=True`), in order; else [].
     """
     with torch.no_grad():
+        if all(part.first and part.last for part in model_parts):
+            [model], remaining = model_parts, iter(micro_batches)
+            steps = (forward_step(remaining, model) for _ in micro_batches)
+            return [collect(output, non_loss_data=True) for output, collect in steps]
         how = {"forward_only": True, "collect_non_loss_data": True}
         return _run(model_parts, forward_step, micro_batches, shape, **how)
 
