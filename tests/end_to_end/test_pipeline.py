@@ -170,7 +170,7 @@ def test_the_evaluation_of_a_checkpoint_equals_that_in_training(run, script):
     code, shown = script("evaluate", run, "--windows", 16, "--samples", 8, "--micro-batch", 4, "--output", output)
     assert code == 0, shown
     result = json.loads(output.read_text())
-    assert result["measure"] == "brier_lm@ctx64/stride8"
+    assert result["measure"] == "brier_lm@ctx64/stride4"
     for name in ("brier_1", "collision_1", "unigram_brier_2", "loss", "loss_error", "scored_positions", "documents"):
         assert result[name] == pytest.approx(last[name], rel=1e-4), name
     assert result["bigram_brier_1"] > result["unigram_brier_1"]
