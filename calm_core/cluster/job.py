@@ -349,7 +349,7 @@ class Attempt:
     def _on_request(self) -> None:
         """Note that Slurm asks for the end, or which lost node makes it end the job."""
         lost = self.job.lost_nodes()
-        log(f"lost {', '.join(lost)}" if lost else "Slurm asks for the end: the ranks are told")
+        log(f"lost {', '.join(lost)}" if lost else "Slurm asks for the end: the ranks are signalled")
         self._note("lost" if lost else "asked", nodes=lost)
 
     def _note(self, event: str, **values: Any) -> None:

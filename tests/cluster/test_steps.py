@@ -20,7 +20,7 @@ def handlers() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("state", "code"), [("RUNNING", -signal.SIGUSR1), ("", -signal.SIGUSR1), ("CANCELLED", 0)])
-def test_ranks_are_told_unless_slurm_ends_the_job_itself(
+def test_ranks_are_signalled_unless_slurm_ends_the_job_itself(
     monkeypatch: pytest.MonkeyPatch, handlers: None, state: str, code: int
 ) -> None:
     def answer(*command: str, wait: float = 0) -> str:
@@ -29,10 +29,10 @@ def test_ranks_are_told_unless_slurm_ends_the_job_itself(
         return f"JobState={state} EndTime=Unknown"
 
     monkeypatch.setattr("calm_core.cluster.slurm._ask", answer)
-    steps, told = Steps(JOB, os.environ), []
+    steps, calls = Steps(JOB, os.environ), []
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert steps.run(["sleep", "1"], lambda: told.append(1), {}) == code
-    assert told == [1]
+    assert steps.run(["sleep", "1"], lambda: calls.append(1), {}) == code
+    assert calls == [1]
 
 
 def test_a_step_gets_what_the_launcher_exports_whatever_sbatch_exported() -> None:

@@ -91,7 +91,7 @@ class Cluster:
 
     def __init__(self, nodes: int, cpus: int = 8, kill_wait: int = 30) -> None:
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
-        self._root = Path(mkdtemp(prefix="calm-slurm-", dir="/tmp"))  # short: a socket lies in it
+        self._root = Path(mkdtemp(prefix="calm-slurm-", dir="/tmp"))  # short: the path of a socket in it is limited
         guard = [sys.executable, __file__, str(self._root)]
         self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)
         self.environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(self._root / "slurm.conf")}
@@ -262,7 +262,7 @@ _PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports in a row that nobody listens on, below those that the system hands out."""
+    """Consecutive free ports, below those that the system gives out by itself."""
     for first in random.sample(range(17000, 20000, 100), 30):  # at random: another cluster may be starting, too
         with suppress(OSError):
             for port in range(first, first + count):

@@ -98,7 +98,7 @@ def test_configuration_errors_are_not_retried(training: Training) -> None:
 
 
 @pytest.mark.usefixtures("slurm")
-def test_nothing_is_left_of_a_cluster_whose_user_is_killed(tmp_path: Path) -> None:
+def test_a_cluster_is_removed_when_its_user_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", OWNER, str(tmp_path)]
     with subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True) as owner:
         conf = owner.stdout.readline().strip()
@@ -120,7 +120,7 @@ def test_time_limit_then_preemption_then_cancelled_then_on_fewer_nodes_until_a_s
     training.freeze(beyond=5)
     minutes = int(training.cluster.job(training.job)["RunTime"].split(":")[1]) + 2
     training.cluster.run("scontrol", "update", f"JobId={training.job}", f"TimeLimit={minutes}")
-    training.wait_for("the ranks are told")
+    training.wait_for("the ranks are signalled")
     training.thaw()
     training.wait_for("requeued: Slurm needed the nodes")
     first = training.saved

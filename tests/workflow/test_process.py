@@ -87,7 +87,7 @@ def test_torchrun_ends_with_the_code_of_its_processes(tmp_path, code, expected):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_torchrun_that_is_told_to_end_tells_its_processes_and_says_so(tmp_path, number, code):
+def test_torchrun_passes_a_signal_on_and_ends_with_its_code(tmp_path, number, code):
     script, told = tmp_path / "script.py", tmp_path / "told"
     script.write_text(f"""
 import pathlib, signal, sys, time

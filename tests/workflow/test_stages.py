@@ -44,7 +44,7 @@ def test_trainings_and_they_alone_run_under_torchrun(experiment):
     assert distributed(1) == []
 
 
-def test_cores_are_shared_unless_the_user_has_said_otherwise(experiment, monkeypatch):
+def test_cores_are_divided_unless_the_user_sets_threads(experiment, monkeypatch):
     train = stages(replace(experiment, pipeline=PipelineConfig(processes=10_000)))[2]
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert train.environment == {"OMP_NUM_THREADS": "1"}
@@ -52,7 +52,7 @@ def test_cores_are_shared_unless_the_user_has_said_otherwise(experiment, monkeyp
     assert train.environment == {}
 
 
-def test_what_data_names_is_taken_as_it_is_once_it_is_there(experiment, tmp_path):
+def test_a_product_that_data_names_is_given_once_it_exists(experiment, tmp_path):
     tokenizer = tmp_path / "my.model"
     named = replace(experiment, data=DataConfig(tokenizer=str(tokenizer)))
     assert not any(stage.given for stage in stages(named))
