@@ -75,11 +75,11 @@ def run_process(command: Sequence[str], environment: Mapping[str, str], on_progr
 
 
 def _end_with_parent(parent: int) -> None:
-    """Have Linux send SIGTERM to this process when its parent ends, also if it has ended already."""
+    """Have Linux send SIGTERM to this process when its parent ends; end at once if the parent has ended already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGKILL)  # nothing has started yet; SIGTERM could meet a handler of the parent
 
 
 def _stop(process: subprocess.Popen) -> None:
