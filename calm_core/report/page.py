@@ -183,7 +183,7 @@ def _plotly(figure: Figure) -> dict[str, Any]:
         "yaxis": _axis(figure.y, [trace.y for trace in figure.traces]),
         "margin": {"l": 64, "r": 12, "t": 36, "b": 80},
         "showlegend": len(figure.traces) > 1,
-        "legend": {"orientation": "h", "y": -0.32 if len(figure.traces) <= 6 else -0.6},
+        "legend": {"orientation": "h", "y": -0.38 if len(figure.traces) <= 6 else -0.6},
     }
     return {"data": data, "layout": layout, "other_x": other_x, "smooth": smooth}
 

@@ -25,7 +25,7 @@ Point = dict[str, Any]
 
 @dataclass(frozen=True)
 class CorrelationConfig:
-    """Autoregressive models of several widths, scored on the way through their training."""
+    """Autoregressive models of several widths, scored repeatedly during training."""
 
     run: str = option("runs/brier_correlation", "folder of the experiment")
     widths: list[int] = option([32, 64, 128], "hidden sizes of the models; their feed-forward layers grow alike")
@@ -89,7 +89,7 @@ def points(config: CorrelationConfig) -> list[Point]:
 
 
 def correlations(points: Sequence[Point], name: str) -> dict[str, Any]:
-    """How a measure goes with the cross-entropy over the points that have it, and how many these are.
+    """Correlation of a measure with the cross-entropy over the points that have both, and their number.
 
     `pearson` is the paper's figure. Since BrierLM falls nearly exponentially in the cross-entropy, a straight line fits
     it over a narrow range of models alone: `pearson_of_log` and `spearman`, r of the ranks, hold over a wide one. None
@@ -109,7 +109,7 @@ def correlations(points: Sequence[Point], name: str) -> dict[str, Any]:
 
 
 def later_half(points: Sequence[Point]) -> list[Point]:
-    """Of each model the later half of its evaluations: models that have learned, as the paper's have."""
+    """The later half of each model's evaluations, since the paper's models are trained further than these begin."""
     models: dict[int, list[Point]] = {}
     for point in sorted(points, key=lambda point: point["step"]):
         models.setdefault(point["width"], []).append(point)
@@ -121,7 +121,7 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> float | None:
 
 
 def report(config: CorrelationConfig) -> str:
-    """Write RUN/correlation.json and RUN/correlation.png, and put the result in words."""
+    """Write RUN/correlation.json and RUN/correlation.png, and return the result as text."""
     found, run = points(config), Path(config.run)
     named = {name: correlations(found, name) for name in MEASURES}
     named["brier_lm, later half"] = correlations(later_half(found), "brier_lm")

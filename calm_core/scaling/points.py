@@ -127,10 +127,10 @@ def families(config: ScalingConfig) -> list[str]:
 
 
 def points(config: ScalingConfig) -> list[Point]:
-    """All models of a study, the cheap ones first.
+    """All models of a study, in order of their training FLOPs.
 
     Raises:
-        UserError: if the base cannot serve (a softmax head for CALM, other windows for every K, a layout that does not
+        UserError: if the base does not fit (a softmax head for CALM, windows that depend on K, a layout that cannot
             hold a model), or a budget is less than one step.
     """
     if config.base.head.kind == "softmax":
@@ -155,7 +155,7 @@ def shared_experiment(config: ScalingConfig) -> Experiment:
 
 
 def base_path(config: ScalingConfig) -> Path:
-    """The file of what all models share, from which the page of each run marks what differs."""
+    """The configuration that all models share; the page of each run marks what differs from it."""
     return (Path(config.run) / "base.yaml").absolute()
 
 
@@ -235,7 +235,7 @@ def _point(config: ScalingConfig, family: str, depth: int, seed: int) -> Point:
 
 
 def _windows_together(config: ScalingConfig, shape: ModelShape, name: str) -> int:
-    """The number of windows that a batch is a multiple of, for the ranks that train one model to share it evenly.
+    """The number of windows that a batch must be a multiple of, so that the ranks of a model divide it evenly.
 
     Raises:
         UserError: if they cannot hold the model.

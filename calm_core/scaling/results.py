@@ -1,4 +1,4 @@
-"""What the runs of a study measured: one row a model and budget, kept in one parquet file."""
+"""What the runs of a study measured: one row per model and budget, in one parquet file."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 
 def collect(config: ScalingConfig) -> list[Row]:
-    """A row for each model and budget that has been reached, from the evaluations in the runs' metrics.
+    """A row for each model and each budget it has reached, from the evaluations in the runs' metrics.
 
     flops are of training in the paper's accounting, without the autoencoder, whose FLOPs (spent once for all models of
     a K) are a column of their own. A measure that a model does not have is None.
@@ -57,9 +57,9 @@ def collect(config: ScalingConfig) -> list[Row]:
 
 
 def require_as_planned(config: ScalingConfig, chosen: Collection[Point]) -> None:
-    """Refuse what was trained by other settings, of these models and their autoencoders: it is none of this study.
+    """Refuse these models and their autoencoders if they were trained by other settings than the study's.
 
-    Learning rate, batch and the like do not keep a run from going on, so it would not refuse them itself.
+    A run resumes under another learning rate or batch, so it would not refuse these itself.
 
     Raises:
         UserError: naming the first model, its setting, and the mend.
@@ -95,7 +95,7 @@ def _require_comparable(rows: list[Row]) -> None:
         if row["measure"] != rows[0]["measure"]:
             raise UserError(
                 f"{row['model']} was scored as {row['measure']} and {rows[0]['model']} as {rows[0]['measure']}, which "
-                "do not compare: move the folder of the one that is unlike the others away and run again."
+                "do not compare: move the folder of the one that differs away and run again."
             )
 
 

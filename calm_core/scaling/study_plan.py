@@ -1,4 +1,4 @@
-"""What a study will train and what it will cost, before anything runs."""
+"""What a study will train and what it will cost."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ COLUMNS = ["model", "parameters", "N", "FLOPs/token", "decoding", "learning rate
 
 
 def plan_table(config: ScalingConfig) -> str:
-    """The models of the study, one a line, then the autoencoders, the sums, and what may spoil the results.
+    """The models of the study, one per line, then the autoencoders, the totals, and warnings.
 
     parameters: all of the model; N: without the tables of V rows; FLOPs/token: of training, with N head samples, in the
     paper's accounting; decoding: of inference, with the autoencoder's decoder; batch: tokens a step; hours: on the
@@ -48,11 +48,13 @@ def autoencoder_flops(config: ScalingConfig, k: int) -> float:
     """FLOPs that the training of one autoencoder executes."""
     training = family_experiment(config, k).autoencoder_training
     chunks = training.steps * training.global_batch * training.positions
-    return float(chunks * flops.autoencoder_training(autoencoder_shape(config, k)))  # no table takes such an integer
+    return float(
+        chunks * flops.autoencoder_training(autoencoder_shape(config, k))
+    )  # too large for an integer of a table
 
 
 def _warnings(config: ScalingConfig, planned: Sequence[Point]) -> list[str]:
-    """A line for each thing that may spoil the results, with the models that it befalls."""
+    """A line for each condition that distorts the results, with the models concerned."""
     warmup, epoch = config.base.training.schedule.warmup, _epoch(config)
     early = [point.name for point in planned if point.budget_steps[0] <= 2 * warmup]
     read = {point.name: point.tokens(point.steps) / epoch for point in planned if epoch}
@@ -72,7 +74,7 @@ def _warnings(config: ScalingConfig, planned: Sequence[Point]) -> list[str]:
 
 
 def _epoch(config: ScalingConfig) -> int:
-    """Tokens to train on; 0 where the token store is not there yet, or a blend takes its place."""
+    """Tokens to train on; 0 if the token store does not exist yet, or a blend replaces it."""
     store = shared_experiment(config).paths.tokens
     if config.base.data.blend or not (store / MANIFEST).exists():
         return 0

@@ -1,4 +1,4 @@
-"""The run of a study: what is shared first, then every model; each is an ordinary experiment in its own folder."""
+"""Runs a study: first what the models share, then every model, each an ordinary experiment in its own folder."""
 
 import sys
 from collections.abc import Collection, Iterable, Mapping
@@ -29,10 +29,11 @@ AT_ONCE = 4  # tasks of the array
 
 
 def prepare(config: ScalingConfig) -> int:
-    """Make what the models share: tokenizer, tokens, and the autoencoder and chunks of each K. Finished parts stay.
+    """Make what the models share: tokenizer, tokens, and the autoencoder and chunks of each K. Finished stages are
+    skipped.
 
-    Then every model is a configuration of its own, and RUN/models.txt lists them: what an array of jobs works on. One
-    K that fails is named at the end and stops no other.
+    Writes the configuration of every model, and their list, RUN/models.txt, for an array of jobs. A K that fails does
+    not stop the others and is named at the end.
 
     Returns:
         OK, FAILED if a K failed, STOPPED as soon as one was asked to stop; or the exit code of tokenizer and tokens.
@@ -48,10 +49,10 @@ def prepare(config: ScalingConfig) -> int:
 
 
 def run(config: ScalingConfig) -> int:
-    """Prepare and train the models one after another; or train the one that `config.task` names, prepared before.
+    """Prepare and train the models one after another; or train the one that `config.task` selects, already prepared.
 
-    Finished ones are skipped, half-done ones resume. One that fails is named at the end and stops no other; neither
-    does a K that cannot be prepared, whose models are left out and named.
+    Finished models are skipped, interrupted ones resume. A model that fails does not stop the others and is named at
+    the end; the models of a K that cannot be prepared are skipped and named.
 
     Returns:
         OK, FAILED if anything failed, STOPPED as soon as one was asked to stop; or the exit code of tokenizer and
@@ -79,7 +80,7 @@ def run(config: ScalingConfig) -> int:
 
 
 def array_command(config: ScalingConfig) -> str:
-    """How the listed models are trained by an array of jobs, each on the ranks that its batch is made for."""
+    """The sbatch command that trains the listed models as an array of jobs, each on the configured number of ranks."""
     ranks, here = config.base.pipeline.processes, Launcher.read(LAUNCHER)
     nodes, rest = divmod(ranks, here.tasks)
     size = [f"--ntasks-per-node={ranks}", f"--gpus-per-node={ranks}"] if rest else [f"--nodes={nodes}"]
@@ -101,7 +102,7 @@ def _prepare_families(config: ScalingConfig) -> dict[str, int]:
 
 
 def _write_list(config: ScalingConfig, unprepared: Collection[str]) -> None:
-    """A configuration a line; a model that cannot be trained yet is a comment, so that all lines keep their numbers."""
+    """One configuration per line; a model that cannot be trained yet is a comment, so that line numbers stay."""
     lines = []
     for point in points(config):
         of_point = experiment(config, point)
@@ -117,7 +118,7 @@ def _train(config: ScalingConfig, chosen: Iterable[Point]) -> dict[str, int]:
 
 
 def _each(parts: Mapping[str, Experiment], names: Collection[str]) -> dict[str, int]:
-    """Run the stages of these names of each part, until one is asked to stop; the exit codes of those that fail."""
+    """Run the named stages of each experiment until one is stopped on request; the exit codes of those that fail."""
     failed = {}
     for number, (name, part) in enumerate(parts.items(), 1):
         print(f"{name}: {number} of {len(parts)}", flush=True)
@@ -129,7 +130,7 @@ def _each(parts: Mapping[str, Experiment], names: Collection[str]) -> dict[str, 
 
 
 def _ending(failed: Mapping[str, int], left_out: Collection[str] = ()) -> int:
-    """Say what failed and what was left out; the exit code."""
+    """Print what failed and what was not trained; the exit code."""
     said = [f"{name} (exit code {code})" for name, code in failed.items() if code != ExitCode.STOPPED]
     if said:
         print(f"failed, run again to retry: {', '.join(said)}", file=sys.stderr)

@@ -84,7 +84,8 @@ def test_the_list_for_an_array_leaves_out_what_is_not_prepared(
         assert point.name in path + comment
         if path:
             assert configuration.load(Experiment, Path(path), []) == experiment(study, point)
-    assert configuration.load(Experiment, Path(study.run) / "base.yaml", []) == study.base
+    base = replace(study.base, run=str(Path(study.base.run).absolute()))
+    assert configuration.load(Experiment, Path(study.run) / "base.yaml", []) == base
     assert "for an array of jobs: sbatch --array=1-12%4" in capsys.readouterr().out
 
 
