@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint: safetensors files that hold boxes of global tensors, and an index of the boxes.
+"""The tensors of a checkpoint: safetensors files with boxes of global tensors, and an index of the boxes.
 
-Any number of files, one for each rank that wrote; `index.json` says which box of which tensor is in which file. Reading
-takes any box of any tensor from the boxes that there are, so the layout that reads need not be the one that wrote.
+There is one file for each rank that wrote; `index.json` says which box of which tensor is in which file. On reading,
+any box of any tensor is assembled from them, so the layout that reads need not be the one that wrote.
 Nothing is unpickled.
 """
 

@@ -1,4 +1,4 @@
-"""What ranks agree on: small tensors reduced, and actions that succeed or fail on all of them alike."""
+"""Collective operations: metrics averaged over ranks, and actions that succeed or fail on all ranks together."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from calm_core.errors import UserError
 def average_metrics(micro_batches: Sequence[Mapping[str, Tensor]], topology: Topology) -> dict[str, float]:
     """Per-micro-batch scalars of the last stage -> their mean over the whole batch, on every rank.
 
-    Sequence-parallel ranks hold parts of a sum (their own positions' share), data-parallel ranks hold means.
+    Sequence-parallel ranks hold the sums over their own positions, data-parallel ranks hold means.
     """
     from megatron.core import parallel_state  # takes seconds, which a dry run does not need
 

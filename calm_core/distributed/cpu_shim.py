@@ -1,8 +1,8 @@
-"""What Megatron-core 0.16.1 and DeepSpeed 0.19.8 take from CUDA without asking, replaced where there is no CUDA.
+"""Replacements on the CPU for the parts of CUDA that Megatron-core 0.16.1 and DeepSpeed 0.19.8 use unconditionally.
 
 Megatron-core names `torch.cuda` inside modules that otherwise run on any device. On a machine without CUDA those
-modules, and only those, see a `torch` whose factory functions put "cuda" tensors on the CPU and whose `cuda` module
-answers the few calls on our path. The global `torch` is untouched. With CUDA nothing here does anything.
+modules, and only those, get a `torch` whose factory functions create "cuda" tensors on the CPU and whose `cuda` module
+implements the few calls on our path. The global `torch` is unchanged. With CUDA this module does nothing.
 """
 
 import collections
@@ -63,7 +63,7 @@ def _on_host(factory: Callable) -> Callable:
 
 
 def install() -> None:
-    """Put the stand-ins in place, once per process; does nothing where CUDA is available."""
+    """Install the replacements, once per process; does nothing if CUDA is available."""
     if torch.cuda.is_available():
         return
     _replace_torch([importlib.import_module(name) for name in MODULES])
@@ -78,7 +78,7 @@ def _replace_torch(modules: list[ModuleType]) -> None:
 
 
 def _replace_random_states() -> None:
-    """Recomputation saves and restores "CUDA" generator states: give it the host's."""
+    """Recomputation saves and restores CUDA generator states: use those of the CPU."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
 
     class HostStates(random.CudaRNGStatesTracker):
@@ -104,5 +104,5 @@ def _replace_random_states() -> None:
 
 
 def _keep_deepspeed_from_compiling() -> None:
-    """With a compiler at hand it spends over a minute on a shared-memory all-reduce that serves inference only."""
+    """If it finds a compiler it builds, for over a minute, a shared-memory all-reduce that only inference uses."""
     importlib.import_module("deepspeed.ops").__compatible_ops__ = collections.defaultdict(bool)

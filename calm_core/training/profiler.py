@@ -1,4 +1,4 @@
-"""A profile of some training steps, on demand: a Chrome trace and a table of the heaviest operators for every rank."""
+"""A profile of configured training steps: a Chrome trace and a table of the slowest operators for every rank."""
 
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +12,7 @@ ROWS = 30  # operators in the table
 
 
 class StepProfiler:
-    """Profiles the steps that the configuration names, or those of them that are left; otherwise it costs nothing.
+    """Profiles the steps that the configuration names, as far as they are not done yet.
 
     Each rank writes `rank-R.json.gz`, which chrome://tracing and Perfetto open, and `rank-R.txt` into the folder.
     """
@@ -20,14 +20,14 @@ class StepProfiler:
     def __init__(self, config: ProfileConfig, folder: Path, topology: Topology, done: int) -> None:
         self._first, self._last = config.steps or (0, 0)
         self._folder, self._topology = folder, topology
-        self._done = done  # steps, when the run starts or goes on
+        self._done = done  # steps done when the run starts or resumes
         self._profile: profile | None = None
         self._profiled: list[int] = []
 
     def __enter__(self) -> "StepProfiler":
         if 0 < self._last <= self._done:
             steps = f"profile.steps=[{self._first}, {self._last}]"
-            self._topology.say(f"{steps}: nothing is profiled, the run goes on after step {self._done}")
+            self._topology.say(f"{steps}: nothing is profiled, the run resumes after step {self._done}")
         return self
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""A run that hangs ends: every rank writes down where it stands, and leaves with an exit code that asks for a retry."""
+"""Ends a run that hangs: every rank writes its stacks, and exits with a code that asks for a retry."""
 
 import faulthandler
 import math
@@ -15,8 +15,8 @@ from typing import NoReturn
 
 from calm_core.errors import ExitCode
 
-# Between the stacks and the exit: the first rank to leave breaks the connections that others hang in, and they want to
-# write their stacks first.
+# Seconds between the stacks and the exit: the first rank to exit breaks the connections that others hang in, and these
+# must write their stacks first.
 GRACE = 5.0
 
 _TICK = 1.0
@@ -27,16 +27,15 @@ _TITLE = re.compile(r"(\S+) (rank \d+, process \d+: nothing came after .*)")
 class Watchdog:
     """Ends this process when `alive` has not been called for too long.
 
-    Every rank has one, so every rank of a hung collective writes its stacks, and a rank that cannot (stopped, or its
-    machine gone) is missed by the others. The stacks of all threads go to stderr and to `stacks-rank-R.txt`.
+    Every rank has one, so every rank of a hung collective writes its stacks; if one cannot (stopped, or its machine
+    lost), the others still end. The stacks of all threads go to stderr and to `stacks-rank-R.txt`.
 
-    A thread of Python watches. Where a library call hangs without letting other threads run, the same stacks come from
-    a timer below Python after twice the time, on stderr alone and with exit code 1.
+    A Python thread watches. If a library call hangs without releasing the interpreter lock, faulthandler's timer writes
+    the same stacks after twice the time, to stderr only and with exit code 1.
 
     Args:
-        first_minutes: allowed before the first `alive`, for what a start or a resume does once: reading a checkpoint,
-            first batches, compilation.
-        minutes: allowed from one `alive` to the next; 0 watches nothing.
+        first_minutes: allowed before the first `alive`; a start reads a checkpoint and first batches, and compiles.
+        minutes: allowed from one `alive` to the next; 0 turns the watchdog off.
         rank: of this process.
         logs: folder of the stacks, made when there are any.
     """
@@ -61,7 +60,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def alive(self, done: str) -> None:
-        """Begin to count anew: `done` is done."""
+        """Restart the timer, because `done` has happened."""
         self._expect(done, self._minutes)
 
     def _expect(self, done: str, minutes: float) -> None:
@@ -89,19 +88,19 @@ class Watchdog:
                 faulthandler.dump_traceback(file)
             time.sleep(GRACE)
         finally:
-            os._exit(ExitCode.WATCHDOG)  # nothing gentler: whatever hangs would hang the way out too
+            os._exit(ExitCode.WATCHDOG)  # a clean exit would hang as well
 
 
 def stacks(logs: Path) -> list[Path]:
-    """The files that the watchdogs of a run have left."""
+    """The files that the watchdogs of a run have written."""
     return sorted(logs.glob("stacks-rank-*.txt"))
 
 
 def hangs(logs: Path) -> list[tuple[float, str]]:
-    """When a run hung, in seconds since 1970, and what the first rank said that a watchdog ended; oldest first.
+    """The time of each hang of a run, in seconds since 1970, and the title written by its first rank; oldest first.
 
-    The ranks of one hang write their stacks within the time that the first leaves the others to do so.
+    The ranks of one hang write their stacks within a few seconds of each other.
     """
     found = (_TITLE.fullmatch(line) for path in stacks(logs) for line in path.read_text().splitlines())
-    said = sorted((datetime.fromisoformat(title[1]).timestamp(), title[2]) for title in found if title)
-    return [this for before, this in pairwise([(-math.inf, ""), *said]) if this[0] - before[0] > 2 * GRACE]
+    titles = sorted((datetime.fromisoformat(title[1]).timestamp(), title[2]) for title in found if title)
+    return [this for before, this in pairwise([(-math.inf, ""), *titles]) if this[0] - before[0] > 2 * GRACE]

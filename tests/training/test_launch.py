@@ -139,7 +139,7 @@ def test_a_profile_changes_no_number(tiny: Path) -> None:
 def test_a_resume_profiles_the_steps_that_are_left(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_calm(experiment(tiny, "training.steps=2")) == ExitCode.OK
     assert run_calm(experiment(tiny, "training.steps=3", "profile.steps=[1,2]")) == ExitCode.OK
-    assert "profile.steps=[1, 2]: nothing is profiled, the run goes on after step 2" in capsys.readouterr().out
+    assert "profile.steps=[1, 2]: nothing is profiled, the run resumes after step 2" in capsys.readouterr().out
     assert not (tiny / "calm" / "profile").exists()
     assert run_calm(experiment(tiny, "training.steps=5", "profile.steps=[2,4]")) == ExitCode.OK
     assert "profile of steps 4 to 4: " in capsys.readouterr().out
