@@ -28,7 +28,7 @@ autoencoder_training: &training
   wandb: disabled
 model: {layers: 2, hidden: 32, ffn: 64, heads: 2}
 head: {noise: 8, samples: 4, target_samples: 8}
-training: {<<: *training, eval_every: 2}
+training: {<<: *training, eval_every: 2, positions: 96}
 evaluation: {windows: 16, samples: 4, micro_batch: 2}
 pipeline: {processes: 1, least_rebuilt: 0.0}
 samples: {prompts: [The people], max_tokens: 8}
@@ -80,7 +80,7 @@ def test_one_text_file_is_enough(outputs: list[str], run: Path) -> None:
 
 
 def test_an_autoregressive_model_scores_the_same_tokens(run: Path, folder: Path) -> None:
-    ar = ["head.kind=softmax", "training.positions=64", f"data.tokens={run / 'tokens'}", f"run={folder / 'ar'}"]
+    ar = ["head.kind=softmax", "training.positions=384", f"data.tokens={run / 'tokens'}", f"run={folder / 'ar'}"]
     ar.append(f"data.tokenizer={run / 'tokenizer' / 'tokenizer.model'}")
     script("pretrain/train_calm.py", folder / "config.yaml", *ar)
     script("pretrain/evaluate.py", folder / "ar", "--output", folder / "ar.json")
