@@ -129,3 +129,10 @@ def test_a_corpus_of_one_document_is_told_how_it_is_split(experiment, capsys):
     for name in ("train_tokenizer", "tokenize_corpus"):
         assert run(name, experiment) == 0
     assert "held out: the last 25.0% of every document, with a gap before it" in capsys.readouterr().out
+
+
+def test_a_user_error_is_printed_on_every_rank_of_a_pod(experiment, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert run("tokenize_corpus", experiment, "data.tokenizer=nowhere.model") == 2
+    assert "nowhere.model" in capsys.readouterr().err
