@@ -11,7 +11,8 @@ from calm_core.config.experiment import Experiment
 from calm_core.errors import UserError
 from calm_core.io import write_json
 from calm_core.manifest import MANIFEST, format_version
-from calm_core.plan.dry_run import plan_autoencoder, plan_calm, vocabulary
+from calm_core.plan.dry_run import model_shape, plan_autoencoder, plan_calm, vocabulary
+from calm_core.plan.flops import executed_training
 
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 OURS = "our choice"
@@ -53,6 +54,15 @@ def test_a_plan_needs_to_know_the_vocabulary(tmp_path: Path) -> None:
     manifest = {"kind": "tokens", "format_version": format_version("tokens"), "vocab_size": 77}
     write_json(tmp_path / "tokens" / MANIFEST, manifest)
     assert vocabulary(experiment) == 77
+
+
+def test_the_model_with_a_token_loss_is_the_papers_but_for_it() -> None:
+    ours, paper = load("calm_m_token_loss"), load("calm_m")
+    changed = config.differences(asdict(paper), asdict(ours))
+    assert {key for key, *_ in changed if not key.startswith("training.token_loss.")} == {"run"}
+    assert all(load(name).token_loss is None for name in ("calm_m", "calm_l", "calm_xl"))
+    with_it, without = (executed_training(model_shape(each), each.training.positions) for each in (ours, paper))
+    assert 1.0 < with_it / without <= 1.08
 
 
 @pytest.mark.parametrize("name", ["ar_s", "ar_m", "ar_l", "calm_m", "calm_l", "calm_xl"])

@@ -12,6 +12,9 @@ from calm_core.model.noise import Noise
 
 CHUNKS_AT_ONCE = 4096  # chunks decoded at a time, to bound the memory of their hidden states
 
+# Of the initial embedding beside matrices of 1 / sqrt(inputs). The embedding is also the output layer: it must tell
+# tokens apart to the encoder without making the first logits large.
+EMBEDDING_STD = 0.2
 DROPPED_TOKEN = 0  # the id that replaces a dropped token; `pad` in tokenizers trained here
 
 
@@ -55,10 +58,12 @@ class Autoencoder(nn.Module):
         self.decoder_token_block = SwigluBlock(*shape)
         self.decoder_norm = nn.RMSNorm(hidden, eps=config.norm_eps)
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=config.init_std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=config.init_std or module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=config.init_std or EMBEDDING_STD)
 
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens `[..., K]` -> posterior mean and log standard deviation, `[..., l]` each."""

@@ -54,13 +54,15 @@ def load(checkpoint: Checkpoint, engine: Engine) -> None:
     engine.optimizer.set_update_count(checkpoint.state["updates"])
 
 
-def load_weights(checkpoint: Checkpoint, model_parts: Sequence[MegatronModule], only: str = "") -> list[str]:
+def load_weights(
+    checkpoint: Checkpoint, model_parts: Sequence[MegatronModule], only: tuple[str, ...] = ("",)
+) -> list[str]:
     """Load the weights alone into model parts, in their own precision; the names of what was loaded. Collective.
 
     Args:
         checkpoint: the checkpoint to read.
         model_parts: parts of the model, before an engine is made of them.
-        only: load only the parameters whose global names begin with this.
+        only: load only the parameters whose global names begin with one of these.
 
     Raises:
         DamagedError: if a file is not as it was written; nothing is loaded.
@@ -96,7 +98,7 @@ def full_weights(engine: Engine) -> dict[str, Tensor]:
 Wanted = Sequence[tuple[str, tuple[int, ...]]]  # names and shapes of global tensors
 
 
-def _weights_of(model_parts: Sequence[MegatronModule], only: str = "") -> Wanted:
+def _weights_of(model_parts: Sequence[MegatronModule], only: tuple[str, ...] = ("",)) -> Wanted:
     """The weights that these model parts consist of."""
     return [
         (f"{WEIGHT}/{piece.name}", tuple(global_shape(piece, piece.of(parameter))))

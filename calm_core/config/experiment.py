@@ -5,7 +5,7 @@ from pathlib import Path
 
 from calm_core.config.data_config import DataConfig, TokenizerConfig
 from calm_core.config.generation_config import GenerationOptions
-from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig
+from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig, TokenLossConfig
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.config.schema import PathText, check, option
 from calm_core.config.training_config import TrainingConfig
@@ -169,6 +169,14 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.samples.require_head(self.head)
+        if self.autoencoder_training.token_loss.weight:
+            raise UserError("autoencoder_training.token_loss.weight has no effect on the autoencoder: set it to 0.")
+
+    @property
+    def token_loss(self) -> TokenLossConfig | None:
+        """The side loss of the CALM network, if it has one."""
+        side = self.training.token_loss
+        return None if self.head.reads_tokens or not side.weight else side
 
     @property
     def paths(self) -> Paths:

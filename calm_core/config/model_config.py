@@ -1,6 +1,7 @@
 """The shapes of the models: autoencoder, backbone and generative head."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from calm_core.config.schema import check, option
 from calm_core.errors import UserError
@@ -28,7 +29,12 @@ class AutoencoderConfig:
         below=1,
     )
     norm_eps: float = option(1e-6, "epsilon of every norm", belongs_to="weights", at_least=0)
-    init_std: float = option(0.02, "standard deviation of the initial weights", belongs_to="training", at_least=0)
+    init_std: float = option(
+        0.02,
+        "standard deviation of the initial weights; 0 means 1 / sqrt(inputs) of each matrix, which learns faster",
+        belongs_to="training",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
         check(self, "autoencoder")
@@ -165,6 +171,41 @@ class HeadConfig:
 
 
 @dataclass(frozen=True)
+class TokenLossConfig:
+    """The token side loss: a training aid beyond the paper (see `calm_core.model.token_loss`). Off by default.
+
+    It applies to heads that predict vectors; the softmax head learns tokens in any case.
+    """
+
+    weight: float = option(
+        0.0,
+        "weight of the tokens' cross-entropy beside the head's loss; 0 is off, as in the paper",
+        belongs_to="training",
+        at_least=0,
+    )
+    rank: int = option(
+        64,
+        "features per token from which the output layer, shared by the K tokens, predicts; 0: full rank",
+        belongs_to="weights",
+        at_least=0,
+    )
+    tokens: Literal["all", "first", "random"] = option(
+        "all", "tokens of a chunk that a position learns to predict", belongs_to="weights"
+    )
+    every: int = option(
+        1, "one position in so many learns; divides training.positions", belongs_to="training", at_least=1
+    )
+    until: float = option(
+        1.0, "fraction of the steps after which the head's loss is alone", belongs_to="training", above=0, at_most=1
+    )
+
+    def __post_init__(self) -> None:
+        check(self, "token_loss")
+        if self.tokens == "random" and not self.rank:
+            raise UserError("token_loss.tokens=random needs token_loss.rank above 0: set a rank, or learn all tokens.")
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """All that fixes the parameters of a model.
 
@@ -174,6 +215,7 @@ class ModelShape:
         vocabulary: V, tokens of the vocabulary.
         k: K, tokens per chunk.
         latent: l, dimensions of the autoencoder's latent; 0 for the softmax head.
+        token_loss: the side loss of a model in training, if it has one.
     """
 
     backbone: BackboneConfig
@@ -181,6 +223,7 @@ class ModelShape:
     vocabulary: int
     k: int
     latent: int
+    token_loss: TokenLossConfig | None = None
 
 
 def padded_vocabulary(vocab_size: int) -> int:

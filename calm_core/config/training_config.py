@@ -4,6 +4,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
+from calm_core.config.model_config import TokenLossConfig
 from calm_core.config.schema import PathText, check, option
 from calm_core.errors import UserError
 
@@ -107,6 +108,7 @@ class TrainingConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    token_loss: TokenLossConfig = field(default_factory=TokenLossConfig)
     deterministic: bool = option(
         False,
         "bitwise the same run each time on a GPU too, more slowly; a CPU with as many threads always does so",

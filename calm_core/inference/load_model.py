@@ -97,9 +97,9 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def model_shape_of(model: dict[str, Any]) -> ModelShape:
-    """The shape that a checkpoint's identity has as plain values."""
+    """The shape that a checkpoint's identity has as plain values, without what only training needs."""
     backbone, head = BackboneConfig(**model["backbone"]), HeadConfig(**model["head"])
-    return ModelShape(**{**model, "backbone": backbone, "head": head})
+    return ModelShape(**{**model, "backbone": backbone, "head": head, "token_loss": None})
 
 
 def paths_of(checkpoint: Checkpoint) -> Paths:

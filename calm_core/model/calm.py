@@ -11,6 +11,7 @@ from calm_core.model.heads.protocol import HeadLoss, Target
 from calm_core.model.heads.registry import head_module
 from calm_core.model.noise import Noise
 from calm_core.model.single_rank import SingleRank, SingleRankBackbone
+from calm_core.model.token_loss import TokenLoss
 
 if TYPE_CHECKING:
     from megatron.core.enums import ModelType
@@ -49,6 +50,7 @@ class CalmModel(nn.Module):
             self.backbone = Backbone(config, shape.backbone.rope_base, first=first, last=last, vp_stage=vp_stage)
         if last:
             self.head = head_module(shape.head.kind).build(config, shape)
+            self.token_loss = TokenLoss(config, shape) if shape.token_loss else None
 
     @property
     def model_type(self) -> "ModelType":
@@ -65,7 +67,21 @@ class CalmModel(nn.Module):
         """Hidden states `[S, B, d]` of this part for the chunks `tokens` `[B, S, K]`, which the first part reads."""
         return self.backbone(self.compression(tokens) if self.first else None, cache)
 
-    def forward(self, tokens: Tensor | None, target: Target | None, noise: Noise) -> Tensor | HeadLoss:
-        """The head's loss against `target` on the last part, the hidden states for the next part on any other."""
+    def forward(
+        self, tokens: Tensor | None, target: Target | None, noise: Noise, side: bool = True
+    ) -> Tensor | HeadLoss:
+        """The losses against `target` on the last part, the hidden states for the next part on any other.
+
+        Without `side` a model leaves out its token loss, whose weights have zero gradients then.
+        """
         hidden = self.hidden(tokens)
-        return self.head.loss(hidden, target, noise) if self.last else hidden
+        if not self.last:
+            return hidden
+        loss = self.head.loss(hidden, target, noise)
+        if self.token_loss is None:
+            return loss
+        if not side:
+            zero = sum(parameter.sum() for parameter in self.token_loss.parameters()) * 0.0
+            return loss._replace(side=zero.float().expand_as(loss.loss))
+        nats = self.token_loss(hidden, target.tokens, noise)
+        return HeadLoss(loss.loss, {**loss.terms, "token_loss": nats.detach()}, self.shape.token_loss.weight * nats)

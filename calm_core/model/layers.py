@@ -10,6 +10,7 @@ gradient from its own positions alone, and the engine sums the gradients of mark
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -126,6 +127,19 @@ def split_positions(x: Tensor, config: "TransformerConfig | SingleRank") -> Tens
     from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
     return scatter_to_sequence_parallel_region(x)
+
+
+def vocabulary_logits(
+    matrix: nn.Module, x: Tensor, vocabulary: int, config: "TransformerConfig | SingleRank"
+) -> Tensor:
+    """This rank's part of the logits of all positions, float32 `[S, B, V / TP]`; -inf for rows that pad the vocabulary.
+
+    `matrix` is a `column` with a row per token, `x` `[S', B, width]` its input at this rank's own positions.
+    """
+    logits, _ = matrix(x)
+    first = tensor_group(config)[1] * logits.shape[-1]
+    padding = torch.arange(first, first + logits.shape[-1], device=logits.device) >= vocabulary
+    return logits.float().masked_fill(padding, -torch.inf)
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor, config: "TransformerConfig | SingleRank") -> Tensor:

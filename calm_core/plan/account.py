@@ -6,6 +6,7 @@ from calm_core.config.experiment import PlanConfig
 from calm_core.config.model_config import ModelShape
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.config.training_config import TrainingConfig
+from calm_core.model import token_loss
 from calm_core.model.costs import FLOAT32, Load, Weights
 from calm_core.model.heads.registry import head_module
 from calm_core.plan import flops
@@ -25,7 +26,8 @@ def tensor_parallel_traffic(shape: ModelShape, load: Load) -> list[int]:
     if load.layout.recompute == "full":  # the second forward pass sums the outputs again
         layers = [each + Weights(summed_outputs=each.summed_outputs) for each in layers]
     head = head_module(shape.head.kind).costs(shape).training_weights
-    return [_sent(load, unit) for unit in (entrance, *layers, head)]
+    side = _sent(load, token_loss.applied(shape)) // shape.token_loss.every if shape.token_loss else 0
+    return [*(_sent(load, unit) for unit in (entrance, *layers)), _sent(load, head) + side]
 
 
 def data_parallel_traffic(parameters: int, data_size: int, width: int) -> tuple[int, int]:

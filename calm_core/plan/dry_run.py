@@ -43,7 +43,7 @@ def model_shape(experiment: Experiment) -> ModelShape:
     """The shape that the experiment describes; a real run reads vocabulary and latent from its stores."""
     head = experiment.head
     k, latent = (1, 0) if head.reads_tokens else (experiment.data.k, experiment.autoencoder.latent)
-    return ModelShape(experiment.model, head, vocabulary(experiment), k, latent)
+    return ModelShape(experiment.model, head, vocabulary(experiment), k, latent, experiment.token_loss)
 
 
 def vocabulary(experiment: Experiment) -> int:

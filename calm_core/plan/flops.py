@@ -9,6 +9,7 @@ Two accountings are kept apart:
 from dataclasses import dataclass
 
 from calm_core.config.model_config import ModelShape
+from calm_core.model import token_loss
 from calm_core.model.costs import Weights, column, layer_norm, linear, rms_norm, row, table
 from calm_core.model.heads.registry import head_module
 
@@ -74,10 +75,11 @@ def head(shape: ModelShape) -> Weights:
 def unit_weights(shape: ModelShape) -> list[Weights]:
     """The weights of every unit of the model, in the order of the pipeline.
 
-    The units are the embedding with the compression, each layer, and the final norm with the head.
+    The units are the embedding with the compression, each layer, and the final norm with the head and its side loss.
     """
     layers = [layer(shape)] * shape.backbone.layers
-    return [embedding(shape) + compression(shape), *layers, final_norm(shape) + head(shape)]
+    last = final_norm(shape) + head(shape) + token_loss.weights(shape)
+    return [embedding(shape) + compression(shape), *layers, last]
 
 
 def parameters(shape: ModelShape) -> dict[str, int]:
@@ -97,9 +99,9 @@ def unit_costs(shape: ModelShape, positions: int) -> list[UnitCost]:
 
     Attention counts its causal half, S (S + 1) / 2 pairs: the rest need not be computed. Its backward counts two
     products for each, the recomputation inside the kernel none. A head counts what depends on the hidden state alone
-    once per position, the rest once per draw, and the matrix products of its loss.
+    once per position, the rest once per draw, and the matrix products of its loss; a token side loss adds to training.
     """
-    entrance, *layers, _ = unit_weights(shape)
+    entrance, *layers, last = unit_weights(shape)
     attention = 2 * shape.backbone.hidden * positions * (positions + 1)
     costs = head_module(shape.head.kind).costs(shape)
     used = costs.training_weights
@@ -116,9 +118,9 @@ def unit_costs(shape: ModelShape, positions: int) -> list[UnitCost]:
         ),
         UnitCost(
             "head",
-            (final_norm(shape) + costs.weights).parameters,
+            last.parameters,
             positions * (used.forward + costs.loss_forward),
-            positions * (used.training + costs.loss_training),
+            positions * (used.training + costs.loss_training) + token_loss.training_flops(shape, positions),
         ),
     ]
 

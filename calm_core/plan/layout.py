@@ -95,6 +95,13 @@ def check_layout(shape: ModelShape, positions: int, layout: ParallelConfig) -> N
             f"parallel.tensor={tensor} does not divide {VOCABULARY_MULTIPLE}, of which every vocabulary is padded to a "
             "multiple: choose a power of two."
         )
+    side = shape.token_loss
+    own = positions // tensor if layout.sequence else positions
+    if side and own % side.every:
+        raise UserError(
+            f"training.token_loss.every={side.every} does not divide the {own} positions of a sample on each rank "
+            "(training.positions, over parallel.tensor where parallel.sequence=true): choose a divisor."
+        )
     group = head_module(shape.head.kind).costs(shape).shared_positions
     if layout.sequence and positions % (tensor * group):
         raise UserError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from calm_core.config.model_config import ModelShape, padded_vocabulary
 from calm_core.config.parallel_config import ParallelConfig
+from calm_core.model import token_loss
 from calm_core.model.costs import FLOAT32, TOKEN, Activations, Load
 from calm_core.model.heads.registry import head_module
 from calm_core.plan import flops
@@ -67,7 +68,11 @@ def rank_parameters(shape: ModelShape, tensor: int) -> list[int]:
 def activations(shape: ModelShape, load: Load) -> list[Activations]:
     """Activations of each unit of `flops.unit_weights`."""
     head = head_module(shape.head.kind).activations(shape, load)
-    return [_entrance(shape, load), *[_layer(shape, load)] * shape.backbone.layers, head]
+    side = token_loss.activations(shape, load)
+    last = Activations(
+        head.kept + side.kept, max(head.forward, side.forward), max(head.backward, side.backward), head.gathered
+    )
+    return [_entrance(shape, load), *[_layer(shape, load)] * shape.backbone.layers, last]
 
 
 def peak(shape: ModelShape, load: Load, split: Sequence[int], stage: int, micro_batches: int) -> int:

@@ -1,10 +1,12 @@
 """An account as text."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from calm_core.config.experiment import PlanConfig
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.config.training_config import TrainingConfig
+from calm_core.model import token_loss
 from calm_core.plan import flops
 from calm_core.plan.account import Account, PipelineStage
 
@@ -35,6 +37,7 @@ def render(
             f"{executed * all_tokens:.3g} the run",
             f"FLOPs by the paper's accounting: {paper:.3g} a token, {paper * tokens:.3g} a step, "
             f"{paper * all_tokens:.3g} the run",
+            *_side_loss(account, training),
             f"time: {duration(account.days)} at {plan.mfu:.0%} of {plan.peak_tflops:g} TFLOP/s a device (plan.mfu, "
             f"plan.peak_tflops){_bubble(account)}",
             "",
@@ -46,6 +49,20 @@ def render(
             *_columns(_message_rows(account)),
         ]
     )
+
+
+def _side_loss(account: Account, training: TrainingConfig) -> list[str]:
+    """What the token side loss is and costs, where there is one."""
+    shape = account.shape
+    if shape.token_loss is None:
+        return []
+    whole = flops.executed_training(shape, training.positions)
+    without = flops.executed_training(replace(shape, token_loss=None), training.positions)
+    size = token_loss.weights(shape).parameters
+    return [
+        f"token side loss: {token_loss.describe(shape)}; {size / 1e6:.1f}M parameters for training alone, "
+        f"{whole / without - 1:+.1%} FLOPs executed"
+    ]
 
 
 def duration(days: float) -> str:

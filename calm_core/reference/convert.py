@@ -30,6 +30,7 @@ from calm_core.manifest import MANIFEST, read_manifest
 from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
 from calm_core.model.parameters import named_parameters, pieces
+from calm_core.model.token_loss import NAME as TOKEN_LOSS
 from calm_core.reference.config_json import (
     AutoencoderSize,
     autoencoder_size,
@@ -138,7 +139,8 @@ def _export_calm(checkpoint: Checkpoint, target: Path) -> None:
     shape = model_shape_of(identity["model"])
     if shape.head.reads_tokens:
         raise UserError(f"{checkpoint.path} has a softmax head: the reference has no such network.")
-    first = calm_to_theirs(read_weights(checkpoint), shape)
+    weights = {name: tensor for name, tensor in read_weights(checkpoint).items() if not name.startswith(TOKEN_LOSS)}
+    first = calm_to_theirs(weights, shape)
     wanted_hash = checkpoint.state.get(FORM, {}).get("autoencoder")
     if wanted_hash or (FORM not in checkpoint.state and (paths.autoencoder / MANIFEST).exists()):
         autoencoder = load_autoencoder(paths.autoencoder)

@@ -92,14 +92,17 @@ class AutoencoderTask:
         torch.manual_seed(stream_seed(self.seed, "initial/autoencoder", 0))
         return [AutoencoderModule(self.config, self.vocab_size, self.k).to(self._device, dtype)]
 
-    def shared_with(self, model: dict[str, Any]) -> str:
+    def shared_with(self, model: dict[str, Any]) -> tuple[str, ...]:
         """All weights of an autoencoder of this shape."""
         for key, theirs, ours in differences(model, self.identity["model"]):
             if decides(AutoencoderConfig, key, "weights"):
                 raise UserError(
                     f"training.init_from: {key} is {theirs} in that checkpoint and {ours} here; set it as it is there."
                 )
-        return ""
+        return ("",)
+
+    def begin(self, done: float) -> None:
+        """Nothing changes in the course of a run."""
 
     def load(self, samples: np.ndarray) -> TokenBatch:
         """The chunks of the windows of these samples."""

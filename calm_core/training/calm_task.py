@@ -13,7 +13,7 @@ from torch import Tensor
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.config import decides, differences
 from calm_core.config.experiment import EvaluationConfig, SamplesConfig
-from calm_core.config.model_config import ModelShape
+from calm_core.config.model_config import ModelShape, TokenLossConfig
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.data.chunks import text_tokens
 from calm_core.data.dataset import Blend, ChunkBatch, TrainingSamples, Windows, needed_columns, read_batch
@@ -82,6 +82,7 @@ class CalmTask:
             Windows(held_out, positions), autoencoder, train.first.token_counts(), seed, evaluation
         )
         self._prompts, self._tokenizer = samples, tokenizer
+        self._learns_tokens = True
         self._device = torch.device("cpu")
         self._columns = list(train.first.columns)
 
@@ -100,15 +101,23 @@ class CalmTask:
         initialize(model_parts, self.shape.backbone.init_std, self.seed)
         return [part.to(self._device) for part in model_parts]
 
-    def shared_with(self, model: dict[str, Any]) -> str:
-        """All weights of a network of this shape; those of the backbone if only the rest differs."""
+    def shared_with(self, model: dict[str, Any]) -> tuple[str, ...]:
+        """What the names of the weights begin with that a network of this shape shares with this one.
+
+        All of them, those of the backbone where only the rest differs, or all but the side loss's where only that one
+        differs.
+        """
         changed = [c for c in differences(model, self.identity["model"]) if decides(ModelShape, c[0], "weights")]
-        for key, theirs, ours in changed:
+        network = [c for c in changed if not c[0].startswith("token_loss")]
+        side = [c for c in changed if c not in network and decides(TokenLossConfig, c[0].rpartition(".")[2], "weights")]
+        for key, theirs, ours in network:
             if key.startswith("backbone."):
                 raise UserError(
                     f"training.init_from: {key} is {theirs} in that checkpoint and {ours} here; set it as it is there."
                 )
-        return "backbone." if changed else ""
+        if network:
+            return ("backbone.",)
+        return ("compression.", "backbone.", "head.") if side else ("",)
 
     def load(self, samples: np.ndarray) -> ChunkBatch:
         """What this rank's pipeline stage needs of the windows of these samples."""
@@ -122,6 +131,11 @@ class CalmTask:
         """The names of the documents that these samples are from."""
         return self.samples.documents(samples)
 
+    def begin(self, done: float) -> None:
+        """The token loss is off after its share of the run."""
+        side = self.shape.token_loss
+        self._learns_tokens = side is not None and done < side.until
+
     def forward_step(self, micro_batches: Iterator[ChunkBatch], model: CalmModel) -> tuple[Any, Any]:
         """Forward of one micro-batch; the loss is the mean over its samples of the mean over the positions of each.
 
@@ -132,7 +146,7 @@ class CalmTask:
         noise = SampleNoise(self.seed, batch.samples, self._device)
         inputs = batch.inputs(self._device) if model.first else None
         target = batch.target(self._device) if model.last else None
-        output = model(inputs, target, noise)
+        output = model(inputs, target, noise, self._learns_tokens)
         if not model.last:
             return output, partial(_mean_loss, weights=None)
         weights = position_weights(target.tokens, self.samples.store.padding)
@@ -170,4 +184,5 @@ def _mean_loss(output: HeadLoss, weights: Tensor) -> tuple[Tensor, dict[str, Ten
     """The weighted sum over these positions `[S', B]`; sequence-parallel ranks hold parts of one sum."""
     loss = (output.loss * weights).sum()
     terms = {name: (term * weights).sum() for name, term in output.terms.items()}
-    return loss, {"loss": loss.detach().clone(), **terms}
+    minimised = loss if output.side is None else loss + (output.side * weights).sum()
+    return minimised, {"loss": loss.detach().clone(), **terms}

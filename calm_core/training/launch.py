@@ -59,7 +59,7 @@ def calm_task(
     train, held_out, autoencoder = rows
     first, samples = train.first, experiment.samples
     return CalmTask(
-        ModelShape(experiment.model, experiment.head, first.vocab_size, first.k, first.latent),
+        ModelShape(experiment.model, experiment.head, first.vocab_size, first.k, first.latent, experiment.token_loss),
         experiment.parallel,
         experiment.training.positions,
         experiment.seed,

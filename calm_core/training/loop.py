@@ -106,6 +106,7 @@ def train_step(
 ) -> Progress:
     """One step: gradients of the global batch, one update unless it is skipped, one record."""
     batches, waited = loader.next()
+    task.begin(progress.step / config.steps)
     results = engine.forward_backward(task.forward_step, batches, Pass(config.positions, config.micro_batch))
     metrics = average_metrics(results, engine.topology)
     factor = learning_rate_factor(progress.step, config.steps, config.schedule)

@@ -104,7 +104,8 @@ def start(
         source = open_checkpoint(Path(config.init_from))
         shared = task.shared_with(source.state["identity"]["model"])
         checkpoints.load_weights(source, model_parts, only=shared)
-        topology.say(f"starting from {f'{shared}* alone' if shared else 'all weights'} of {source.path}")
+        which = " ".join(f"{name}*" for name in shared) + " alone" if all(shared) else "all weights"
+        topology.say(f"starting from {which} of {source.path}")
     engine = Engine(model_parts, config.optimizer, topology, config.spikes)
     progress = _resume(found, task, engine, resolved) if found else Progress()
     check_samples(task, config, progress)

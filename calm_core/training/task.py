@@ -36,12 +36,16 @@ class Task(Protocol):
         """This rank's model parts with their initial weights."""
         ...
 
-    def shared_with(self, model: dict[str, Any]) -> str:
-        """Which weights a checkpoint whose identity has this `model` can provide: a prefix of their names, "" for all.
+    def shared_with(self, model: dict[str, Any]) -> tuple[str, ...]:
+        """What the names of the weights begin with that a checkpoint whose identity has this `model` can give.
 
         Raises:
             UserError: naming what does not fit, if it can provide none.
         """
+        ...
+
+    def begin(self, done: float) -> None:
+        """Called before each step with the share of the run's steps that are done."""
         ...
 
     def load(self, samples: np.ndarray) -> Any:

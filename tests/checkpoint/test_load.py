@@ -55,7 +55,7 @@ def test_weights_alone(topology: Topology, saved: Path) -> None:
 
 def test_a_part_of_the_weights(topology: Topology, saved: Path) -> None:
     other, before, wanted = model(1), model(1), stepped(topology, torch.float32).model_parts[0]
-    names = checkpoint.load_weights(open_checkpoint(saved), [other], only="backbone.")
+    names = checkpoint.load_weights(open_checkpoint(saved), [other], only=("backbone.",))
     assert all(name.startswith("backbone.") for name in names)
     for (name, found), old, new in zip(other.named_parameters(), before.parameters(), wanted.parameters(), strict=True):
         assert torch.equal(found, new if name.startswith("backbone.") else old)

@@ -24,7 +24,10 @@ GROUPS = {
     "alone": (
         1,
         [
-            *(f"{head}/single" for head in (*HEADS, "energy@bf16", "energy@padded")),
+            *(
+                f"{head}/single"
+                for head in (*HEADS, "energy@bf16", "energy@padded", "energy@tokens", "energy@random-token")
+            ),
             *of("energy", "single-micro1 single-selective single-full"),
         ],
     ),
@@ -36,12 +39,18 @@ GROUPS = {
             *of("diffusion", "tp2-sp pp2"),
             *of("flow", "tp2-sp pp2"),
             *of("energy@bf16", "dp tp2-sp pp2"),
+            *of("energy@tokens", "dp tp2-sp pp2-virtual2"),
+            *of("energy@random-token", "tp2-sp"),
         ],
     ),
     "eight": (8, [*of("energy", "tp2-pp2-sp tp2-pp2-virtual2-sp-full"), *of("softmax", "tp2-pp2-sp")]),
     "more alone": (
         1,
-        [*of("softmax", "single-micro1 single-selective single-full"), *of("energy@padded", "single-micro1")],
+        [
+            *of("softmax", "single-micro1 single-selective single-full"),
+            *of("energy@padded", "single-micro1"),
+            *of("energy@full-rank", "single"),
+        ],
     ),
     "more of two": (
         2,
@@ -50,6 +59,8 @@ GROUPS = {
             *of("softmax", "dp tp2 tp2-sp tp2-sp-selective tp2-sp-full pp2-virtual2 pp2-uneven"),
             *of("softmax", "pp2-all-in-first<tp2-sp tp2<dp"),
             *of("energy@padded", "dp tp2-sp pp2"),
+            *of("energy@tokens", "tp2 pp2"),
+            *of("energy@full-rank", "tp2-sp"),
         ],
     ),
     "more of eight": (

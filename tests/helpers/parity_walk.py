@@ -6,6 +6,7 @@
     HEAD/LAYOUT<LAYOUT    the last five, from the checkpoint of another layout
     HEAD/LAYOUT!RULE      ten steps without one of the rules by which ranks agree (see `parity_rules`)
     HEAD@bf16/LAYOUT      three steps with bf16 weights and activations
+    HEAD@tokens/LAYOUT    three steps with a token side loss (`SIDE_LOSS` has further ones)
     HEAD@padded/LAYOUT    three steps on windows with chunks of nothing but padding
 """
 
@@ -36,6 +37,13 @@ from calm_core.training.launch import calm_rows, calm_task
 
 STEPS, SAVED = 10, 5
 FEW_STEPS = 3
+
+# The token side losses of the variants.
+SIDE_LOSS = {
+    "tokens": {"weight": 2.0, "rank": 6},
+    "random-token": {"weight": 2.0, "rank": 6, "tokens": "random", "every": 4},
+    "full-rank": {"weight": 2.0, "rank": 0},
+}
 
 # Layout and samples per micro-batch, of 8 samples a step.
 LAYOUTS: dict[str, tuple[ParallelConfig, int]] = {
@@ -102,7 +110,8 @@ def train(
     # The iterative heads take twenty or a hundred evaluations of their network for a sample: they are given fewer.
     windows = 2 if head in ("diffusion", "flow") else 16
     changes = [f"run={folder}", f"head.kind={head}", f"evaluation.windows={windows}"]
-    experiment = config.load(Experiment, folder / "config.yaml", changes)
+    side = [f"training.token_loss.{key}={value}" for key, value in SIDE_LOSS.get(variant, {}).items()]
+    experiment = config.load(Experiment, folder / "config.yaml", [*changes, *side])
     training = experiment.training
     experiment = replace(experiment, parallel=topology.layout)
     rows = calm_rows(experiment)
@@ -139,6 +148,7 @@ def train(
             batches = [task.load(samples) for samples in plan]
             if variant == "padded":
                 fill_up(batches, rows[0].first.padding)
+            task.begin(step / STEPS)
             results = engine.forward_backward(task.forward_step, batches, shape_of_pass)
             record["loss"].append(average_metrics(results, topology)["loss"])
             update = engine.step(1e-3, loss=1.0)

@@ -42,10 +42,12 @@ class HeadLoss(NamedTuple):
     Attributes:
         loss: `[S', B]` float32, S' the rank's own positions.
         terms: further `[S', B]` tensors by name, detached.
+        side: `[S', B]`, minimised in addition where the model has a side loss; no part of the head's loss.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
+    side: Tensor | None = None
 
 
 class GenerativeHead(Protocol):

@@ -17,6 +17,7 @@ from calm_core.model.layers import (
     own_positions,
     split_positions,
     tensor_group,
+    vocabulary_logits,
 )
 from calm_core.model.noise import Noise
 
@@ -56,10 +57,7 @@ class SoftmaxHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's part of the logits of all positions, float32 `[S, B, V / TP]`; -inf for padding rows."""
-        logits, _ = self.out(hidden)
-        first = tensor_group(self.config)[1] * logits.shape[-1]
-        padding = torch.arange(first, first + logits.shape[-1], device=logits.device) >= self.vocabulary
-        return logits.float().masked_fill(padding, -torch.inf)
+        return vocabulary_logits(self.out, hidden, self.vocabulary, self.config)
 
 
 def _draw(logits: Tensor, draws: Tensor, group: dist.ProcessGroup | None, rank: int) -> Tensor:
