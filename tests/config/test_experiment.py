@@ -29,6 +29,8 @@ def test_what_decides_the_shape_of_the_weights():
     weights = [key for key, leaf in flatten_schema(Experiment).items() if leaf.belongs_to == "weights"]
     assert weights == [
         *(f"autoencoder.{name}" for name in ("hidden", "latent", "ffn", "norm_eps")),
+        *(f"autoencoder_training.token_loss.{name}" for name in ("rank", "tokens")),
         *(f"model.{name}" for name in ("layers", "hidden", "ffn", "heads", "kv_groups", "norm_eps", "rope_base")),
         *(f"head.{name}" for name in ("kind", "blocks", "noise")),
+        *(f"training.token_loss.{name}" for name in ("rank", "tokens")),
     ]
