@@ -4,13 +4,9 @@ Run again after a kill, it continues. Several machines divide the work by --shar
 after them completes the store.
 """
 
-import torch
-
-from calm_core.autoencoder.artefact import load_autoencoder
 from calm_core.config import command
 from calm_core.config.experiment import Experiment
 from calm_core.data.builder import OPTIONS, ArrayTask, carry_out
-from calm_core.data.chunks import ChunkStoreBuild
 from calm_core.errors import UserError
 from calm_core.manifest import read_manifest
 
@@ -19,6 +15,9 @@ SECTIONS = ("data",)
 
 def prepare(experiment: Experiment, dry_run: bool, shard: ArrayTask | None = None, finish: bool = False) -> None:
     """Encode the chunks or one task of them, unless done already; or print what would be done."""
+    from calm_core.autoencoder.artefact import load_autoencoder
+    from calm_core.data.chunks import ChunkStoreBuild
+
     data, paths = experiment.data, experiment.paths
     if dry_run and not (paths.tokens.exists() and paths.autoencoder.exists()):
         print(f"would encode {paths.tokens} with {paths.autoencoder}, which do not both exist yet: {paths.chunks}")
@@ -43,6 +42,8 @@ def prepare(experiment: Experiment, dry_run: bool, shard: ArrayTask | None = Non
 
 def device_of(name: str) -> str:
     """The device to encode on: `auto` is a GPU if there is one."""
+    import torch
+
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise UserError("data.device=cuda, but there is no GPU here: set data.device=cpu or auto.")

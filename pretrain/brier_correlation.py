@@ -1,12 +1,11 @@
 """BrierLM against cross-entropy on autoregressive models of several sizes: Pearson's r, RUN/correlation.json and .png.
 
-Trains the models one after another and scores each several times on the way; run again it goes on where it stopped.
+Trains the models one after another and scores each several times on the way; run again it continues where it stopped.
 """
 
 from calm_core.config import command
+from calm_core.config.correlation_config import DEFAULT_CONFIG, CorrelationConfig
 from calm_core.errors import ExitCode
-from calm_core.scaling import correlation
-from calm_core.scaling.correlation import DEFAULT_CONFIG, CorrelationConfig
 from calm_core.workflow.process import StoppedError, stoppable
 
 SECTIONS = ("base",)
@@ -17,12 +16,14 @@ def run(config: CorrelationConfig, dry_run: bool) -> int:
     if dry_run:
         print(f"would train widths {config.widths}, each scored after steps {config.steps}, into {config.run}")
         return ExitCode.OK
+    from calm_core.scaling import correlation
+
     try:
         with stoppable():
             if code := correlation.train(config):
                 return code
     except StoppedError as stopped:
-        print(f"stopped by {stopped}; run again, it goes on from here")
+        print(f"stopped by {stopped}; run again to continue")
         return ExitCode.STOPPED
     print(correlation.report(config))
     return ExitCode.OK

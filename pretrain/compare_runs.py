@@ -8,7 +8,6 @@ from pathlib import Path
 
 from calm_core.config import command
 from calm_core.errors import ExitCode
-from calm_core.training.run_log import first_difference
 
 
 def compare(argv: Sequence[str] | None = None) -> ExitCode:
@@ -23,6 +22,8 @@ def compare(argv: Sequence[str] | None = None) -> ExitCode:
         help="largest relative difference of equal numbers (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
+    from calm_core.training.run_log import first_difference
+
     found = first_difference(arguments.one, arguments.other, arguments.tolerance)
     if found is None:
         print("no difference in any step that both have recorded")

@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from calm_core import config
-from calm_core.autoencoder.artefact import load_autoencoder
 from calm_core.config import command
 from calm_core.config.experiment import Experiment
-from calm_core.data.dataset import TrainingSamples, chunk_rows, read_batch, token_rows
 from calm_core.errors import UserError
-from calm_core.tokenizer import load_tokenizer
-from calm_core.training.run_log import samples_of_step
+
+if TYPE_CHECKING:
+    from calm_core.data.dataset import TrainingSamples
 
 SHOWN_TOKENS = 16
 
@@ -24,6 +22,12 @@ def inspect(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="folder of a training run, such as runs/demo/calm")
     parser.add_argument("--step", type=int, required=True, help="training step, counted from 1")
     arguments = parser.parse_args(argv)
+    import numpy as np
+
+    from calm_core.data.dataset import read_batch
+    from calm_core.tokenizer import load_tokenizer
+    from calm_core.training.run_log import samples_of_step
+
     run = arguments.run if (arguments.run / "metrics.jsonl").exists() else arguments.run / "calm"
     if not (run / "config.yaml").exists():
         raise UserError(f"{arguments.run} holds no training run: give a folder such as runs/demo/calm.")
@@ -39,8 +43,11 @@ def inspect(argv: Sequence[str] | None = None) -> None:
         print(f'{sample:>10}  {window:>10}  {", ".join(windows.documents(window))}: "{text}"')
 
 
-def samples_of(run: Path, experiment: Experiment) -> TrainingSamples:
+def samples_of(run: Path, experiment: Experiment) -> "TrainingSamples":
     """The samples of a run."""
+    from calm_core.autoencoder.artefact import load_autoencoder
+    from calm_core.data.dataset import TrainingSamples, chunk_rows, token_rows
+
     paths, data, seed = experiment.paths, replace(experiment.data, verify="size"), experiment.seed
     if run.name != paths.calm_run.name:
         return TrainingSamples(token_rows(data, paths).train, experiment.autoencoder_training.positions * data.k, seed)

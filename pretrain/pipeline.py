@@ -10,13 +10,14 @@ from calm_core.config import command
 from calm_core.config.experiment import Experiment
 from calm_core.errors import ExitCode
 from calm_core.workflow.process import StoppedError, stoppable
-from calm_core.workflow.stages import run_stages, stages
 
 SECTIONS = tuple(field.name for field in fields(Experiment))
 
 
 def run(experiment: Experiment, dry_run: bool) -> int:
     """Run the stages and write a summary, or print their command lines."""
+    from calm_core.workflow.stages import run_stages, stages
+
     if dry_run:
         print("\n".join(" ".join(stage.command) for stage in stages(experiment)))
         return ExitCode.OK

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calm_core.config import command
-from calm_core.report.run_page import write_comparison, write_run_page
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -14,6 +13,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=what)
     parser.add_argument("--output", type=Path, help="the page (default: RUN/report.html; comparison.html for several)")
     arguments = parser.parse_args(argv)
+    from calm_core.report.run_page import write_comparison, write_run_page
+
     if len(arguments.runs) == 1:
         print(write_run_page(arguments.runs[0], arguments.output))
         return

@@ -1,21 +1,25 @@
 """Train the autoencoder on token shards and freeze it: RUN/autoencoder, RUN/autoencoder/frozen.
 
-Runs by itself or under torchrun (data parallel); run again it goes on where it stopped.
+Runs by itself or under torchrun (data parallel); run again it continues where it stopped.
 """
 
 from calm_core.config import command
 from calm_core.config.experiment import Experiment
 from calm_core.errors import ExitCode
-from calm_core.plan.dry_run import plan_autoencoder
-from calm_core.report.run_page import write_run_page
-from calm_core.training.launch import run_autoencoder
 
 SECTIONS = ("data", "autoencoder", "autoencoder_training", "profile", "plan")
 
 
 def train(experiment: Experiment, dry_run: bool) -> ExitCode:
     """Train, or print what would be trained."""
-    return plan_autoencoder(experiment, SECTIONS) if dry_run else run_autoencoder(experiment, write_run_page)
+    if dry_run:
+        from calm_core.plan.dry_run import plan_autoencoder
+
+        return plan_autoencoder(experiment, SECTIONS)
+    from calm_core.report.run_page import write_run_page
+    from calm_core.training.launch import run_autoencoder
+
+    return run_autoencoder(experiment, write_run_page)
 
 
 if __name__ == "__main__":

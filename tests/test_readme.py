@@ -1,4 +1,4 @@
-"""Every command of the README names a script that is there and takes these arguments."""
+"""Every command of the README and of docs names a script that is there and takes these arguments."""
 
 import re
 import runpy
@@ -12,14 +12,16 @@ from launching import ROOT
 
 from calm_core.data import builder as share
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+PAGES = {page: page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
+TEXT = "\n".join(PAGES.values())
+BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 COMMANDS = [
     shlex.split(line, comments=True)
     for block in BLOCKS
     for line in block.splitlines()
     if line.startswith(("python ", "torchrun "))
 ]
+COMMANDS = [list(command) for command in dict.fromkeys(map(tuple, COMMANDS))]
 SCRIPTS = sorted({next(word for word in command if word.endswith(".py")) for command in COMMANDS})
 
 
@@ -78,7 +80,14 @@ def test_options_of_tools_are_known():
 
 def test_targets_and_links_are_there():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`?make ([a-z-]+)", README):
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", TEXT, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
+            assert (page.parent / link).exists(), (page, link)
+
+
+def test_the_readme_is_short_and_shows_a_curve_first():
+    lines = PAGES[ROOT / "README.md"].splitlines()
+    assert len(lines) <= 120
+    assert any(line.startswith("![") for line in lines[:15])

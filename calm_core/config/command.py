@@ -16,10 +16,11 @@ from calm_core import config
 from calm_core.config.loader import user_path
 from calm_core.config.terminal import failsafe_output
 from calm_core.errors import ExitCode, UserError
+from calm_core.project import ROOT
 
 Config = TypeVar("Config")
 
-DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
+DEFAULT_CONFIG = ROOT / "configs" / "demo.yaml"
 
 OVERRIDE = re.compile(r"[\w.-]+=.*", re.DOTALL)  # no slash before the "=": `runs/lr=1/config.yaml` is a path
 

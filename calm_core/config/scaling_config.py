@@ -1,14 +1,14 @@
 """What a scaling study varies, and what every model of it shares."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from calm_core.config.experiment import Experiment
 from calm_core.config.schema import PathText, check, option
 from calm_core.errors import UserError
+from calm_core.project import ROOT
 
-DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "scaling" / "two_cores.yaml"
+DEFAULT_CONFIG = ROOT / "configs" / "scaling" / "two_cores.yaml"
 
 
 @dataclass(frozen=True)

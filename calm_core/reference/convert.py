@@ -1,11 +1,12 @@
 """Models of the public reference implementation into our folders, and back.
 
-An autoencoder becomes a frozen artefact. CALM becomes the folder of an experiment, whose parts lie where those of a
-trained one do: `calm/checkpoints/step-0`, and `autoencoder/frozen` where the model came with its autoencoder.
+An autoencoder becomes a frozen artefact. CALM becomes the folder of an experiment, whose files are where those of a
+trained one are: `calm/checkpoints/step-0`, and `autoencoder/frozen` where the model came with its autoencoder.
 """
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from calm_core.config.experiment import Experiment
 from calm_core.config.model_config import AutoencoderConfig, ModelShape
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.errors import UserError
-from calm_core.evaluation.autoencoder_health import find_autoencoder
+from calm_core.evaluation.autoencoder_health import experiment_of_autoencoder, find_autoencoder
 from calm_core.inference.load_model import find_checkpoint, model_shape_of, paths_of
 from calm_core.io import hash_file, replacing
 from calm_core.manifest import MANIFEST, read_manifest
@@ -34,15 +35,20 @@ from calm_core.model.token_loss import NAME as TOKEN_LOSS
 from calm_core.reference.config_json import (
     AutoencoderSize,
     autoencoder_size,
+    llama_config,
     model_shape,
     positions,
     reference_autoencoder,
     reference_calm,
+    require_exportable,
 )
-from calm_core.reference.names import AUTOENCODER, HEAD, HEAD_ALIAS, calm_to_ours, calm_to_theirs
+from calm_core.reference.names import AUTOENCODER, HEAD, HEAD_ALIAS, calm_to_ours, calm_to_theirs, to_llama
 from calm_core.reference.weights import CONFIG, EMBEDDED, Form, form_of, full_form, read_folder, resolve, write_folder
+from calm_core.tokenizer import load_tokenizer
 
 FORM = "reference"  # the key of a `Form` in our manifests
+
+AUTOENCODER_FOLDER = "autoencoder"  # inside an exported folder of CALM: that of its autoencoder
 
 UNTRAINED = "none (imported weights)"  # identity of the data: no run has it, so that none can resume
 
@@ -75,8 +81,9 @@ def import_reference(source: Path, target: Path, tokenizer: Path | None) -> Path
 def export_reference(source: Path, target: Path) -> None:
     """Write a reference folder from a frozen autoencoder, a checkpoint, or the newest one of a run.
 
-    Imported weights go out in the form in which they came; others in float32, under all names that the reference has
-    for them, and with the autoencoder of the run if it is there.
+    Imported weights are written in the form in which they came; others in float32, under all names that the reference
+    has for them, with the token ids and the tokenizer of the run, and with its autoencoder, inside and in a folder of
+    its own. An autoregressive model becomes a plain Llama, which `transformers` loads.
 
     Raises:
         UserError: there is no such model, the reference has none like it, or `target` is in use.
@@ -85,8 +92,10 @@ def export_reference(source: Path, target: Path) -> None:
     if folder := find_autoencoder(source):
         model, manifest = load_autoencoder(folder), read_manifest(folder, KIND)
         first = _autoencoder_to_theirs(model)
-        default = full_form(reference_autoencoder(AutoencoderSize(model.config, model.vocab_size, model.k)), first)
-        write_folder(target, _form(manifest["provenance"]) or default, first)
+        form = _form(manifest["provenance"])
+        if form is None:
+            form = full_form(_autoencoder_config(model) | _export_tokenizer_of(folder, model, target), first)
+        write_folder(target, form, first)
     else:
         _export_calm(open_checkpoint(find_checkpoint(source)), target)
 
@@ -137,18 +146,53 @@ def _import_calm(
 def _export_calm(checkpoint: Checkpoint, target: Path) -> None:
     identity, paths = checkpoint.state["identity"], paths_of(checkpoint)
     shape = model_shape_of(identity["model"])
+    longest = identity["positions"]
     if shape.head.reads_tokens:
-        raise UserError(f"{checkpoint.path} has a softmax head: the reference has no such network.")
+        tensors = to_llama(read_weights(checkpoint), shape)
+        config = llama_config(shape, longest) | _export_tokenizer(paths.tokenizer, target)
+        write_folder(target, Form(config, dict.fromkeys(tensors, "float32")), tensors)
+        return
+    require_exportable(shape, checkpoint.path)
     weights = {name: tensor for name, tensor in read_weights(checkpoint).items() if not name.startswith(TOKEN_LOSS)}
     first = calm_to_theirs(weights, shape)
+    config = reference_calm(shape, longest)
     wanted_hash = checkpoint.state.get(FORM, {}).get("autoencoder")
     if wanted_hash or (FORM not in checkpoint.state and (paths.autoencoder / MANIFEST).exists()):
         autoencoder = load_autoencoder(paths.autoencoder)
         if autoencoder.content_hash != (wanted_hash or autoencoder.content_hash):
             raise UserError(f"{paths.autoencoder} is not the autoencoder that came with the model: restore that one.")
-        first |= {EMBEDDED + name: tensor for name, tensor in _autoencoder_to_theirs(autoencoder).items()}
-    default = full_form(reference_calm(shape, identity["positions"]), first)
-    write_folder(target, _form(checkpoint.state) or default, first)
+        own = _autoencoder_to_theirs(autoencoder)
+        first |= {EMBEDDED + name: tensor for name, tensor in own.items()}
+        if FORM not in checkpoint.state:
+            write_folder(target / AUTOENCODER_FOLDER, full_form(_autoencoder_config(autoencoder), own), own)
+            config["ae_path"] = str((target / AUTOENCODER_FOLDER).absolute())
+    form = _form(checkpoint.state) or full_form(config | _export_tokenizer(paths.tokenizer, target), first)
+    write_folder(target, form, first)
+
+
+def _export_tokenizer(path: Path, target: Path) -> dict[str, int]:
+    """Copy the tokenizer, if it is there, to the name that Hugging Face's tools look for; the ids of its tokens."""
+    if not path.is_file():
+        return {}
+    tokenizer = load_tokenizer(path)
+    name = "tokenizer.json" if path.read_bytes().lstrip()[:1] == b"{" else "tokenizer.model"
+    target.mkdir(parents=True, exist_ok=True)
+    with replacing(target / name) as temporary:
+        shutil.copyfile(path, temporary)
+    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+
+
+def _export_tokenizer_of(folder: Path, model: Autoencoder, target: Path) -> dict[str, int]:
+    """The same for an autoencoder, if it is in the run that trained it and the tokenizer of the run is its own."""
+    with suppress(UserError):
+        path = experiment_of_autoencoder(folder).paths.tokenizer
+        if load_tokenizer(path).content_hash == model.tokenizer_hash:
+            return _export_tokenizer(path, target)
+    return {}
+
+
+def _autoencoder_config(model: Autoencoder) -> dict[str, Any]:
+    return reference_autoencoder(AutoencoderSize(model.config, model.vocab_size, model.k))
 
 
 def _write_autoencoder(

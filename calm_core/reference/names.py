@@ -94,7 +94,24 @@ def calm_links(shape: ModelShape) -> list[Link]:
     layers = [link for layer in range(backbone.layers) for link in _layer(layer, backbone)]
     head = _HEADS[shape.head.kind](backbone.hidden, shape.head.block_count(backbone.layers))
     norm = _renamed({"transformer.norm.weight": "backbone.final_layernorm.weight"})
-    return [_embedding(shape.vocabulary), *_weights_and_biases(_COMPRESSION), *layers, *norm, *head]
+    embedding = _unpadded("transformer.embed_tokens.weight", "compression.embedding.weight", shape.vocabulary)
+    return [embedding, *_weights_and_biases(_COMPRESSION), *layers, *norm, *head]
+
+
+def llama_links(shape: ModelShape) -> list[Link]:
+    """Every tensor of an autoregressive model, in `transformers`' Llama and here."""
+    layers = [link for layer in range(shape.backbone.layers) for link in _layer(layer, shape.backbone, "model.")]
+    return [
+        _unpadded("model.embed_tokens.weight", "compression.embedding.weight", shape.vocabulary),
+        *layers,
+        *_renamed({"model.norm.weight": "backbone.final_layernorm.weight"}),
+        _unpadded("lm_head.weight", "head.out.weight", shape.vocabulary),
+    ]
+
+
+def to_llama(ours: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
+    """The tensors of an autoregressive model under Llama's names."""
+    return _convert(ours, [(link.ours, link.theirs, link.to_theirs) for link in llama_links(shape)])
 
 
 _COMPRESSION = {
@@ -147,8 +164,8 @@ def _adaptive_block(index: int) -> dict[str, str]:
     return {theirs + name: ours + own for name, own in names.items()}
 
 
-def _layer(index: int, backbone: BackboneConfig) -> list[Link]:
-    theirs, ours = f"transformer.layers.{index}.", f"backbone.layers.{index}."
+def _layer(index: int, backbone: BackboneConfig, root: str = "transformer.") -> list[Link]:
+    theirs, ours = f"{root}layers.{index}.", f"backbone.layers.{index}."
     names = {
         "input_layernorm.weight": "input_layernorm.weight",
         "self_attn.o_proj.weight": "self_attention.linear_proj.weight",
@@ -207,12 +224,12 @@ def _block(index: int, hidden: int) -> list[Link]:
     return [halves, *gated, *_renamed({theirs + name: ours + own for name, own in names.items()})]
 
 
-def _embedding(vocabulary: int) -> Link:
-    """Ours is padded by rows that no token looks up: zeros here."""
+def _unpadded(theirs: str, ours: str, vocabulary: int) -> Link:
+    """A matrix of a row for each token; ours has further rows, of zeros, that no token uses."""
     padding = padded_vocabulary(vocabulary) - vocabulary
     return Link(
-        ("transformer.embed_tokens.weight",),
-        ("compression.embedding.weight",),
+        (theirs,),
+        (ours,),
         lambda rows: (F.pad(rows, (0, 0, 0, padding)),),
         lambda rows: (rows[:vocabulary],),
     )

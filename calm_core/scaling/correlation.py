@@ -1,49 +1,23 @@
 """Does BrierLM rank models as their likelihood does? Autoregressive models know both (paper, section 4)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from calm_core.config import option
+from calm_core.config.correlation_config import CorrelationConfig
 from calm_core.config.experiment import Experiment
-from calm_core.errors import UserError
 from calm_core.evaluation.tables import table
 from calm_core.io import write_json
 from calm_core.report.curves import plot_correlation
 from calm_core.training.run_log import read_metrics
 from calm_core.workflow.stages import run_stages
 
-DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "studies" / "brier_correlation.yaml"
-
 MEASURES = ("brier_lm", "brier_1", "brier_2", "brier_3", "brier_4")
 
 Point = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class CorrelationConfig:
-    """Autoregressive models of several widths, scored repeatedly during training."""
-
-    run: str = option("runs/brier_correlation", "folder of the experiment")
-    widths: list[int] = option([32, 64, 128], "hidden sizes of the models; their feed-forward layers grow alike")
-    evaluations: int = option(10, "evaluations of each model, at steps that grow geometrically")
-    first: int = option(20, "step of the first one; the last is at base.training.steps")
-    base: Experiment = option(Experiment, "what all models share; the head is softmax")
-
-    def __post_init__(self) -> None:
-        if not self.widths or self.evaluations < 2 or not 0 < self.first < self.base.training.steps:
-            raise UserError(
-                "brier_correlation wants at least one width, evaluations >= 2 and 0 < first < base.training.steps."
-            )
-
-    @property
-    def steps(self) -> list[int]:
-        """The steps after which each model is scored."""
-        last = self.base.training.steps
-        return sorted({round(step) for step in np.geomspace(self.first, last, self.evaluations).tolist()})
 
 
 def shared_experiment(config: CorrelationConfig) -> Experiment:

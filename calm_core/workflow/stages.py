@@ -18,10 +18,9 @@ from calm_core.config.parallel_config import ParallelConfig
 from calm_core.config.training_config import TrainingConfig
 from calm_core.data.corpus import fingerprint, sources
 from calm_core.errors import ExitCode, UserError
+from calm_core.project import ROOT
 from calm_core.workflow.ledger import Ledger, stamp
 from calm_core.workflow.process import run_process
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, Hea
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.distributed.topology import distributed
 from calm_core.errors import ExitCode, UserError
-from calm_core.reference.config_json import model_shape, reference_calm
+from calm_core.reference.config_json import autoencoder_size, model_shape, reference_calm
 from calm_core.reference.names import AUTOENCODER, AUTOENCODER_TIED, HEAD, HEAD_ALIAS
 from calm_core.reference.weights import EMBEDDED, TIED_TO
 from calm_core.training.launch import run_calm
@@ -212,14 +212,134 @@ def test_wrong_folders_are_refused(alone: None, tmp_path: Path, tokenizer: Path)
         import_reference(source, tmp_path / "other", tokenizer)
 
 
-def test_the_reference_has_no_network_with_a_softmax_head(tmp_path: Path) -> None:
+def write_random(folder: Path, shape: ModelShape, **config: object) -> Path:
+    """A checkpoint of random weights."""
+    from calm_core.model.backbone import transformer_config
+    from calm_core.model.calm import CalmModel
+    from calm_core.model.parameters import named_parameters, pieces
+
+    model = CalmModel(transformer_config(shape.backbone, ParallelConfig()), shape)
+    generator = torch.Generator().manual_seed(0)
+    weights = {p.name: p.of(parameter) for n, parameter in named_parameters([model]) for p in pieces(n, parameter)}
+    weights = {name: torch.randn(weight.shape, generator=generator) * 0.2 for name, weight in weights.items()}
+    state = {
+        "config": configuration.to_dict(Experiment(run=str(folder))),
+        "identity": {"data": "none", "model": asdict(shape), "positions": 32},
+    }
+    write_weights(folder / "calm" / "checkpoints" / "step-0", weights, state)
+    return folder
+
+
+AR_SHAPE = ModelShape(
+    BackboneConfig(layers=2, hidden=32, ffn=48, heads=4, kv_groups=2, rope_base=500.0, norm_eps=1e-5),
+    HeadConfig(kind="softmax"),
+    vocabulary=300,
+    k=1,
+    latent=0,
+)
+
+
+def test_an_autoregressive_model_is_a_plain_llama(alone: None, tiny: Path, tmp_path: Path) -> None:
+    from calm_core.inference.load_model import load_for_inference
     from calm_core.reference.convert import export_reference
 
-    shape = ModelShape(BackboneConfig(), HeadConfig(kind="softmax"), vocabulary=8, k=1, latent=0)
-    state = {"config": configuration.to_dict(Experiment()), "identity": {"model": asdict(shape)}}
-    write_weights(tmp_path / "calm" / "checkpoints" / "step-0", {"a": torch.ones(1)}, state)
-    with pytest.raises(UserError, match="softmax"):
-        export_reference(tmp_path, tmp_path / "out")
+    run = write_random(tmp_path / "run", AR_SHAPE)
+    shutil.copytree(tiny / "tokenizer", run / "tokenizer")
+    export_reference(run, tmp_path / "llama")
+    config = json.loads((tmp_path / "llama" / "config.json").read_text())
+    assert (config["model_type"], config["bos_token_id"], config["eos_token_id"]) == ("llama", 1, 2)
+    assert (tmp_path / "llama" / "tokenizer.model").read_bytes() == (run / "tokenizer/tokenizer.model").read_bytes()
+    transformers = pytest.importorskip("transformers")
+    llama, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama", output_loading_info=True)
+    assert not any(report.values())
+    tokens = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
+    model = load_for_inference(run, CPU).model
+    with torch.no_grad():
+        ours = model.head.logits(model.hidden(tokens.unsqueeze(-1)))[..., :300].transpose(0, 1)
+        theirs = llama(tokens).logits
+    assert ours.std() > 0.1
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+def test_an_export_says_all_that_loading_it_needs(alone: None, tiny: Path, tmp_path: Path) -> None:
+    from calm_core.reference.convert import export_reference, import_reference
+
+    experiment = configuration.load(Experiment, tiny / "config.yaml", [f"run={tiny}"])
+    write_random(tiny, ModelShape(experiment.model, experiment.head, 300, 4, 8))
+    export_reference(tiny, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    assert {name: config[name] for name in ids} == ids
+    assert config["model_type"] == "calm"
+    assert config["ae_path"] == str(tmp_path / "out" / "autoencoder")
+    assert (tmp_path / "out" / "tokenizer.model").exists()
+    own = json.loads((tmp_path / "out" / "autoencoder" / "config.json").read_text())
+    assert (own["model_type"], own["rms_norm_eps"]) == ("autoencoder", 1e-6)
+    again = import_reference(tmp_path / "out" / "autoencoder", tmp_path / "ae", experiment.paths.tokenizer)
+    assert load_autoencoder(again).content_hash == load_autoencoder(experiment.paths.autoencoder).content_hash
+    import_reference(tmp_path / "out", tmp_path / "run", experiment.paths.tokenizer)
+    export_reference(experiment.paths.autoencoder, tmp_path / "alone")
+    assert json.loads((tmp_path / "alone" / "config.json").read_text()) == own
+    configuration.save(experiment, tiny / "autoencoder" / "config.yaml")  # now it is in the run that trained it
+    export_reference(experiment.paths.autoencoder, tmp_path / "in_its_run")
+    assert json.loads((tmp_path / "in_its_run" / "config.json").read_text()) == own | ids
+    assert (tmp_path / "in_its_run" / "tokenizer.model").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4.0}},
+            "rope_scaling=.*only rotary positions of",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_parameters=.*only rotary positions"),
+        ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta=10000.0 and rope_parameters.rope_theta=500000.0"),
+        ({"rope_theta": "big"}, "rope_theta='big'"),
+        ({"rope_parameters": "default"}, "rope_parameters='default'.*mapping"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu', but only 'silu' can be imported"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05, but its LayerNorms have 1e-06"),
+        ({"head_dim": 16}, "head_dim=16.*= 8"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"sliding_window": 64}, "sliding_window=64"),
+        ({"new_kind_of_norm": "q"}, "new_kind_of_norm='q', which is not known here"),
+    ],
+)
+def test_a_configuration_of_another_network_is_refused(change: dict, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        model_shape(CONFIGS["calm"] | change, "energy", tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5},
+        {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_theta": 500000, "rope_scaling": {"type": "default"}},
+        {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5}, "head_dim": 8, "hidden_act": "silu"},
+    ],
+)
+def test_the_rotary_base_is_read_wherever_it_is(rope: dict, tmp_path: Path) -> None:
+    assert model_shape(CONFIGS["calm"] | rope, "energy", tmp_path).backbone.rope_base == 5e5
+
+
+def test_the_epsilon_of_an_autoencoder_is_kept(tmp_path: Path) -> None:
+    assert autoencoder_size(CONFIGS["autoencoder"] | {"rms_norm_eps": 1e-5}, tmp_path).config.norm_eps == 1e-5
+    with pytest.raises(UserError, match="hidden_act='gelu'"):
+        autoencoder_size(CONFIGS["autoencoder"] | {"hidden_act": "gelu"}, tmp_path)
+    with pytest.raises(UserError, match="num_encoder_layers=3"):
+        autoencoder_size(CONFIGS["autoencoder"] | {"num_encoder_layers": 3}, tmp_path)
+
+
+def test_a_model_with_another_epsilon_is_not_exported(alone: None, tmp_path: Path) -> None:
+    from calm_core.reference.convert import export_reference
+
+    backbone = BackboneConfig(layers=1, hidden=32, ffn=48, heads=4, norm_eps=1e-5)
+    shape = ModelShape(backbone, HeadConfig(noise=8, target_samples=4), vocabulary=64, k=2, latent=4)
+    write_random(tmp_path / "run", shape)
+    with pytest.raises(UserError, match=r"model\.norm_eps=1e-05.*cannot be exported"):
+        export_reference(tmp_path / "run", tmp_path / "out")
 
 
 def imported(tiny: Path, folder: Path) -> Path:

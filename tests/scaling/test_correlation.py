@@ -8,10 +8,9 @@ import pytest
 from launching import ROOT, finish
 
 from calm_core import config
+from calm_core.config.correlation_config import DEFAULT_CONFIG, CorrelationConfig
 from calm_core.errors import UserError
 from calm_core.scaling.correlation import (
-    DEFAULT_CONFIG,
-    CorrelationConfig,
     correlations,
     experiment,
     later_half,

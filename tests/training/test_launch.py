@@ -6,12 +6,14 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 from launching import ROOT
 
 from calm_core import config
 from calm_core.config.experiment import Experiment
 from calm_core.config.model_config import HEADS
 from calm_core.errors import ExitCode, UserError
+from calm_core.inference.load_model import load_for_inference
 from calm_core.report.run_page import write_run_page
 from calm_core.training.launch import run_autoencoder, run_calm
 from calm_core.training.run_log import read_metrics
@@ -166,3 +168,14 @@ def test_wandb_gets_the_same_names_and_one_id_over_a_resume(tiny: Path) -> None:
 def test_samples_need_a_whole_model(tiny: Path) -> None:
     with pytest.raises(UserError, match=r"samples\.while_training=true needs ranks that hold the whole model"):
         experiment(tiny).samples.__class__(while_training=True).require_whole_model(2, 1)
+
+
+def test_a_run_of_relative_paths_is_read_from_another_folder(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny)
+    (tiny / "tk").mkdir()
+    (tiny / "tokenizer" / "tokenizer.model").rename(tiny / "tk" / "t.model")
+    changes = ["run=.", "data.tokenizer=tk/t.model", "training.steps=1"]
+    assert run_calm(config.load(Experiment, tiny / "config.yaml", changes)) == ExitCode.OK
+    monkeypatch.chdir("/")
+    assert load_for_inference(tiny, torch.device("cpu")).tokenizer.vocab_size == 300
+    assert config.load(Experiment, tiny / "calm" / "config.yaml", []).run == str(tiny)
