@@ -308,6 +308,7 @@ def _work(function: Callable[[Task], Result], connection: Connection, inherited:
     for end in inherited:
         end.close()  # copies of the other ends: open here, they would outlive the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles an interrupt
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever handler the parent has: this is how it ends a worker
     while True:
         try:
             task = connection.recv()
