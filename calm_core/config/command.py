@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from calm_core import config
-from calm_core.config.loader import user_path
+from calm_core.config.load_config import user_path
 from calm_core.config.terminal import failsafe_output
 from calm_core.errors import ExitCode, UserError
 from calm_core.project import ROOT

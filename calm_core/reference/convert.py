@@ -43,7 +43,16 @@ from calm_core.reference.config_json import (
     require_exportable,
 )
 from calm_core.reference.names import AUTOENCODER, HEAD, HEAD_ALIAS, calm_to_ours, calm_to_theirs, to_llama
-from calm_core.reference.weights import CONFIG, EMBEDDED, Form, form_of, full_form, read_folder, resolve, write_folder
+from calm_core.reference.weight_folder import (
+    CONFIG,
+    EMBEDDED,
+    Form,
+    form_of,
+    full_form,
+    read_folder,
+    resolve,
+    write_folder,
+)
 from calm_core.tokenizer import load_tokenizer
 
 FORM = "reference"  # the key of a `Form` in our manifests

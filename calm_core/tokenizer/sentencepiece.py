@@ -8,7 +8,7 @@ import sentencepiece
 
 from calm_core.errors import UserError
 from calm_core.io import hash_bytes
-from calm_core.tokenizer.protocol import MAX_CHARACTERS, encode_long, text_tokens_among
+from calm_core.tokenizer.base import MAX_CHARACTERS, encode_long, text_tokens_among
 
 RARE_CHARACTERS = "\U0010fffd \ue000 ☃ ʬ 𒀀"  # that a vocabulary without byte tokens does not have
 

@@ -12,7 +12,7 @@ from calm_core.config.data_config import TokenizerConfig
 from calm_core.errors import UserError
 from calm_core.io import replacing, require_writable
 from calm_core.manifest import MANIFEST, format_version, read_manifest, require_same, write_manifest
-from calm_core.tokenizer.protocol import Tokenizer
+from calm_core.tokenizer.base import Tokenizer
 from calm_core.tokenizer.sentencepiece import SentencePieceTokenizer
 
 PIECE_CHARACTERS = 2000  # the trainer's time grows with the length of what it is given at once

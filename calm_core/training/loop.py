@@ -14,11 +14,11 @@ from calm_core.distributed.engine import Engine, Pass
 from calm_core.distributed.optimizer import learning_rate_factor
 from calm_core.distributed.topology import Topology
 from calm_core.errors import ExitCode, UserError
+from calm_core.training.batch_loader import Loader, step_samples
 from calm_core.training.hardware import deterministic, explain_out_of_memory
-from calm_core.training.loader import Loader, step_samples
 from calm_core.training.profiler import StepProfiler
 from calm_core.training.reporter import Reporter
-from calm_core.training.resume import Progress, check_samples, is_finished, start, state_of
+from calm_core.training.resume import RunProgress, check_samples, is_finished, start, state_of
 from calm_core.training.run_folder import RunFolder
 from calm_core.training.run_log import is_evaluated
 from calm_core.training.signals import Requests
@@ -102,8 +102,8 @@ def train(
 
 
 def train_step(
-    task: Task, config: TrainingConfig, engine: Engine, loader: Loader, progress: Progress, reporter: Reporter
-) -> Progress:
+    task: Task, config: TrainingConfig, engine: Engine, loader: Loader, progress: RunProgress, reporter: Reporter
+) -> RunProgress:
     """One step: gradients of the global batch, one update unless it is skipped, one record."""
     batches, waited = loader.next()
     task.begin(progress.step / config.steps)
@@ -169,7 +169,7 @@ def save_policy(config: TrainingConfig) -> SavePolicy:
     return SavePolicy(config.keep, config.save_every, config.milestones, config.background_saves)
 
 
-def open_loader(task: Task, config: TrainingConfig, topology: Topology, progress: Progress) -> Loader:
+def open_loader(task: Task, config: TrainingConfig, topology: Topology, progress: RunProgress) -> Loader:
     """The loader of this rank's micro-batches of the remaining steps."""
     count = config.micro_batches(topology.data_size, topology.layout.micro_batch_multiple)
 
@@ -179,7 +179,7 @@ def open_loader(task: Task, config: TrainingConfig, topology: Topology, progress
     return Loader(task.load, plan, progress.consumed, config.global_batch, config.steps - progress.step)
 
 
-def check_skipped(progress: Progress, engine: Engine, config: TrainingConfig) -> None:
+def check_skipped(progress: RunProgress, engine: Engine, config: TrainingConfig) -> None:
     """End a run that has skipped too many updates in a row.
 
     Raises:
@@ -207,7 +207,7 @@ def check(task: Task, config: TrainingConfig, topology: Topology, folder: RunFol
     """
     config.micro_batches(topology.data_size, topology.layout.micro_batch_multiple)
     if not folder.checkpoints.exists():
-        check_samples(task, config, Progress())
+        check_samples(task, config, RunProgress())
     timeout = topology.layout.timeout_minutes
     if config.hang_minutes >= timeout:  # a collective that times out ends the run without stacks
         raise UserError(

@@ -16,7 +16,7 @@ from calm_core.config.training_config import TrainingConfig
 from calm_core.distributed.engine import Engine
 from calm_core.distributed.optimizer import Update
 from calm_core.training.hardware import backends, device_name, peak_flops, peak_memory
-from calm_core.training.resume import Progress
+from calm_core.training.resume import RunProgress
 from calm_core.training.run_folder import RunFolder
 from calm_core.training.run_log import RunLog
 from calm_core.training.task import Task
@@ -61,7 +61,7 @@ class Reporter:
         config: TrainingConfig,
         folder: RunFolder,
         engine: Engine,
-        start: Progress,
+        start: RunProgress,
         resolved: dict[str, Any],
         write_page: Callable[[Path], object] | None,
     ) -> None:
@@ -102,7 +102,7 @@ class Reporter:
         self._window.paused += time.perf_counter() - began
 
     def step(
-        self, progress: Progress, metrics: dict[str, float], update: Update, learning_rate: float, waited: float
+        self, progress: RunProgress, metrics: dict[str, float], update: Update, learning_rate: float, waited: float
     ) -> None:
         """Record the step just done, if a line is due or its update was skipped.
 
@@ -163,7 +163,7 @@ class Reporter:
             f"pipeline {layout.pipeline} x data {self._topology.data_size}"
         )
 
-    def _line_of(self, progress: Progress, learning_rate: float) -> dict[str, Any]:
+    def _line_of(self, progress: RunProgress, learning_rate: float) -> dict[str, Any]:
         """The values of a line of metrics."""
         seconds, samples = self._window.seconds, self._config.global_batch
         history = self._engine.optimizer.detector.history
@@ -190,7 +190,7 @@ class Reporter:
             self._peak = None
         return None if self._peak is None else flops / self._peak
 
-    def _skipped(self, progress: Progress, loss: float, update: Update) -> None:
+    def _skipped(self, progress: RunProgress, loss: float, update: Update) -> None:
         """Record a skipped update and the documents of its samples."""
         samples = np.arange(progress.consumed - self._config.global_batch, progress.consumed)
         reason, documents = update.verdict.name.lower(), self._task.documents(samples)

@@ -20,18 +20,20 @@ from calm_core.training.task import Task
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """Steps done and samples consumed."""
 
     step: int = 0
     consumed: int = 0
 
-    def after(self, samples: int) -> "Progress":
-        """Progress after one more step of so many samples."""
-        return Progress(self.step + 1, self.consumed + samples)
+    def after(self, samples: int) -> "RunProgress":
+        """RunProgress after one more step of so many samples."""
+        return RunProgress(self.step + 1, self.consumed + samples)
 
 
-def state_of(progress: Progress, engine: Engine, resolved: dict[str, Any], identity: dict[str, Any]) -> dict[str, Any]:
+def state_of(
+    progress: RunProgress, engine: Engine, resolved: dict[str, Any], identity: dict[str, Any]
+) -> dict[str, Any]:
     """The plain values of a checkpoint: all that a resume needs besides tensors."""
     history = engine.optimizer.detector.history
     return {
@@ -42,7 +44,7 @@ def state_of(progress: Progress, engine: Engine, resolved: dict[str, Any], ident
     }
 
 
-def check_samples(task: Task, config: TrainingConfig, progress: Progress) -> None:
+def check_samples(task: Task, config: TrainingConfig, progress: RunProgress) -> None:
     """Refuse a run whose remaining steps need more samples than the stores have.
 
     Raises:
@@ -88,7 +90,7 @@ def is_finished(
 
 def start(
     task: Task, config: TrainingConfig, topology: Topology, folder: RunFolder, resolved: dict[str, Any]
-) -> tuple[Engine, Progress]:
+) -> tuple[Engine, RunProgress]:
     """The engine and the progress to continue from: those of the newest usable checkpoint, if there is any.
 
     Raises:
@@ -107,12 +109,12 @@ def start(
         which = " ".join(f"{name}*" for name in shared) + " alone" if all(shared) else "all weights"
         topology.say(f"starting from {which} of {source.path}")
     engine = Engine(model_parts, config.optimizer, topology, config.spikes)
-    progress = _resume(found, task, engine, resolved) if found else Progress()
+    progress = _resume(found, task, engine, resolved) if found else RunProgress()
     check_samples(task, config, progress)
     return engine, progress
 
 
-def _resume(found: list[Path], task: Task, engine: Engine, resolved: dict[str, Any]) -> Progress:
+def _resume(found: list[Path], task: Task, engine: Engine, resolved: dict[str, Any]) -> RunProgress:
     for path in reversed(found):
         try:
             newest = open_checkpoint(path)
@@ -126,7 +128,7 @@ def _resume(found: list[Path], task: Task, engine: Engine, resolved: dict[str, A
         engine.topology.say("\n".join([f"resumed from {path}", *notes]))
         values = newest.state["progress"]
         engine.optimizer.detector.history = UpdateHistory.restored(values)
-        return Progress(values["step"], values["consumed"])
+        return RunProgress(values["step"], values["consumed"])
     raise UserError(
         f"{found[0].parent} holds no checkpoint that is whole: restore one, or move the folder away to start anew."
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from calm_core.config.training_config import SpikeConfig
 from calm_core.distributed.spikes import UpdateHistory, Verdict, judge, limit
 from calm_core.errors import UserError
-from calm_core.training.resume import Progress
+from calm_core.training.resume import RunProgress
 
 SKIP = SpikeConfig(action="skip", window=8, deviations=6.0)
 finite = st.floats(-1e6, 1e6)
@@ -65,7 +65,7 @@ def test_equal_values_leave_room_for_rounding() -> None:
 def test_the_history_counts_every_verdict_and_remembers_the_good_ones(
     steps: list[tuple[Verdict, float, float]], remembered: int
 ) -> None:
-    progress, history = Progress(), UpdateHistory()
+    progress, history = RunProgress(), UpdateHistory()
     for verdict, loss, norm in steps:
         progress, history = progress.after(4), history.after(verdict, loss, norm, remembered)
         saved = json.loads(json.dumps({**asdict(progress), **asdict(history)}))

@@ -104,7 +104,7 @@ def train(
     from calm_core.distributed.collectives import average_metrics
     from calm_core.distributed.engine import Engine, Pass
     from calm_core.model.parameters import initialize
-    from calm_core.training.loader import step_samples
+    from calm_core.training.batch_loader import step_samples
 
     head, _, variant = kind.partition("@")
     # The iterative heads take twenty or a hundred evaluations of their network for a sample: they are given fewer.

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calm_core.reference.names import HEAD, HEAD_ALIAS
-from calm_core.reference.weights import EMBEDDED
+from calm_core.reference.weight_folder import EMBEDDED
 
 CONFIGS = json.loads((GOLDEN / "tiny.config.json").read_text())
 WEIGHTS = load_file(GOLDEN / "tiny.weights.safetensors")

@@ -28,7 +28,7 @@ from calm_core.distributed.topology import distributed
 from calm_core.errors import ExitCode, UserError
 from calm_core.reference.config_json import autoencoder_size, model_shape, reference_calm
 from calm_core.reference.names import AUTOENCODER, AUTOENCODER_TIED, HEAD, HEAD_ALIAS
-from calm_core.reference.weights import EMBEDDED, TIED_TO
+from calm_core.reference.weight_folder import EMBEDDED, TIED_TO
 from calm_core.training.launch import run_calm
 
 FIRST_AND_ALIAS = {"first": (HEAD, TIED_TO), "alias": (HEAD_ALIAS, AUTOENCODER_TIED)}

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from calm_core.errors import UserError
 from calm_core.tokenizer import load_tokenizer
-from calm_core.tokenizer.protocol import encode_long
+from calm_core.tokenizer.base import encode_long
 
 
 def byte_level(texts: list[str]) -> tokenizers.Tokenizer:

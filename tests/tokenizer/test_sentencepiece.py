@@ -6,7 +6,7 @@ import sentencepiece
 
 from calm_core.errors import UserError
 from calm_core.tokenizer import load_tokenizer
-from calm_core.tokenizer.protocol import encode_long
+from calm_core.tokenizer.base import encode_long
 
 
 def model(texts: list[str], **options) -> bytes:

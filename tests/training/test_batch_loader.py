@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_core.data.order import SampleOrder
-from calm_core.training.loader import Loader, step_samples
+from calm_core.training.batch_loader import Loader, step_samples
 
 
 @given(st.integers(0, 10**12), st.integers(1, 5), st.integers(1, 5), st.integers(1, 6))

@@ -11,7 +11,7 @@ from launching import ROOT, finish
 from reference_folders import CONFIGS, part, write
 
 from calm_core.errors import ExitCode, UserError
-from calm_core.reference.weights import read_folder
+from calm_core.reference.weight_folder import read_folder
 
 
 @pytest.mark.parametrize("pickled", [False, True])
