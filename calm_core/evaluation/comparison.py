@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Text:
+class ScoredText:
     """A txt, jsonl or parquet file to score on.
 
     Attributes:
@@ -43,7 +43,7 @@ class Text:
         return replace(run, corpus=[str(self.file)], held_out=0.0, text_field=self.field or run.text_field)
 
 
-def tokens_of_text(text: Text, tokenizer: Tokenizer, data: DataConfig, folder: Path) -> TokenStore:
+def tokens_of_text(text: ScoredText, tokenizer: Tokenizer, data: DataConfig, folder: Path) -> TokenStore:
     """The documents of a file, tokenized into a store below `folder` as a run's `data` settings say (field, eos).
 
     Raises:
@@ -58,7 +58,7 @@ def tokens_of_text(text: Text, tokenizer: Tokenizer, data: DataConfig, folder: P
 
 
 def chunks_of_text(
-    text: Text, tokenizer: Tokenizer, autoencoder: Autoencoder, data: DataConfig, folder: Path
+    text: ScoredText, tokenizer: Tokenizer, autoencoder: Autoencoder, data: DataConfig, folder: Path
 ) -> ChunkStore:
     """The documents of a file, tokenized and encoded into a store below `folder`, packed as `data` says."""
     tokens_of_text(text, tokenizer, data, folder)
@@ -68,7 +68,7 @@ def chunks_of_text(
 
 def compare(
     paths: Sequence[Path],
-    text: Text | None,
+    text: ScoredText | None,
     context: int,
     seed: int,
     config: EvaluationConfig,
@@ -157,7 +157,7 @@ def _newest(path: Path, action: Callable[[Path], T]) -> T:
 
 
 def _stores(
-    checkpoint: Checkpoint, loaded: Loaded, text: Text | None, scratch: Path
+    checkpoint: Checkpoint, loaded: Loaded, text: ScoredText | None, scratch: Path
 ) -> tuple[Store | None, Store, str | None]:
     """What the checkpoint was trained on, for the baselines; what it is scored on; why the first is None, if it is."""
     if text is None:
@@ -186,7 +186,7 @@ def data_settings(checkpoint: Checkpoint, loaded: Loaded) -> DataConfig:
     return replace(experiment_of(checkpoint).data, eos=loaded.documents.eos, packing=loaded.documents.packing)
 
 
-def _text_settings(checkpoint: Checkpoint, loaded: Loaded, text: Text) -> dict[str, Any]:
+def _text_settings(checkpoint: Checkpoint, loaded: Loaded, text: ScoredText) -> dict[str, Any]:
     """How a text was made into tokens and chunks: as the run's data was, which imported weights do not say."""
     data, imported = text.data(data_settings(checkpoint, loaded)), "reference" in checkpoint.state
     return {"field": data.text_field, "eos": data.eos, "packing": data.packing, "assumed": imported}

@@ -27,7 +27,7 @@ class RunProgress:
     consumed: int = 0
 
     def after(self, samples: int) -> "RunProgress":
-        """RunProgress after one more step of so many samples."""
+        """The progress after one more step of so many samples."""
         return RunProgress(self.step + 1, self.consumed + samples)
 
 

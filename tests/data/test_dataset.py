@@ -109,8 +109,8 @@ def test_stores_that_do_not_belong_together_are_refused(tokens, built_chunks, ot
 @pytest.mark.parametrize(
     ("shares", "sentence"),
     [
-        ([StoreShare("a", weight=0)], r"blend\[0\] \(a\) wants weight > 0"),
-        ([StoreShare("a"), StoreShare("b", epochs=-1)], r"blend\[1\] \(b\) wants"),
+        ([StoreShare("a", weight=0)], r"blend\[0\] \(a\) needs weight > 0"),
+        ([StoreShare("a"), StoreShare("b", epochs=-1)], r"blend\[1\] \(b\) needs"),
         ([StoreShare("a", budget=5), StoreShare("b")], "a budget to every store"),
         ([StoreShare("a"), StoreShare("b", weight=1e-7)], "less than 1e-06 of the samples"),
     ],

@@ -11,7 +11,7 @@ from calm_core.config.parallel_config import ParallelConfig
 from calm_core.data.store import ChunkStore
 from calm_core.distributed.topology import Topology
 from calm_core.evaluation.checkpoint import evaluate_checkpoint
-from calm_core.evaluation.comparison import Text, chunks_of_text
+from calm_core.evaluation.comparison import ScoredText, chunks_of_text
 from calm_core.evaluation.tables import checkpoint_table
 from calm_core.inference.load_model import Loaded
 from calm_core.model.backbone import transformer_config
@@ -75,7 +75,7 @@ def test_windows_do_not_depend_on_how_many_are_scored_at_once(topology, loaded, 
 
 def test_a_text_becomes_a_store_of_the_models_own_chunks(topology, loaded, experiment, tmp_path):
     text = next(Path(experiment.run).glob("corpus/*.txt"))
-    store = chunks_of_text(Text(text), loaded.tokenizer, loaded.autoencoder, experiment.data, tmp_path)
+    store = chunks_of_text(ScoredText(text), loaded.tokenizer, loaded.autoencoder, experiment.data, tmp_path)
     tokens = [loaded.tokenizer.bos, *loaded.tokenizer.encode(text.read_text()), loaded.tokenizer.eos]
     assert store.read(0, len(store), ("tokens",))["tokens"].ravel()[: len(tokens)].tolist() == tokens
     result = evaluate_checkpoint(loaded, topology, stores(experiment)[0], store, 0, SOME)

@@ -20,7 +20,7 @@ from calm_core.config.parallel_config import ParallelConfig
 from calm_core.data.chunks import build_chunks
 from calm_core.distributed.topology import distributed
 from calm_core.errors import ExitCode, UserError
-from calm_core.evaluation.comparison import Text, tokens_of_text
+from calm_core.evaluation.comparison import ScoredText, tokens_of_text
 from calm_core.inference.load_model import find_checkpoint
 from calm_core.tokenizer import load_tokenizer
 from calm_core.training.launch import run_calm
@@ -132,7 +132,7 @@ def test_a_text_is_tokenized_as_the_data_of_the_run(
     text = tmp_path / "content.jsonl"
     text.write_text("".join(json.dumps({"content": document}) + "\n" for document in documents))
     data = config.load(Experiment, tiny_experiment / "config.yaml", ["data.eos=false"]).data
-    store = tokens_of_text(Text(text, "content"), tokenizer, data, tmp_path)
+    store = tokens_of_text(ScoredText(text, "content"), tokenizer, data, tmp_path)
     tokens = store.read(0, len(store), ("tokens",))["tokens"]
     assert (tokens == tokenizer.bos).sum() == len(documents)
     assert not (tokens == tokenizer.eos).any()
