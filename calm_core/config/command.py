@@ -1,12 +1,14 @@
 """The shape that all commands share: arguments, help, and how errors become sentences and exit codes."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import re
 import shutil
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from calm_core.project import ROOT
 Config = TypeVar("Config")
 
 DEFAULT_CONFIG = ROOT / "configs" / "demo.yaml"
+PRINTING_SECONDS = 10.0  # for which the other ranks leave rank 0 to print an error that all of them raise
 
 OVERRIDE = re.compile(r"[\w.-]+=.*", re.DOTALL)  # no slash before the "=": `runs/lr=1/config.yaml` is a path
 
@@ -130,6 +133,8 @@ def guard(function: Callable[[], int | None]) -> int:
     with failsafe_output():
         code = _exit_code(function)
     if _is_one_of_several_ranks():  # it failed: closing its process groups could wait for ranks that wait for it
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
         os._exit(code)
     return code
 
@@ -141,6 +146,8 @@ def _exit_code(function: Callable[[], int | None]) -> int:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not error.on_all_ranks:
             print(error if rank == "0" else f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(PRINTING_SECONDS)  # torchrun ends rank 0 as soon as another rank has ended
         return int(ExitCode.USAGE)
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)

@@ -24,10 +24,8 @@ GROUPS = {
     "alone": (
         1,
         [
-            *(
-                f"{head}/single"
-                for head in (*HEADS, "energy@bf16", "energy@padded", "energy@tokens", "energy@random-token")
-            ),
+            *(f"{head}/single" for head in (*HEADS, "energy@bf16", "energy@padded")),
+            *(f"energy@{side}/single" for side in ("tokens", "random-token", "full-rank")),
             *of("energy", "single-micro1 single-selective single-full"),
         ],
     ),
@@ -49,7 +47,6 @@ GROUPS = {
         [
             *of("softmax", "single-micro1 single-selective single-full"),
             *of("energy@padded", "single-micro1"),
-            *of("energy@full-rank", "single"),
         ],
     ),
     "more of two": (
