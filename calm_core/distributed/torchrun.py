@@ -21,13 +21,11 @@ from calm_core.errors import ExitCode
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
-# Defaults for torchrun and its processes.
-ENVIRONMENT = {
-    # Otherwise the ranks that --max-restarts starts again read the values of the ranks before them, and fail.
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    # Read when CUDA starts: tensor-parallel overlap relies on a single connection that keeps the order of kernels.
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-}
+# Read when CUDA starts: tensor-parallel overlap relies on a single connection that keeps the order of kernels.
+ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+# Without it the ranks that --max-restarts starts again read the values of the ranks before them, and fail. Only then:
+# with it rank 0 listens on a port that was free a moment ago, and may be another run's by now.
+RESTARTING = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def main(arguments: list[str]) -> int:
@@ -37,12 +35,14 @@ def main(arguments: list[str]) -> int:
     and end, within the half minute that torchrun allows. The exit code is then `STOPPED`. A second Ctrl-C kills them.
     """
     logging.disable(logging.ERROR)  # the processes print their own errors
-    os.environ |= {**ENVIRONMENT, **os.environ, LAUNCHER: str(os.getpid())}
+    options = parse_args(["--signals-to-handle", "SIGQUIT", *arguments])  # the others are handled here
+    defaults = ENVIRONMENT | (RESTARTING if options.max_restarts else {})
+    os.environ |= {**defaults, **os.environ, LAUNCHER: str(os.getpid())}
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
             signal.signal(number, _stop)
     try:
-        run(parse_args(["--signals-to-handle", "SIGQUIT", *arguments]))  # the others are handled here
+        run(options)
     except ChildFailedError as failure:
         _, first = failure.get_first_failure()
         return first.exitcode if first.exitcode > 0 else ExitCode.FAILED  # negative: killed by a signal

@@ -396,16 +396,16 @@ def test_an_evaluation_that_fails_costs_no_checkpoint_and_is_made_up_for(
 def test_a_signal_within_an_evaluation_ends_it(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, every: int, step: int
 ) -> None:
-    from calm_core.evaluation import in_training
+    from calm_core.evaluation import evaluate
 
-    original = in_training._Group.scores
+    original = evaluate._score
 
-    def scores(group: Any) -> Any:
+    def score(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return original(group)
+        return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(in_training._Group, "scores", scores)
+        patch.setattr(evaluate, "_score", score)
         assert train(tiny, f"training.eval_every={every}") == ExitCode.STOPPED
     assert read_metrics(tiny / "calm" / "metrics.jsonl", "eval") == []
     assert steps_saved(tiny) == [step]
