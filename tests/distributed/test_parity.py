@@ -136,6 +136,8 @@ def single(name: str) -> str:
 
 
 def tolerances(name: str) -> Differences:
+    if "@full-rank" in name:  # float32 sums over the vocabulary in another order, enlarged by the first steps of Adam
+        return TOLERANCES._replace(gradient=5e-5, weight=1e-4)
     return TOLERANCES_BF16 if "@bf16" in name else TOLERANCES
 
 
