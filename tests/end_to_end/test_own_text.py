@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def outputs(folder: Path) -> list[str]:
     """What the commands of the README print, run with a small model."""
-    block = re.search(r"### Your own text\n+```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    block = re.search(r"##+ Your own text\n+```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     own = {"configs/demo.yaml": folder / "config.yaml", "my.txt": folder / "my.txt", "runs/mine": folder / "mine"}
     for name, path in own.items():
         block = block.replace(name, str(path))
