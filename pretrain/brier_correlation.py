@@ -4,7 +4,7 @@ Trains the models one after another and scores each several times on the way; ru
 """
 
 from calm_core.config import command
-from calm_core.config.correlation_config import DEFAULT_CONFIG, CorrelationConfig
+from calm_core.config.scaling_config import CORRELATION_CONFIG, CorrelationConfig
 from calm_core.errors import ExitCode
 from calm_core.workflow.process import StoppedError, stoppable
 
@@ -30,4 +30,4 @@ def run(config: CorrelationConfig, dry_run: bool) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(command.run(__doc__, CorrelationConfig, SECTIONS, run, default=DEFAULT_CONFIG))
+    raise SystemExit(command.run(__doc__, CorrelationConfig, SECTIONS, run, default=CORRELATION_CONFIG))

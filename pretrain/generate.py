@@ -24,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         stop=tuple(arguments.stop),
     )
     from calm_core.distributed.topology import local_dtype
-    from calm_core.inference.forecast import forecast
-    from calm_core.inference.generate import generate, summary
+    from calm_core.inference.generate import forecast, generate, summary
     from calm_core.inference.load_model import default_device, load_for_inference
     from calm_core.inference.prompts import read_prompts
 

@@ -42,7 +42,7 @@ def run(config: ScalingConfig, dry_run: bool) -> int | None:
 
 def fit(config: ScalingConfig, dry_run: bool) -> None:
     """Collect the results, fit the laws, print them."""
-    from calm_core.scaling.law_report import fit_study
+    from calm_core.scaling.study_report import fit_study
 
     print(fit_study(config, write=not dry_run))
 
@@ -53,7 +53,7 @@ def plot(config: ScalingConfig, dry_run: bool) -> None:
         print(f"would draw the results of {config.run}")
         return
     from calm_core.scaling.figures import draw_study
-    from calm_core.scaling.study_page import write_scaling_page
+    from calm_core.scaling.study_report import write_scaling_page
 
     print("\n".join(map(str, [*draw_study(config), write_scaling_page(config)])))
 

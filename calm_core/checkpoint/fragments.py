@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from calm_core.checkpoint.boxes import Box, boxes_of_range
+from calm_core.checkpoint.tensor_folder import Box, boxes_of_range
 from calm_core.distributed.engine import Engine
 from calm_core.model.parameters import Piece, global_shape, named_parameters, pieces
 

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calm_core.checkpoint.boxes import Box
 from calm_core.checkpoint.folder import Checkpoint, DamagedError, begin, damaged_files, finish
-from calm_core.checkpoint.tensor_folder import INDEX, Entry, TensorFolder, write_file, write_index
+from calm_core.checkpoint.tensor_folder import INDEX, Box, Entry, TensorFolder, write_file, write_index
 from calm_core.errors import UserError
 from calm_core.model.parameters import named_parameters, pieces
 

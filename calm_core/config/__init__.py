@@ -1,8 +1,18 @@
 """Configuration: typed dataclasses, filled from YAML files and the command line; no torch here."""
 
-from calm_core.config.load_config import convert, load, read_yaml
+from calm_core.config.load_config import (
+    convert,
+    differences,
+    dump,
+    flatten,
+    load,
+    read_yaml,
+    save,
+    to_dict,
+    to_yaml,
+    with_absolute_paths,
+)
 from calm_core.config.schema import check, decides, describe, option
-from calm_core.config.serialize import differences, dump, flatten, save, to_dict, to_yaml, with_absolute_paths
 
 __all__ = [
     "check",

@@ -12,15 +12,16 @@ from calm_core.config.generation_config import GenerationOptions, whole_inverse
 from calm_core.errors import UserError
 from calm_core.inference.decoding import DocumentEnd, DrawnTokens, decode_given
 from calm_core.inference.load_model import Loaded
-from calm_core.inference.logits import draw_tokens, token_weights
 from calm_core.inference.temperature import (
     CallLimitError,
     agreement_probability,
+    draw_tokens,
     draws_until_agreement,
     estimate_calls,
     sample_batch,
     sample_exact,
     sample_weighted,
+    token_weights,
 )
 from calm_core.model.noise import SampleNoise, stream_seed
 

@@ -10,8 +10,16 @@ import numpy as np
 
 from calm_core.config.scaling_config import ScalingConfig
 from calm_core.plan import flops
-from calm_core.scaling.intervals import draw_losses, interval
-from calm_core.scaling.laws import Array, JointLaw, PowerLaw, TooFewError, fit_joint, fit_power_law
+from calm_core.scaling.laws import (
+    Array,
+    JointLaw,
+    PowerLaw,
+    TooFewError,
+    draw_losses,
+    fit_joint,
+    fit_power_law,
+    interval,
+)
 from calm_core.scaling.points import BASELINE, families, model_size, shape_of
 from calm_core.scaling.results import Row
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from calm_core.config.correlation_config import CorrelationConfig
 from calm_core.config.experiment import Experiment
+from calm_core.config.scaling_config import CorrelationConfig
 from calm_core.evaluation.tables import table
 from calm_core.io import write_json
 from calm_core.report.curves import plot_correlation

@@ -12,9 +12,8 @@ from calm_core.io import read_json
 from calm_core.report.draw import draw
 from calm_core.report.figure import GREY, Axis, Figure, Trace
 from calm_core.scaling.analysis import law_curve
-from calm_core.scaling.law_report import LAWS
 from calm_core.scaling.points import BASELINE, families
-from calm_core.scaling.results import Row, read_results, results_path
+from calm_core.scaling.results import LAWS, Row, read_results, results_path
 
 # The paper's models (its table 1): training FLOPs and BrierLM on WikiText-103, CALM at K=4.
 PUBLISHED = {

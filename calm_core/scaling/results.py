@@ -18,6 +18,8 @@ from calm_core.scaling.study_plan import autoencoder_flops
 from calm_core.training.run_folder import RunFolder
 from calm_core.training.run_log import read_metrics
 
+LAWS = "laws.json"  # in the folder of the study
+
 MEASURES = ("brier_1", "brier_2", "brier_3", "brier_4", "brier_lm", "loss")
 
 # The sections of a configuration that decide the result of a training, by what the model is.

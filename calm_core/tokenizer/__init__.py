@@ -4,7 +4,7 @@ from pathlib import Path
 
 from calm_core.errors import UserError
 from calm_core.tokenizer.base import Tokenizer
-from calm_core.tokenizer.training import is_trained, train_tokenizer
+from calm_core.tokenizer.sentencepiece import is_trained, train_tokenizer
 
 __all__ = ["Tokenizer", "is_trained", "load_tokenizer", "train_tokenizer"]
 

@@ -9,8 +9,7 @@ from itertools import product
 
 import numpy as np
 
-from calm_core.scaling.intervals import draw_losses, interval
-from calm_core.scaling.laws import JointLaw, PowerLaw, fit_joint, fit_power_law
+from calm_core.scaling.laws import JointLaw, PowerLaw, draw_losses, fit_joint, fit_power_law, interval
 
 POWER = PowerLaw(floor=0.7, scale=0.1, exponent=0.3, reference=1e18)
 

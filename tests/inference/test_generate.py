@@ -7,8 +7,7 @@ from torch import Tensor
 
 from calm_core.config.generation_config import GenerationOptions
 from calm_core.errors import UserError
-from calm_core.inference.forecast import expected_calls
-from calm_core.inference.generate import Completion, generate
+from calm_core.inference.generate import Completion, expected_calls, generate
 from calm_core.inference.load_model import Loaded
 from calm_core.inference.prompts import DocumentFormat
 from calm_core.inference.temperature import CallLimitError

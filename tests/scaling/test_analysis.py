@@ -12,10 +12,9 @@ from calm_core.io import write_json
 from calm_core.plan import flops
 from calm_core.scaling.analysis import analyse, best_of_budgets, losses
 from calm_core.scaling.figures import draw_study
-from calm_core.scaling.law_report import LAWS, fit_study
 from calm_core.scaling.points import model_size, shape_of
-from calm_core.scaling.results import Row, results_path, write_results
-from calm_core.scaling.study_page import write_scaling_page
+from calm_core.scaling.results import LAWS, Row, results_path, write_results
+from calm_core.scaling.study_report import fit_study, write_scaling_page
 
 
 def test_the_law_behind_the_results_is_found(study: ScalingConfig, rows: list[Row]) -> None:

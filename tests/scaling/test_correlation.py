@@ -8,7 +8,7 @@ import pytest
 from launching import ROOT, finish
 
 from calm_core import config
-from calm_core.config.correlation_config import DEFAULT_CONFIG, CorrelationConfig
+from calm_core.config.scaling_config import CORRELATION_CONFIG, CorrelationConfig
 from calm_core.errors import UserError
 from calm_core.scaling.correlation import (
     correlations,
@@ -21,7 +21,7 @@ from calm_core.scaling.correlation import (
 
 @pytest.fixture
 def shipped(tmp_path: Path) -> CorrelationConfig:
-    return config.load(CorrelationConfig, DEFAULT_CONFIG, [f"run={tmp_path / 'run'}"])
+    return config.load(CorrelationConfig, CORRELATION_CONFIG, [f"run={tmp_path / 'run'}"])
 
 
 def test_models_differ_in_width_alone(shipped: CorrelationConfig) -> None:

@@ -9,9 +9,9 @@ from calm_core import config as configuration
 from calm_core.config.experiment import Experiment
 from calm_core.config.scaling_config import ScalingConfig
 from calm_core.errors import UserError
-from calm_core.scaling.law_report import fit_study
 from calm_core.scaling.points import Point, experiment, family_experiment, points
 from calm_core.scaling.results import Row, collect, read_results, results_path, with_stored, write_results
+from calm_core.scaling.study_report import fit_study
 
 MEASURE = "brier_lm@ctx512/stride8"
 

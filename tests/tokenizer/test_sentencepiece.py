@@ -1,11 +1,15 @@
 import io
 from functools import partial
+from pathlib import Path
 
 import pytest
 import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
 
+from calm_core.config.data_config import TokenizerConfig
 from calm_core.errors import UserError
-from calm_core.tokenizer import load_tokenizer
+from calm_core.tokenizer import Tokenizer, is_trained, load_tokenizer, train_tokenizer
 from calm_core.tokenizer.base import encode_long
 
 
@@ -61,3 +65,87 @@ def test_characters_without_a_token_are_not_pad(slice_of_text, tmp_path):
     assert tokenizer.encode(text) == library.encode(text)
     assert (tokenizer.pad, tokenizer.vocab_size) == (600, 601)
     assert tokenizer.decode([*tokenizer.encode("a word"), tokenizer.pad]) == "a word"
+
+
+TEXT = [
+    f"The year {year} was good;\n\nthe next one, {year + 1},  was better.\tSo it goes — naïve." for year in range(500)
+]
+CONFIG = TokenizerConfig(vocab_size=350)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_tokenizer(TEXT, CONFIG, path, {"corpus": "years"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path: Path) -> Tokenizer:
+    return load_tokenizer(path)
+
+
+# sentencepiece writes its spaces as U+2581, so that character alone does not come back.
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
+def test_decoding_gives_back_any_text(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["  two  spaces ", "\ttab\r\n\n\n", "\0", "<s></s><pad><unk><0x0A>", "\ufeff😀\u200d é"]
+)
+def test_decoding_gives_back_awkward_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert min(ids) > 3  # text never encodes to a special token
+
+
+def test_special_tokens_come_first_and_are_silent(tokenizer):
+    assert (tokenizer.pad, tokenizer.bos, tokenizer.eos) == (0, 1, 2)
+    assert tokenizer.decode([1, *tokenizer.encode("a year"), 2, 0, 0]) == "a year"
+
+
+def test_batch_equals_one_by_one(tokenizer):
+    batch = tokenizer.encode_batch(TEXT[:50])
+    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in TEXT[:50]]
+
+
+def test_learns_pieces_and_splits_digits(tokenizer):
+    assert tokenizer.vocab_size == 350
+    assert len(tokenizer.encode(TEXT[0])) < len(TEXT[0]) / 2
+    assert len(tokenizer.encode("2048")) == 4
+
+
+def test_training_is_deterministic(path, tmp_path):
+    again = train_tokenizer(TEXT, CONFIG, tmp_path / "tokenizer.model", {})
+    assert again.content_hash == load_tokenizer(path).content_hash
+    assert (tmp_path / "tokenizer.model").read_bytes() == path.read_bytes()
+
+
+def test_too_large_a_vocabulary_names_the_largest(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer.vocab_size=5000 .* at most \d+") as error:
+        train_tokenizer(TEXT, TokenizerConfig(vocab_size=5000), tmp_path / "tokenizer.model", {})
+    assert not list(tmp_path.iterdir())
+    largest = int(str(error.value).split("at most ")[1].split()[0])
+    assert train_tokenizer(TEXT, TokenizerConfig(largest), tmp_path / "t.model", {}).vocab_size == largest
+
+
+def test_too_small_a_vocabulary_names_the_smallest(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer.vocab_size=265 .* at least \d+"):
+        train_tokenizer(TEXT, TokenizerConfig(vocab_size=265), tmp_path / "tokenizer.model", {})
+
+
+def test_no_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"data\.corpus"):
+        train_tokenizer(["", ""], CONFIG, tmp_path / "tokenizer.model", {})
+
+
+def test_trained_is_known_by_its_inputs(path, tmp_path):
+    assert is_trained(path, {"corpus": "years"})
+    assert not is_trained(tmp_path / "tokenizer.model", {"corpus": "years"})
+    with pytest.raises(UserError, match="another corpus"):
+        is_trained(path, {"corpus": "months"})
+    foreign = tmp_path / "foreign.model"
+    foreign.write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="not trained here"):
+        is_trained(foreign, {"corpus": "years"})

@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calm_core.inference.text import TextStream
+from calm_core.inference.request import TextStream
 from calm_core.tokenizer import Tokenizer
 
 
