@@ -2,7 +2,9 @@
 
 A folder of the reference holds config.json and model.safetensors (or, to import, pytorch_model.bin; either may be in
 shards) of an autoencoder or of CALM. The autoencoder becomes a frozen one; CALM becomes the folder of an experiment, to
-generate and evaluate from, or to start training from by training.init_from=DST/calm/checkpoints/step-0.
+generate and evaluate from, or to start training from by training.init_from=DST/calm/checkpoints/step-0. An exported
+folder also opens in Hugging Face transformers: an autoregressive model is a Llama there; CALM needs the line
+`import calm_core.integrations.huggingface` first.
 """
 
 from collections.abc import Sequence
@@ -23,17 +25,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     outward.add_argument("source", type=Path, metavar="SRC", help="autoencoder, checkpoint step-N, or folder of a run")
     outward.add_argument("target", type=Path, metavar="DST", help="folder to write")
     arguments = parser.parse_args(argv)
-    from calm_core.config.parallel_config import ParallelConfig
-    from calm_core.distributed.topology import distributed
+    from calm_core.reference.convert import export_reference, import_reference
 
-    with distributed(ParallelConfig()):
-        from calm_core.reference.convert import export_reference, import_reference
-
-        if arguments.way == "import":
-            made = import_reference(arguments.source, arguments.target, arguments.tokenizer)
-        else:
-            export_reference(arguments.source, arguments.target)
-            made = arguments.target
+    if arguments.way == "import":
+        made = import_reference(arguments.source, arguments.target, arguments.tokenizer)
+    else:
+        export_reference(arguments.source, arguments.target)
+        made = arguments.target
     print(f"finished: {made}")
 
 

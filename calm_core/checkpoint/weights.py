@@ -1,6 +1,6 @@
 """Weights of a whole model, read and written by one process without process groups: for inference and conversion."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,20 @@ def load_whole_model(checkpoint: Checkpoint, model: nn.Module) -> None:
     """
     source = _undamaged(checkpoint)
     for name, parameter in named_parameters([model]):
-        wanted = [(f"{_WEIGHT}{piece.name}", tuple(piece.of(parameter).shape)) for piece in pieces(name, parameter)]
-        for tensor, shape in wanted:
-            if source.shapes.get(tensor) != shape:
+        for piece in pieces(name, parameter):
+            found, wanted = source.shapes.get(_WEIGHT + piece.name), tuple(piece.of(parameter).shape)
+            if found != wanted:
                 raise UserError(
-                    f"{checkpoint.path} holds {tensor} with shape {source.shapes.get(tensor)} where its configuration "
-                    f"wants {shape}: use another checkpoint."
+                    f"{checkpoint.path} holds {_WEIGHT}{piece.name} with shape {found} where its configuration wants "
+                    f"{wanted}: use another checkpoint."
                 )
-        parameter.data.copy_(torch.cat([source.read(tensor) for tensor, _ in wanted]))
+    fill(model, lambda name: source.read(_WEIGHT + name))
+
+
+def fill(model: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Put weights into a model that this process holds whole; `read` gives those of a global name."""
+    for name, parameter in named_parameters([model]):
+        parameter.data.copy_(torch.cat([read(piece.name) for piece in pieces(name, parameter)]))
 
 
 def _undamaged(checkpoint: Checkpoint) -> TensorFolder:

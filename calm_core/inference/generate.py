@@ -20,7 +20,7 @@ class Completion:
     """The continuation of one prompt, and how it was made.
 
     Attributes:
-        prompt: as given.
+        prompt: its text.
         text: generated, without the prompt and the stop text.
         tokens: generated, at most `max_tokens`; without eos, and with those of the stop text.
         reason: what ended it: the end of the document (eos, or what marks it in data without eos), a stop text, or
@@ -48,7 +48,7 @@ class Completion:
 @torch.inference_mode()
 def generate(
     loaded: Loaded,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     options: GenerationOptions,
     seeds: Sequence[int] | None = None,
     allowed: Allowed | None = None,
@@ -62,7 +62,7 @@ def generate(
 
     Args:
         loaded: model, autoencoder, tokenizer.
-        prompts: texts.
+        prompts: texts, or the tokens of texts, without bos.
         options: how to sample, when to stop.
         seeds: one per prompt, in place of `options.seed` and those that follow it.
         allowed: which chunks may follow what is there; the others are not chosen.

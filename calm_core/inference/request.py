@@ -76,7 +76,7 @@ class Request:
     """One row of the batch.
 
     Attributes:
-        prompt: as given.
+        prompt: its text.
         seed: of its noise.
         max_tokens: to generate.
         ends: tokens that end a document.
@@ -121,19 +121,22 @@ class Request:
 
 
 def new_requests(
-    loaded: Loaded, prompts: Sequence[str], options: GenerationOptions, seeds: Sequence[int] | None = None
+    loaded: Loaded,
+    prompts: Sequence[str | Sequence[int]],
+    options: GenerationOptions,
+    seeds: Sequence[int] | None = None,
 ) -> list[Request]:
     """A request for each prompt, with its seed: `options.seed` and those that follow it where none are given.
 
     Raises:
         UserError: a prompt is no text, or takes more positions with `max_tokens` than the model was trained on.
     """
-    require_text(prompts)
+    require_text([prompt for prompt in prompts if isinstance(prompt, str)])
     tokenizer, k = loaded.tokenizer, loaded.shape.k
     seeds = range(options.seed, options.seed + len(prompts)) if seeds is None else seeds
     requests = []
     for prompt, seed in zip(prompts, seeds, strict=True):
-        text = tokenizer.encode(prompt)
+        text = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         tokens = prompt_tokens(text, k, tokenizer, loaded.documents, options.partial)
         positions = -(-(len(tokens) + options.max_tokens) // k) - 1  # the last chunk is not read
         if positions > loaded.positions:
@@ -142,7 +145,8 @@ def new_requests(
                 f"model was trained on {loaded.positions}: shorten the prompt or lower max_tokens."
             )
         stream, ends = TextStream(tokenizer, text[-1:], options.stop), loaded.documents.ends(tokenizer)
-        requests.append(Request(prompt, seed, options.max_tokens, ends, tokens, stream))
+        shown = prompt if isinstance(prompt, str) else tokenizer.decode(text)
+        requests.append(Request(shown, seed, options.max_tokens, ends, tokens, stream))
     return requests
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig, ModelShape
 from calm_core.errors import UserError
+from calm_core.inference.prompts import DocumentFormat
 
 _AUTOENCODER = {
     "hidden_size": "hidden",
@@ -41,6 +42,8 @@ _CALM_SIZES = (*_SIZES, "num_hidden_layers", "num_attention_heads", "num_mlp_lay
 
 _POSITIONS = "max_position_embeddings"
 
+_DOCUMENT_EOS, _DOCUMENT_PACKING = "document_eos", "document_packing"
+
 # Values that say what our networks are in any case: a network with another value cannot be imported.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -65,6 +68,7 @@ _HARMLESS = {
     *("_attn_implementation", "attn_implementation", "_attn_implementation_autoset", "return_dict", "is_decoder"),
     *("output_attentions", "output_hidden_states", "is_encoder_decoder", "use_return_dict", "latent_size"),
     *("max_position_embeddings", "id2label", "label2id", "chunk_size_feed_forward", "problem_type"),
+    *(_DOCUMENT_EOS, _DOCUMENT_PACKING),
 }
 
 _CHECKED_APART = {"rope_scaling", "rope_parameters", "rope_theta", "head_dim", "rms_norm_eps"}
@@ -149,6 +153,17 @@ def reference_calm(shape: ModelShape, longest: int) -> dict[str, Any]:
         "num_mlp_layers": shape.head.block_count(shape.backbone.layers),
         _POSITIONS: longest,
     }
+
+
+def reference_documents(documents: DocumentFormat) -> dict[str, Any]:
+    """How documents stand in the data, under keys of our own, which the reference ignores."""
+    return {_DOCUMENT_EOS: documents.eos, _DOCUMENT_PACKING: documents.packing}
+
+
+def documents_of(config: Mapping[str, Any]) -> DocumentFormat:
+    """The inverse of `reference_documents`; our default where a folder says nothing."""
+    usual = DocumentFormat()
+    return DocumentFormat(config.get(_DOCUMENT_EOS, usual.eos), config.get(_DOCUMENT_PACKING, usual.packing))
 
 
 def require_exportable(shape: ModelShape, path: Path) -> None:

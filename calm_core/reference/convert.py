@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,31 +18,33 @@ from calm_core import config as configuration
 from calm_core.autoencoder.artefact import KIND, load_autoencoder, save_autoencoder
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.checkpoint.folder import Checkpoint, open_checkpoint
-from calm_core.checkpoint.weights import read_weights, write_weights
+from calm_core.checkpoint.weights import fill, read_weights, write_weights
 from calm_core.config.data_config import DataConfig
 from calm_core.config.experiment import Experiment
 from calm_core.config.model_config import AutoencoderConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
 from calm_core.errors import UserError
 from calm_core.evaluation.autoencoder_health import experiment_of_autoencoder, find_autoencoder
-from calm_core.inference.load_model import find_checkpoint, model_shape_of, paths_of
-from calm_core.io import hash_file, replacing
+from calm_core.inference.load_model import Loaded, document_format, find_checkpoint, model_shape_of, paths_of
+from calm_core.io import hash_file, read_json, replacing
 from calm_core.manifest import MANIFEST, read_manifest
-from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
 from calm_core.model.parameters import named_parameters, pieces
+from calm_core.model.single_rank import SingleRank
 from calm_core.model.token_loss import NAME as TOKEN_LOSS
 from calm_core.reference.config_json import (
     AutoencoderSize,
     autoencoder_size,
+    documents_of,
     llama_config,
     model_shape,
     positions,
     reference_autoencoder,
     reference_calm,
+    reference_documents,
     require_exportable,
 )
 from calm_core.reference.names import AUTOENCODER, HEAD, HEAD_ALIAS, calm_to_ours, calm_to_theirs, to_llama
+from calm_core.reference.tokenizer_files import CONVERTED, ORIGINAL, export_tokenizer
 from calm_core.reference.weight_folder import (
     CONFIG,
     EMBEDDED,
@@ -64,8 +66,6 @@ UNTRAINED = "none (imported weights)"  # identity of the data: no run has it, so
 
 def import_reference(source: Path, target: Path, tokenizer: Path | None) -> Path:
     """Make our folders below `target` from a reference folder, and return the one with the model.
-
-    Runs inside `distributed(ParallelConfig())`, on one rank.
 
     Args:
         source: folder of an autoencoder or of CALM.
@@ -109,31 +109,76 @@ def export_reference(source: Path, target: Path) -> None:
         _export_calm(open_checkpoint(find_checkpoint(source)), target)
 
 
+def load_reference(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
+    """A folder of CALM that holds its autoencoder and its tokenizer, as `export_reference` writes it, for inference.
+
+    Raises:
+        UserError: the folder does not hold such a model.
+    """
+    config, tensors = read_folder(folder)
+    shape, longest, first, size = _read_calm(folder, config, tensors)
+    if size is None:
+        raise UserError(f"{folder} holds no autoencoder, without which nothing is generated: export a whole run.")
+    file = next((folder / name for name in (ORIGINAL, CONVERTED) if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(f"{folder} holds no tokenizer ({ORIGINAL} or {CONVERTED}): put the model's own there.")
+    tokenizer = load_tokenizer(file)
+    if tokenizer.vocab_size != shape.vocabulary:
+        raise UserError(
+            f"{file} has {tokenizer.vocab_size} tokens, and the model {shape.vocabulary}: put the model's own there."
+        )
+    if (own := folder / AUTOENCODER_FOLDER / CONFIG).is_file():  # says more than the weights do
+        size = autoencoder_size(read_json(own), own)
+    model = CalmModel(SingleRank.of(shape.backbone, dtype), shape)
+    fill(model, calm_to_ours(first, shape).__getitem__)
+    autoencoder = _autoencoder_of(size, _without_prefix(first)).to(device, dtype).requires_grad_(False).eval()
+    return Loaded(model.to(device).eval().requires_grad_(False), autoencoder, tokenizer, longest, documents_of(config))
+
+
 def calm_shapes(shape: ModelShape) -> dict[str, torch.Size]:
     """The shapes of the reference's tensors of a model, by their first names."""
     with torch.device("meta"):
-        model = CalmModel(transformer_config(shape.backbone, ParallelConfig()), shape)
+        model = CalmModel(SingleRank.of(shape.backbone), shape)
     ours = {p.name: p.of(parameter.data) for n, parameter in named_parameters([model]) for p in pieces(n, parameter)}
     return {name: tensor.shape for name, tensor in calm_to_theirs(ours, shape).items()}
+
+
+class _Calm(NamedTuple):
+    """CALM as a folder of the reference holds it.
+
+    Attributes:
+        shape: of the network.
+        positions: the longest sequence, in chunks.
+        tensors: by their first names, in float32.
+        autoencoder: the size of the autoencoder inside it, if there is one.
+    """
+
+    shape: ModelShape
+    positions: int
+    tensors: dict[str, Tensor]
+    autoencoder: AutoencoderSize | None
+
+
+def _read_calm(source: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> _Calm:
+    shape = model_shape(config, _head_kind(tensors, config), source / CONFIG)
+    longest = positions(config, source / CONFIG)
+    wanted, size = calm_shapes(shape), None
+    if any(name.startswith(EMBEDDED) for name in tensors):
+        size = _embedded_size(tensors, shape, source)
+        wanted |= {EMBEDDED + name: wanted_shape for name, wanted_shape in _autoencoder_shapes(size).items()}
+    return _Calm(shape, longest, resolve(tensors, wanted, source), size)
 
 
 def _import_calm(
     source: Path, target: Path, tokenizer: Path | None, config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> Path:
-    shape = model_shape(config, _head_kind(tensors, config), source / CONFIG)
-    longest = positions(config, source / CONFIG)
-    wanted = calm_shapes(shape)
-    embedded = any(name.startswith(EMBEDDED) for name in tensors)
-    if embedded:
-        size = _embedded_size(tensors, shape, source)
-        wanted |= {EMBEDDED + name: wanted_shape for name, wanted_shape in _autoencoder_shapes(size).items()}
-    first = resolve(tensors, wanted, source)
+    shape, longest, first, size = _read_calm(source, config, tensors)
     experiment = Experiment(run=str(target), data=DataConfig(k=shape.k), model=shape.backbone, head=shape.head)
     paths, reference = experiment.paths, asdict(form_of(config, tensors))
     _require_unused(paths.calm_run)
     if tokenizer and paths.tokenizer.exists() and hash_file(tokenizer) != hash_file(paths.tokenizer):
         raise UserError(f"{paths.tokenizer} is another tokenizer than {tokenizer}: choose another folder to import to.")
-    if embedded:
+    if size:
         _require_unused(paths.autoencoder)
         own = _without_prefix(tensors)
         form = form_of(reference_autoencoder(size), own)
@@ -164,7 +209,7 @@ def _export_calm(checkpoint: Checkpoint, target: Path) -> None:
     require_exportable(shape, checkpoint.path)
     weights = {name: tensor for name, tensor in read_weights(checkpoint).items() if not name.startswith(TOKEN_LOSS)}
     first = calm_to_theirs(weights, shape)
-    config = reference_calm(shape, longest)
+    config = reference_calm(shape, longest) | reference_documents(document_format(checkpoint))
     wanted_hash = checkpoint.state.get(FORM, {}).get("autoencoder")
     if wanted_hash or (FORM not in checkpoint.state and (paths.autoencoder / MANIFEST).exists()):
         autoencoder = load_autoencoder(paths.autoencoder)
@@ -180,15 +225,8 @@ def _export_calm(checkpoint: Checkpoint, target: Path) -> None:
 
 
 def _export_tokenizer(path: Path, target: Path) -> dict[str, int]:
-    """Copy the tokenizer, if it is there, to the name that Hugging Face's tools look for; the ids of its tokens."""
-    if not path.is_file():
-        return {}
-    tokenizer = load_tokenizer(path)
-    name = "tokenizer.json" if path.read_bytes().lstrip()[:1] == b"{" else "tokenizer.model"
-    target.mkdir(parents=True, exist_ok=True)
-    with replacing(target / name) as temporary:
-        shutil.copyfile(path, temporary)
-    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    """The tokenizer, if it is there, and the ids of its tokens."""
+    return export_tokenizer(path, target) if path.is_file() else {}
 
 
 def _export_tokenizer_of(folder: Path, model: Autoencoder, target: Path) -> dict[str, int]:
@@ -213,10 +251,15 @@ def _write_autoencoder(
 ) -> str:
     if tokenizer is None:
         raise UserError("--tokenizer is missing: give the file of the tokenizer that the autoencoder was trained with.")
+    model = _autoencoder_of(size, first)
+    return save_autoencoder(model, folder, hash_file(tokenizer), {FORM: asdict(form)})
+
+
+def _autoencoder_of(size: AutoencoderSize, first: Mapping[str, Tensor]) -> Autoencoder:
     with torch.device("meta"):
         model = Autoencoder(*size)
     model.load_state_dict({AUTOENCODER[name]: tensor for name, tensor in first.items()}, assign=True)
-    return save_autoencoder(model, folder, hash_file(tokenizer), {FORM: asdict(form)})
+    return model
 
 
 def _autoencoder_shapes(size: AutoencoderSize) -> dict[str, torch.Size]:

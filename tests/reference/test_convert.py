@@ -76,7 +76,7 @@ def random_reference(shape: ModelShape, dtype: torch.dtype = torch.float32) -> d
 
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("form", ["both", "first", "alias"])
-def test_autoencoder_there_and_back(alone: None, tmp_path: Path, tokenizer: Path, form: str, pickled: bool) -> None:
+def test_autoencoder_there_and_back(tmp_path: Path, tokenizer: Path, form: str, pickled: bool) -> None:
     from calm_core.reference.convert import import_reference
 
     config, tensors = CONFIGS["autoencoder"] | {"architectures": ["Autoencoder"]}, without(part("ae."), form)
@@ -94,9 +94,7 @@ def test_autoencoder_there_and_back(alone: None, tmp_path: Path, tokenizer: Path
 @pytest.mark.parametrize("form", ["both", "first", "alias"])
 @pytest.mark.parametrize("embedded", [False, True])
 @pytest.mark.parametrize("kind", ["energy", "diffusion", "flow"])
-def test_calm_there_and_back(
-    alone: None, tmp_path: Path, tokenizer: Path, kind: str, embedded: bool, form: str
-) -> None:
+def test_calm_there_and_back(tmp_path: Path, tokenizer: Path, kind: str, embedded: bool, form: str) -> None:
     from calm_core.reference.convert import import_reference
 
     tensors = without(calm(kind, embedded), form) if kind == "energy" else calm(kind, embedded)
@@ -113,7 +111,7 @@ def test_calm_there_and_back(
 )
 @pytest.mark.parametrize("kind", ["energy", "flow"])
 def test_grouped_queries_any_k_and_half_precision(
-    alone: None, tmp_path: Path, tokenizer: Path, kind: str, k: int, groups: int, dtype: torch.dtype
+    tmp_path: Path, tokenizer: Path, kind: str, k: int, groups: int, dtype: torch.dtype
 ) -> None:
     from calm_core.reference.convert import import_reference
 
@@ -130,7 +128,7 @@ def test_grouped_queries_any_k_and_half_precision(
 
 
 @pytest.mark.parametrize("pickled", [False, True])
-def test_shards_are_read_as_one_file(alone: None, tmp_path: Path, tokenizer: Path, pickled: bool) -> None:
+def test_shards_are_read_as_one_file(tmp_path: Path, tokenizer: Path, pickled: bool) -> None:
     from calm_core.reference.convert import import_reference
 
     tensors = calm("energy", embedded=True)
@@ -176,9 +174,7 @@ def test_imported_weights_give_the_recorded_hidden_states(alone: None, tmp_path:
         (lambda t: t.pop(EMBEDDED + "encoder.norm.weight"), ["missing: ae_model.encoder.norm.weight"]),
     ],
 )
-def test_wrong_tensors_are_named(
-    alone: None, tmp_path: Path, tokenizer: Path, change: object, words: list[str]
-) -> None:
+def test_wrong_tensors_are_named(tmp_path: Path, tokenizer: Path, change: object, words: list[str]) -> None:
     from calm_core.reference.convert import import_reference
 
     tensors = {name: tensor.clone() for name, tensor in calm("energy", embedded=True).items()}
@@ -189,7 +185,7 @@ def test_wrong_tensors_are_named(
     assert not (tmp_path / "run").exists()
 
 
-def test_wrong_folders_are_refused(alone: None, tmp_path: Path, tokenizer: Path) -> None:
+def test_wrong_folders_are_refused(tmp_path: Path, tokenizer: Path) -> None:
     from calm_core.reference.convert import export_reference, import_reference
 
     tensors = calm("energy", embedded=True)
@@ -214,11 +210,11 @@ def test_wrong_folders_are_refused(alone: None, tmp_path: Path, tokenizer: Path)
 
 def write_random(folder: Path, shape: ModelShape, **config: object) -> Path:
     """A checkpoint of random weights."""
-    from calm_core.model.backbone import transformer_config
     from calm_core.model.calm import CalmModel
     from calm_core.model.parameters import named_parameters, pieces
+    from calm_core.model.single_rank import SingleRank
 
-    model = CalmModel(transformer_config(shape.backbone, ParallelConfig()), shape)
+    model = CalmModel(SingleRank.of(shape.backbone), shape)
     generator = torch.Generator().manual_seed(0)
     weights = {p.name: p.of(parameter) for n, parameter in named_parameters([model]) for p in pieces(n, parameter)}
     weights = {name: torch.randn(weight.shape, generator=generator) * 0.2 for name, weight in weights.items()}
@@ -239,7 +235,7 @@ AR_SHAPE = ModelShape(
 )
 
 
-def test_an_autoregressive_model_is_a_plain_llama(alone: None, tiny: Path, tmp_path: Path) -> None:
+def test_an_autoregressive_model_is_a_plain_llama(tiny: Path, tmp_path: Path) -> None:
     from calm_core.inference.load_model import load_for_inference
     from calm_core.reference.convert import export_reference
 
@@ -261,7 +257,7 @@ def test_an_autoregressive_model_is_a_plain_llama(alone: None, tiny: Path, tmp_p
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
-def test_an_export_says_all_that_loading_it_needs(alone: None, tiny: Path, tmp_path: Path) -> None:
+def test_an_export_says_all_that_loading_it_needs(tiny: Path, tmp_path: Path) -> None:
     from calm_core.reference.convert import export_reference, import_reference
 
     experiment = configuration.load(Experiment, tiny / "config.yaml", [f"run={tiny}"])
@@ -332,7 +328,7 @@ def test_the_epsilon_of_an_autoencoder_is_kept(tmp_path: Path) -> None:
         autoencoder_size(CONFIGS["autoencoder"] | {"num_encoder_layers": 3}, tmp_path)
 
 
-def test_a_model_with_another_epsilon_is_not_exported(alone: None, tmp_path: Path) -> None:
+def test_a_model_with_another_epsilon_is_not_exported(tmp_path: Path) -> None:
     from calm_core.reference.convert import export_reference
 
     backbone = BackboneConfig(layers=1, hidden=32, ffn=48, heads=4, norm_eps=1e-5)
@@ -353,7 +349,7 @@ def imported(tiny: Path, folder: Path) -> Path:
     return import_reference(source, folder / "run", experiment.paths.tokenizer)
 
 
-def test_an_imported_model_speaks(alone: None, tiny: Path, tmp_path: Path) -> None:
+def test_an_imported_model_speaks(tiny: Path, tmp_path: Path) -> None:
     from calm_core.config.generation_config import GenerationOptions
     from calm_core.inference.generate import generate
     from calm_core.inference.load_model import load_for_inference
@@ -368,10 +364,9 @@ def test_an_imported_model_speaks(alone: None, tiny: Path, tmp_path: Path) -> No
 def test_an_imported_model_is_scored_on_a_text_without_training_data(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with distributed(ParallelConfig()):
-        from calm_core.evaluation.scores import BASELINES
+    from calm_core.evaluation.scores import BASELINES
 
-        imported(tiny, tmp_path)
+    imported(tiny, tmp_path)
     text, output = tmp_path / "text.jsonl", tmp_path / "out.json"
     documents = [path.read_text() for path in sorted(tiny.glob("corpus/1*.txt"))]
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
@@ -392,8 +387,7 @@ def test_an_imported_model_is_scored_on_a_text_without_training_data(
 def test_training_starts_from_imported_weights_and_does_not_resume_them(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with distributed(ParallelConfig()):
-        checkpoint = imported(tiny, tmp_path)
+    checkpoint = imported(tiny, tmp_path)
 
     def train(*overrides: str) -> ExitCode:
         changes = [f"run={tiny}", "training.steps=1", "evaluation.windows=2", *overrides]
@@ -401,10 +395,9 @@ def test_training_starts_from_imported_weights_and_does_not_resume_them(
 
     assert train(f"training.init_from={checkpoint}") == ExitCode.OK
     assert "starting from all weights" in capsys.readouterr().out
-    with distributed(ParallelConfig()):
-        from calm_core.reference.convert import export_reference
+    from calm_core.reference.convert import export_reference
 
-        export_reference(tiny, tmp_path / "trained")
+    export_reference(tiny, tmp_path / "trained")
     trained, before = (load_file(tmp_path / f / "model.safetensors") for f in ("trained", "in"))
     assert {HEAD_ALIAS + name.removeprefix(HEAD) for name in before if name.startswith(HEAD)} <= trained.keys()
     assert EMBEDDED + AUTOENCODER_TIED in trained
