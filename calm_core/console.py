@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calm_core.config import command
+from calm_core.config.load_config import ROOT
 from calm_core.errors import UserError
-from calm_core.project import ROOT
 
 ALIASES = {"train": "train-calm"}
 

@@ -78,7 +78,7 @@ def evaluate_autoencoder(arguments: Namespace, scratch: Path) -> None:
     from calm_core.autoencoder.artefact import load_autoencoder
     from calm_core.data.store import TokenStore
     from calm_core.evaluation.autoencoder_health import examine_autoencoder, experiment_of_autoencoder, find_autoencoder
-    from calm_core.evaluation.comparison import ScoredText, tokens_of_text
+    from calm_core.evaluation.checkpoint import ScoredText, tokens_of_text
     from calm_core.evaluation.tables import autoencoder_table
     from calm_core.report.curves import plot_noise_curve
     from calm_core.tokenizer import load_tokenizer
@@ -112,7 +112,7 @@ def evaluate_models(arguments: Namespace, scratch: Path) -> None:
 
     config = EvaluationConfig(arguments.windows, arguments.places, arguments.samples, arguments.micro_batch)
     with distributed(ParallelConfig()) as topology:
-        from calm_core.evaluation.comparison import ScoredText, compare
+        from calm_core.evaluation.checkpoint import ScoredText, compare
 
         text = ScoredText(arguments.text, arguments.text_field) if arguments.text else None
         results = compare(arguments.paths, text, arguments.context, SEED, config, topology, scratch, arguments.protocol)

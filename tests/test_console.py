@@ -10,7 +10,7 @@ import pytest
 from launching import ROOT, finish
 
 from calm_core import console
-from calm_core.project import ROOT as FOUND
+from calm_core.config.load_config import ROOT as FOUND
 
 
 def test_every_script_is_a_command(capsys):

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
 
 from calm_core import config
-from calm_core.config.load_config import user_path
+from calm_core.config.load_config import ROOT, user_path
 from calm_core.errors import ExitCode, UserError
-from calm_core.project import ROOT
 
 Config = TypeVar("Config")
 

@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import re
+import sysconfig
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,11 @@ from calm_core.config.schema import (
 )
 from calm_core.errors import UserError
 from calm_core.io import write_text
+
+CHECKOUT = Path(__file__).parents[2]
+
+# Where the scripts and configurations are: a wheel puts them below the environment that it is installed in.
+ROOT = CHECKOUT if (CHECKOUT / "pretrain").is_dir() else Path(sysconfig.get_path("data")) / "share" / "calm"
 
 T = TypeVar("T")
 

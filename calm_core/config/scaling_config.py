@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from calm_core.config.experiment import Experiment
+from calm_core.config.load_config import ROOT
 from calm_core.config.schema import PathText, check, option
 from calm_core.errors import UserError
-from calm_core.project import ROOT
 
 DEFAULT_CONFIG = ROOT / "configs" / "scaling" / "two_cores.yaml"
 

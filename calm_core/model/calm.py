@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from calm_core.config.model_config import ModelShape
 from calm_core.model.cache import KeyValueCache
 from calm_core.model.compression import InputCompression
-from calm_core.model.heads.protocol import HeadLoss, Target
-from calm_core.model.heads.registry import head_module
+from calm_core.model.heads.protocol import HeadLoss, Target, head_module
 from calm_core.model.noise import Noise
 from calm_core.model.single_rank import SingleRank, SingleRankBackbone
 from calm_core.model.token_loss import TokenLoss

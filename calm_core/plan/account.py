@@ -8,7 +8,7 @@ from calm_core.config.parallel_config import ParallelConfig
 from calm_core.config.training_config import TrainingConfig
 from calm_core.model import token_loss
 from calm_core.model.costs import FLOAT32, Load, Weights
-from calm_core.model.heads.registry import head_module
+from calm_core.model.heads.protocol import head_module
 from calm_core.plan import flops
 from calm_core.plan.layout import accumulation
 from calm_core.plan.memory import States, peak, rank_parameters, states

@@ -5,11 +5,12 @@ project reaches a head through them.
 """
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
-from calm_core.config.model_config import ModelShape
+from calm_core.config.model_config import HEADS, ModelShape
 from calm_core.model.costs import Activations, HeadCosts, Load
 from calm_core.model.noise import Noise
 
@@ -76,3 +77,12 @@ class HeadModule(Protocol):
     def activations(self, shape: ModelShape, load: Load) -> Activations:
         """Bytes of the final norm, the head and its loss for one micro-batch."""
         ...
+
+
+def head_module(kind: str) -> HeadModule:
+    """The module of this kind of head.
+
+    Raises:
+        KeyError: if the kind is not registered.
+    """
+    return import_module(HEADS[kind].module)

@@ -12,8 +12,7 @@ from calm_core.config.parallel_config import ParallelConfig
 from calm_core.distributed.topology import Topology
 from calm_core.model.backbone import transformer_config
 from calm_core.model.costs import Load, target_bytes
-from calm_core.model.heads.protocol import GenerativeHead, HeadLoss, Target
-from calm_core.model.heads.registry import head_module
+from calm_core.model.heads.protocol import GenerativeHead, HeadLoss, Target, head_module
 from calm_core.model.noise import SampleNoise
 from calm_core.plan import account, flops, memory
 from calm_core.reference.names import calm_links
