@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from calm_core.autoencoder.model import Autoencoder, kl_divergence
+from calm_core.autoencoder.output_layer import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class AutoencoderMetrics:
     token_accuracy_posterior: float  # decoding a draw of the posterior
     token_accuracy_noisy: float  # decoding the mean plus normal noise of standard deviation `sigma`
     sigma: float
+    cross_entropy: float  # nats per token of the whole vocabulary, decoding the draw of the posterior
     position_accuracy: list[float]  # of the mean, for each of the K positions in the chunk
     mean_sigma: float  # mean standard deviation of the posterior
     dimension_sigma: list[float]  # likewise for each of the l dimensions
@@ -36,12 +38,14 @@ def autoencoder_metrics(
     A dimension is dead when the variance of its posterior mean over the chunks is below 0.01, the usual bound for an
     inactive unit of a variational autoencoder (Burda et al., 2015).
     """
-    means, log_stds, hits = [], [], torch.zeros(3, model.k, dtype=torch.float64)
+    means, log_stds, nats, hits = [], [], 0.0, torch.zeros(3, model.k, dtype=torch.float64)
     for chunk in tokens.split(batch):
         mean, log_std = (part.float() for part in model.encode(chunk))
         draw = torch.randn(2, *mean.shape, generator=generator, device=mean.device)
         latents = torch.stack([mean, mean + log_std.exp() * draw[0], mean + sigma * draw[1]])
         hits += (model.decode_tokens(latents) == chunk).sum(1).cpu()
+        hidden = model.decode_hidden(latents[1]).flatten(0, -2)
+        nats += linear_cross_entropy(hidden, model.embedding.weight, chunk.flatten()).item() * len(chunk)
         means.append(mean)
         log_stds.append(log_std)
     mean, log_std = torch.cat(means), torch.cat(log_stds)
@@ -52,6 +56,7 @@ def autoencoder_metrics(
         token_accuracy_posterior=posterior,
         token_accuracy_noisy=noisy,
         sigma=sigma,
+        cross_entropy=nats / len(tokens),
         position_accuracy=accuracy[0].tolist(),
         mean_sigma=log_std.exp().mean().item(),
         dimension_sigma=log_std.exp().mean(0).tolist(),

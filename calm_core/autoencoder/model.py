@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calm_core.autoencoder.output_layer import linear_cross_entropy, most_probable
+from calm_core.autoencoder.output_layer import linear_cross_entropy, most_probable, sampled_cross_entropy
 from calm_core.config.model_config import AutoencoderConfig
 from calm_core.model.noise import Noise
 
@@ -110,7 +110,7 @@ class AutoencoderLosses(NamedTuple):
     """The loss of a micro-batch and its detached terms, float32: `loss = K * cross_entropy + kl_weight * kl`."""
 
     loss: Tensor
-    cross_entropy: Tensor  # nats per token
+    cross_entropy: Tensor  # nats per token; an estimate where the output layer is sampled
     kl: Tensor  # nats per chunk, each dimension raised to the floor
 
 
@@ -118,7 +118,11 @@ def autoencoder_loss(model: Autoencoder, tokens: Tensor, noise: Noise) -> Autoen
     """Training loss of chunks `tokens [rows, B, K]`: reconstruction from a posterior draw with dropout (section 2).
 
     `noise` draws which tokens the encoder reads as id 0, the posterior draw, and which of its dimensions the decoder
-    reads as 0; the others are scaled so that their expectation stays.
+    reads as 0; the others are scaled so that their expectation stays. Where the output layer is sampled, it also draws
+    the tokens that each sample's softmax runs over besides the sample's own.
+
+    Raises:
+        UserError: if a sample has too many tokens for `config.sampled_output`.
     """
     config, rows = model.config, len(tokens)
     seen = tokens
@@ -130,8 +134,14 @@ def autoencoder_loss(model: Autoencoder, tokens: Tensor, noise: Noise) -> Autoen
     if config.latent_dropout > 0:
         kept = noise.uniform("autoencoder/latent_dropout", rows, config.latent) >= config.latent_dropout
         latents = latents * kept / (1 - config.latent_dropout)
-    hidden = model.decode_hidden(latents).flatten(0, -2)
-    cross_entropy = linear_cross_entropy(hidden, model.embedding.weight, tokens.flatten())
+    hidden, table = model.decode_hidden(latents), model.embedding.weight  # [rows, B, K, hidden], [V, hidden]
+    outputs = config.outputs(model.vocab_size, rows * model.k)
+    if outputs == model.vocab_size:
+        cross_entropy = linear_cross_entropy(hidden.flatten(0, -2), table, tokens.flatten())
+    else:
+        (keys,) = noise.uniform("autoencoder/output", 1, model.vocab_size)
+        by_sample, goals = hidden.transpose(0, 1).flatten(1, 2), tokens.transpose(0, 1).flatten(1)
+        cross_entropy = sampled_cross_entropy(by_sample, table, goals, keys, outputs)
     kl = kl_divergence(mean, log_std).clamp(min=config.kl_floor).sum(-1).mean()
     loss = model.k * cross_entropy + config.kl_weight * kl
     return AutoencoderLosses(loss, cross_entropy.detach(), kl.detach())

@@ -1,4 +1,4 @@
-"""The output layer: cross-entropy and most probable tokens, without all logits in memory at once."""
+"""The output layer: cross-entropy, whole or sampled, and most probable tokens, without all logits in memory at once."""
 
 from typing import Any
 
@@ -58,8 +58,35 @@ def argmax(logits: Tensor, block: int = 128) -> Tensor:
     return (start + logits.gather(1, inside).argmax(-1, keepdim=True)).squeeze(1)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int = 1024) -> Tensor:
-    """Mean cross-entropy in nats of `targets [n]` under the logits `hidden [n, d] @ weight [V, d].T`.
+def sampled_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, keys: Tensor, count: int) -> Tensor:
+    """An estimate of the mean cross-entropy of B samples, for which the logits of `count` tokens each are computed.
+
+    These are all tokens that occur in the sample and, of the others, those with the lowest keys. The drawn ones stand
+    for all m that do not occur: each of r counts m / r times in the softmax's denominator, whose estimate is unbiased
+    (stratified sampling). With `count` = V the cross-entropy is exact.
+
+    Args:
+        hidden: `[B, n, d]`.
+        weight: `[V, d]`.
+        targets: `[B, n]`, of which a sample has at most `count` different ones.
+        keys: `[B, V]`, independent draws from U[0, 1).
+        count: tokens that the softmax of a sample runs over.
+    """
+    own = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, targets, True)
+    tokens = keys.masked_fill(own, -1.0).topk(count, largest=False, sorted=False).indices  # [B, count]
+    drawn = ~own.gather(1, tokens)
+    stands_for = (~own).sum(1, keepdim=True) / drawn.sum(1, keepdim=True)
+    offsets = torch.where(drawn, stands_for.log(), 0.0)
+    place = torch.arange(count, device=tokens.device).expand_as(tokens)
+    goals = torch.zeros_like(own, dtype=torch.int64).scatter_(1, tokens, place).gather(1, targets)
+    losses = map(linear_cross_entropy, hidden, F.embedding(tokens, weight), goals, offsets)
+    return torch.stack(list(losses)).mean()
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, offsets: Tensor | None = None, rows: int = 1024
+) -> Tensor:
+    """Mean cross-entropy in nats of `targets [n]` under the logits `hidden [n, d] @ weight [V, d].T + offsets [V]`.
 
     Matrix products run in the inputs' dtype, softmax and sums in float32 (float64 for float64). The gradients are
     computed with the loss, `rows` tokens at a time: only their logits are held, not several copies of all n x V.
@@ -68,9 +95,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: 
     as 128,257, the rows of logits are not aligned, for which GPUs have slower kernels.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _WithGradients.apply(hidden, weight, targets, rows)
+        return _WithGradients.apply(hidden, weight, targets, offsets, rows)
     losses = [
-        F.cross_entropy(_logits(part, weight), goal, reduction="sum")
+        F.cross_entropy(_logits(part, weight, offsets), goal, reduction="sum")
         for part, goal in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     return torch.stack(losses).sum() / len(targets)
@@ -80,17 +107,18 @@ class _WithGradients(torch.autograd.Function):
     """Computes both gradients in the forward pass, slice by slice of the logits, and keeps only the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, offsets: Tensor | None, rows: int) -> Tensor:
         precision = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=precision, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
         vocabulary = len(weight)
         if padding := padded_vocabulary(vocabulary) - vocabulary:
             weight = F.pad(weight, (0, 0, 0, padding))
+            offsets = None if offsets is None else F.pad(offsets, (0, padding))
         weight_gradient = torch.zeros_like(weight, dtype=precision)
         for start in range(0, len(targets), rows):
             part, goal = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = _logits(part, weight)
+            logits = _logits(part, weight, offsets)
             logits[:, vocabulary:] = -torch.inf
             probabilities = logits.log_softmax(-1)
             total -= probabilities.gather(1, goal).sum()
@@ -107,9 +135,11 @@ class _WithGradients(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_loss / ctx.count
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return (hidden_gradient * scale).to(hidden_gradient.dtype), (weight_gradient * scale).to(ctx.dtype), None, None
+        of_hidden = (hidden_gradient * scale).to(hidden_gradient.dtype)
+        return of_hidden, (weight_gradient * scale).to(ctx.dtype), None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, offsets: Tensor | None) -> Tensor:
     logits = hidden @ weight.T
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if offsets is None else logits.add_(offsets)

@@ -35,6 +35,12 @@ class AutoencoderConfig:
         belongs_to="training",
         at_least=0,
     )
+    sampled_output: int = option(
+        0,
+        "tokens whose logits training computes for a sample: its own and random others; 0 means all V, as in the paper",
+        belongs_to="training",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
         check(self, "autoencoder")
@@ -43,6 +49,21 @@ class AutoencoderConfig:
     def ffn_width(self) -> int:
         """Width of the SwiGLU layers."""
         return self.ffn or self.hidden * 5 // 2
+
+    def outputs(self, vocab_size: int, sample: int) -> int:
+        """The tokens whose logits training computes, for samples of `sample` tokens: all V, or `sampled_output`.
+
+        Raises:
+            UserError: if a sample may hold so many different tokens that no others are left to sample.
+        """
+        if not 0 < self.sampled_output < vocab_size:
+            return vocab_size
+        if self.sampled_output <= sample:
+            raise UserError(
+                f"autoencoder.sampled_output={self.sampled_output} is not above the {sample} tokens of a sample "
+                "(autoencoder_training.positions x data.k): raise it, or set it to 0 for the whole vocabulary."
+            )
+        return self.sampled_output
 
 
 @dataclass(frozen=True)

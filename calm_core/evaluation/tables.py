@@ -90,6 +90,7 @@ def autoencoder_table(result: Mapping[str, Any]) -> str:
             f"{result['chunks']:,} chunks",
             *table(["tokens rebuilt", "share"], rows),
             f"by position in the chunk, of the mean: {by_position}",
+            f"cross-entropy of a posterior sample: {result['cross_entropy']:.4f} nats a token",
             f"sigma: {result['mean_sigma']:.3f} on average, {min(sigma):.3f} to {max(sigma):.3f} by dimension",
             f"KL: {sum(kl):.1f} nats a chunk, {min(kl):.3f} to {max(kl):.3f} by dimension",
             f"dead dimensions: {result['dead_dimensions']} of {len(kl)}",

@@ -18,22 +18,26 @@ def describe(experiment: Experiment, vocabulary: int, world: int) -> str:
     """The account as text.
 
     Raises:
-        UserError: if the world does not divide the global batch evenly.
+        UserError: if the world does not divide the global batch evenly, or a sample has too many tokens for the sampled
+            output layer.
     """
     training, plan, config = experiment.autoencoder_training, experiment.plan, experiment.autoencoder
     shape = autoencoder_shape(config, vocabulary, experiment.data.k)
     micro_batches = accumulation(training, ParallelConfig(), world, "autoencoder_training")
     chunks = training.global_batch * training.positions
-    tokens, work = chunks * shape.k, flops.autoencoder_training(shape) * chunks
+    outputs = config.outputs(vocabulary, training.positions * shape.k)
+    tokens, work = chunks * shape.k, flops.autoencoder_training(shape, outputs) * chunks
     days = work * training.steps / (world * plan.peak_tflops * 1e12 * plan.mfu) / SECONDS_A_DAY
     width, device = (4, "cpu") if training.precision == "fp32" else (2, "cuda")
     parameters = flops.autoencoder_parameters(shape)
     held = states(parameters, world, width)
-    active = activations(shape, Load(training.positions, training.micro_batch, ParallelConfig(), width, device))
+    load = Load(training.positions, training.micro_batch, ParallelConfig(), width, device)
+    active = activations(shape, load, outputs)
     peak = held.held + max(active, held.step)
     return "\n".join(
         [
-            f"model: {parameters / 1e6:.1f}M parameters, vocabulary {vocabulary}",
+            f"model: {parameters / 1e6:.1f}M parameters, vocabulary {vocabulary}"
+            + (f", logits of {outputs} tokens a sample" if outputs < vocabulary else ""),
             f"batch: {training.global_batch} samples a step = {world} ranks x {training.micro_batch} a micro-batch x "
             f"{micro_batches} accumulated",
             f"work: {tokens:,} tokens a step, {training.steps:,} steps, {tokens * training.steps / 1e9:.4g}B tokens",
@@ -53,8 +57,8 @@ def autoencoder_shape(config: AutoencoderConfig, vocabulary: int, k: int) -> Aut
     return AutoencoderShape(vocabulary, k, config.hidden, config.ffn_width, config.latent)
 
 
-def activations(shape: AutoencoderShape, load: Load) -> int:
-    """Bytes of activations at the peak, when the loss has been computed.
+def activations(shape: AutoencoderShape, load: Load, outputs: int) -> int:
+    """Bytes of activations at the peak, when the loss has been computed on the logits of `outputs` tokens.
 
     Kept per chunk, `hidden` wide: the input of each norm (see `Load.rms_norm`) and its output, read by a matrix, in a
     block per token and a block per chunk of the encoder and of the decoder; the encoder's final norm likewise; the
@@ -67,7 +71,8 @@ def activations(shape: AutoencoderShape, load: Load) -> int:
 
     For the table the cross-entropy keeps a float32 gradient, and backward adds to another; where the vocabulary is not
     a multiple of that of `padded_vocabulary`, it works on a padded copy. The logits of a slice are held in float32 and
-    twice in the precision of the weights.
+    twice in the precision of the weights. A sampled output layer has its rows of the table, their ids and their
+    gradients for each sample, and the table's gradient in the precision of the weights.
     """
     h, k, ffn, latent = shape.hidden, shape.k, shape.ffn, shape.latent
     blocks = 2 * (k + 1) * (load.rms_norm(h) + load.whole(h) + load.whole(4 * ffn))
@@ -75,7 +80,11 @@ def activations(shape: AutoencoderShape, load: Load) -> int:
     decoder = load.whole(h) + load.rms_norm(k * h) + load.whole(k * h)
     posterior = load.float32(6 * latent) + load.whole(latent) + load.rows * latent
     kept = blocks + encoder + decoder + posterior + 2 * load.rows * k * TOKEN
-    rows = padded_vocabulary(shape.vocabulary)
-    logits = min(LOGIT_ROWS, load.rows * k) * rows * (2 * load.width + FLOAT32)
-    copy = 0 if rows == shape.vocabulary else load.width * rows * h
-    return kept + 2 * FLOAT32 * rows * h + copy + logits
+    sampled, rows = outputs < shape.vocabulary, padded_vocabulary(outputs)
+    tables, inputs = (load.micro_batch, load.positions * k) if sampled else (1, load.rows * k)
+    logits = min(LOGIT_ROWS, inputs) * rows * (2 * load.width + FLOAT32)
+    copy = 0 if rows == outputs else load.width * rows * h
+    gradients = 2 * FLOAT32 * tables * rows * h
+    if sampled:
+        gradients += tables * outputs * TOKEN + load.width * shape.vocabulary * h
+    return kept + gradients + copy + logits

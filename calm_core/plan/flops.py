@@ -181,12 +181,15 @@ def autoencoder_parameters(shape: AutoencoderShape) -> int:
     return (encoder + autoencoder_decoder(shape)).parameters + shape.vocabulary * h
 
 
-def autoencoder_training(shape: AutoencoderShape) -> int:
-    """FLOPs of training on one chunk, forward and backward; what runs once per token counts K times."""
+def autoencoder_training(shape: AutoencoderShape, outputs: int = 0) -> int:
+    """FLOPs of training on one chunk, forward and backward; what runs once per token counts K times.
+
+    `outputs` is the number of tokens whose logits are computed for each token; 0 means the whole vocabulary.
+    """
     h, per_token = shape.hidden, _block(shape) * shape.k
     encoder = per_token + linear(shape.k * h, h) + _block(shape) + linear(h, 2 * shape.latent)
     decoder = linear(shape.latent, h) + _block(shape) + linear(h, shape.k * h) + per_token
-    logits = linear(h, shape.vocabulary, bias=False) * shape.k
+    logits = linear(h, outputs or shape.vocabulary, bias=False) * shape.k
     return (encoder + decoder + logits).training
 
 

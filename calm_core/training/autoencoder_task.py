@@ -79,10 +79,13 @@ class AutoencoderTask:
         self.samples = TrainingSamples(train, positions * k, seed)
         self.tokens_per_sample = positions * k
         shape = {**asdict(config), "vocab_size": self.vocab_size, "k": k}
+        del shape["sampled_output"]  # how the loss is computed: it may change when a run resumes
         sizes = AutoencoderShape(self.vocab_size, k, config.hidden, config.ffn_width, config.latent)
-        self.flops_per_sample = float(positions * flops.autoencoder_training(sizes))
+        outputs = config.outputs(self.vocab_size, self.tokens_per_sample)
+        self.flops_per_sample = float(positions * flops.autoencoder_training(sizes, outputs))
         self.identity = {"model": shape, "data": train.identity, "positions": positions, "seed": seed}
         self.summary = f"K={k}, latent of {config.latent}, hidden {config.hidden}"
+        self._cross_entropy = "cross_entropy" if outputs == self.vocab_size else "sampled_cross_entropy"
         self._held_out, self._artefact, self._train = held_out, artefact, train
         self._device = torch.device("cpu")
 
@@ -123,7 +126,8 @@ class AutoencoderTask:
         batch = next(micro_batches)
         noise = SampleNoise(self.seed, batch.samples, self._device)
         losses = autoencoder_loss(model.autoencoder, batch.tokens.to(self._device), noise)
-        metrics = {"loss": losses.loss.detach().clone(), "cross_entropy": losses.cross_entropy, "kl": losses.kl}
+        cross_entropy = {self._cross_entropy: losses.cross_entropy}
+        metrics = {"loss": losses.loss.detach().clone(), **cross_entropy, "kl": losses.kl}
         return losses.loss, lambda loss: (loss, metrics)
 
     def texts(self, engine: Engine) -> list[dict[str, Any]]:

@@ -1,4 +1,6 @@
+import pytest
 import torch
+import torch.nn.functional as F
 from live_bytes import LiveBytes, storages
 
 from calm_core.autoencoder.metrics import autoencoder_metrics
@@ -37,6 +39,17 @@ def test_each_number_is_what_it_says():
     assert metrics.dead_dimensions == 1
     expected = kl_divergence(torch.tensor(0.0), torch.tensor(-1.0))
     torch.testing.assert_close(torch.tensor(metrics.kl[2]), expected)
+
+
+def test_the_cross_entropy_is_that_of_the_whole_vocabulary():
+    torch.manual_seed(0)
+    model = Autoencoder(AutoencoderConfig(hidden=8, latent=4, init_std=0.5, sampled_output=20), vocab_size=50, k=2)
+    tokens = torch.randint(50, (30, 2), generator=torch.Generator().manual_seed(0))
+    metrics = autoencoder_metrics(model, tokens, torch.Generator().manual_seed(1), batch=100)
+    mean, log_std = model.encode(tokens)
+    drawn = mean + log_std.exp() * torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(1))[0]
+    expected = F.cross_entropy(model.decode(drawn).flatten(0, 1), tokens.flatten()).item()
+    assert metrics.cross_entropy == pytest.approx(expected, rel=1e-5)
 
 
 def test_errors_are_counted_at_their_position():

@@ -117,8 +117,9 @@ def test_the_loss_is_what_its_draws_say():
     torch.testing.assert_close(losses.kl, kl.detach())
 
 
-def test_draws_follow_the_sample_and_not_the_micro_batch():
-    model, tokens = small(), random_chunks(6, 4)
+@pytest.mark.parametrize("sampled", [0, 30])
+def test_draws_follow_the_sample_and_not_the_micro_batch(sampled):
+    model, tokens = small(sampled_output=sampled), random_chunks(6, 4)
     whole = autoencoder_loss(model, tokens, SampleNoise(1, [0, 1, 2, 3], CPU)).loss
     halves = [
         autoencoder_loss(model, tokens[:, part : part + 2], SampleNoise(1, [part, part + 1], CPU)).loss
@@ -126,6 +127,26 @@ def test_draws_follow_the_sample_and_not_the_micro_batch():
     ]
     torch.testing.assert_close(sum(halves) / 2, whole)
     assert not torch.allclose(autoencoder_loss(model, tokens, SampleNoise(2, [0, 1, 2, 3], CPU)).loss, whole)
+
+
+def test_the_sampled_output_layer_estimates_the_loss_of_the_whole_one():
+    tokens = random_chunks(6, 200)
+    noise = SampleNoise(1, range(200), CPU)
+    whole, sampled, all_tokens = (
+        autoencoder_loss(small(init_std=0.3, sampled_output=outputs), tokens, noise) for outputs in (0, 30, 50)
+    )
+    torch.testing.assert_close(sampled.cross_entropy, whole.cross_entropy, rtol=0.02, atol=0)
+    assert sampled.cross_entropy < whole.cross_entropy  # the logarithm of an unbiased estimate is biased downwards
+    assert all_tokens == whole
+
+
+def test_an_output_layer_too_small_for_a_sample_is_refused():
+    config = AutoencoderConfig(sampled_output=100)
+    assert [config.outputs(vocabulary, 99) for vocabulary in (50, 100, 101)] == [50, 100, 100]
+    with pytest.raises(UserError, match=r"sampled_output=100 is not above the 100 tokens of a sample .*raise it"):
+        config.outputs(1000, 100)
+    with pytest.raises(UserError, match=r"autoencoder\.sampled_output=-1 must be at least 0"):
+        AutoencoderConfig(sampled_output=-1)
 
 
 def test_kl_divergence_is_that_of_torch():
@@ -155,9 +176,10 @@ def test_a_chunk_is_encoded_by_itself_and_in_order():
     assert not torch.allclose(model.encode(tokens.flip(-1))[0], mean)
 
 
+@pytest.mark.parametrize("sampled", [0, 30])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_loss_is_at_least_float32(dtype):
-    model = small().to(dtype)
+def test_the_loss_is_at_least_float32(dtype, sampled):
+    model = small(sampled_output=sampled).to(dtype)
     losses = autoencoder_loss(model, random_chunks(4, 2), SampleNoise(0, [0, 1], CPU))
     losses.loss.backward()
     assert losses.loss.dtype == torch.promote_types(dtype, torch.float32)

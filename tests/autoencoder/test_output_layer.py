@@ -1,4 +1,7 @@
-"""The search for the most probable token against the search through all logits."""
+"""Cross-entropy, whole and sampled, and the search for the most probable token, against all logits."""
+
+import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -6,7 +9,13 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm_core.autoencoder import output_layer
-from calm_core.autoencoder.output_layer import argmax, linear_cross_entropy, log_probability, most_probable
+from calm_core.autoencoder.output_layer import (
+    argmax,
+    linear_cross_entropy,
+    log_probability,
+    most_probable,
+    sampled_cross_entropy,
+)
 
 
 def problem(dtype):
@@ -24,7 +33,7 @@ def test_values_and_gradients(dtype, tolerance, rows):
     hidden, weight, targets = problem(dtype)
     exact = F.cross_entropy(hidden.double() @ weight.double().T, targets)
     expected = torch.autograd.grad(3 * exact, (hidden, weight))
-    loss = linear_cross_entropy(hidden, weight, targets, rows)
+    loss = linear_cross_entropy(hidden, weight, targets, rows=rows)
     gradients = torch.autograd.grad(3 * loss, (hidden, weight))
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(loss.double(), exact, rtol=tolerance, atol=tolerance)
@@ -61,6 +70,52 @@ def test_without_gradients_the_value_is_the_same():
         quiet = linear_cross_entropy(hidden, weight, targets, rows=7)
     torch.testing.assert_close(quiet, loss)
     assert not quiet.requires_grad
+
+
+def samples(targets, vocabulary=9, width=5):
+    """Inputs `[B, n, width]` float64, a table, targets `[B, n]` and a random order of the tokens for each sample."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.tensor(targets)
+    hidden = torch.randn(*targets.shape, width, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64).requires_grad_()
+    return hidden, weight, targets, torch.rand(len(targets), vocabulary, generator=generator)
+
+
+def test_a_sample_of_the_whole_vocabulary_gives_the_exact_loss_and_gradients():
+    hidden, weight, targets, keys = samples([[3, 3, 0], [8, 1, 2]])
+    exact = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten())
+    loss = sampled_cross_entropy(hidden, weight, targets, keys, count=9)
+    torch.testing.assert_close(loss, exact, rtol=1e-12, atol=0)
+    for found, expected in zip(*(torch.autograd.grad(2 * x, (hidden, weight)) for x in (loss, exact)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_the_sampled_softmax_runs_over_the_own_tokens_and_those_of_the_lowest_keys():
+    hidden, weight, targets, keys = samples([[3, 3, 0], [8, 1, 2]])
+    logits, others = hidden @ weight.T, [keys[0].tolist(), keys[1].tolist()]
+    losses = []
+    for sample, own in enumerate(({0, 3}, {1, 2, 8})):
+        drawn = sorted(set(range(9)) - own, key=others[sample].__getitem__)[: 6 - len(own)]
+        offsets = torch.full((9,), -torch.inf, dtype=torch.float64)
+        offsets[list(own)], offsets[drawn] = 0, math.log((9 - len(own)) / len(drawn))
+        losses.append(F.cross_entropy(logits[sample] + offsets, targets[sample]))
+    expected = torch.stack(losses).mean()
+    loss = sampled_cross_entropy(hidden, weight, targets, keys, count=6)
+    torch.testing.assert_close(loss, expected, rtol=1e-7, atol=0)  # the offsets are float32
+    for found, reference in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (loss, expected)), strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("drawn", [1, 2, 5])
+def test_over_all_draws_the_denominator_is_that_of_the_whole_softmax(drawn):
+    hidden, weight, targets, keys = samples([[4]], vocabulary=7)
+    logits = (hidden @ weight.T).flatten().detach()
+    denominators = []
+    for chosen in combinations([v for v in range(7) if v != 4], drawn):
+        low = torch.ones_like(keys).index_fill(1, torch.tensor(chosen), 0.0)
+        loss = sampled_cross_entropy(hidden, weight, targets, low, count=1 + drawn)
+        denominators.append((loss + logits[4]).exp())
+    torch.testing.assert_close(torch.stack(denominators).mean(), logits.exp().sum(), rtol=1e-7, atol=0)
 
 
 V, D = 2000, 24

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 CONFIG = """
 data: {{corpus: ["{corpus}"], held_out: 0.2}}
 tokenizer: {{vocab_size: 330}}
-autoencoder: {{hidden: 32, latent: 8}}
+autoencoder: {{hidden: 32, latent: 8, sampled_output: 200}}
 autoencoder_training: &training
   steps: 20
   global_batch: 8

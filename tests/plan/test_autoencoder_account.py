@@ -11,12 +11,13 @@ from calm_core.model.costs import FLOAT32, Load
 from calm_core.model.noise import SampleNoise
 from calm_core.plan.autoencoder_account import LOGIT_ROWS, activations, autoencoder_shape
 
-S, B, K, V = 32, 2, 4, 128
+S, B, K, V = 32, 2, 4, 512
 
 
+@pytest.mark.parametrize("sampled", [0, 256])
 @pytest.mark.parametrize("hidden", [64, 128])
-def test_the_activations_kept_are_the_tensors_that_autograd_saves(hidden: int) -> None:
-    config = AutoencoderConfig(hidden=hidden, latent=16)
+def test_the_activations_kept_are_the_tensors_that_autograd_saves(hidden: int, sampled: int) -> None:
+    config = AutoencoderConfig(hidden=hidden, latent=16, sampled_output=sampled)
     model, tokens = Autoencoder(config, V, K), torch.randint(V, (S, B, K))
     known, saved = {parameter.untyped_storage()._cdata for parameter in (*model.parameters(), tokens)}, {}
 
@@ -29,7 +30,10 @@ def test_the_activations_kept_are_the_tensors_that_autograd_saves(hidden: int) -
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         autoencoder_loss(model, tokens, SampleNoise(0, range(B), torch.device("cpu")))
     measured = sum(storage.nbytes() for storage in saved.values()) + tokens.nbytes
-    beside = FLOAT32 * V * hidden + min(LOGIT_ROWS, S * B * K) * V * 3 * FLOAT32
-    predicted = activations(autoencoder_shape(config, V, K), Load(S, B, ParallelConfig(), 4, "cpu")) - beside
-    print(f"hidden {hidden}: predicted {predicted}, measured {measured}")
+    outputs = sampled or V
+    logits = min(LOGIT_ROWS, S * K if sampled else S * B * K) * outputs * 3 * FLOAT32
+    another = FLOAT32 * (B * outputs + V if sampled else V) * hidden  # gradient, made by backward
+    predicted = activations(autoencoder_shape(config, V, K), Load(S, B, ParallelConfig(), 4, "cpu"), outputs)
+    predicted -= logits + another
+    print(f"hidden {hidden}, sampled {sampled}: predicted {predicted}, measured {measured}")
     assert predicted == pytest.approx(measured, rel=0.015)

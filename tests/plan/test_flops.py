@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch.utils.flop_counter import FlopCounterMode
 
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, autoencoder_loss
 from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig
+from calm_core.model.noise import SampleNoise
 from calm_core.plan import flops
 from calm_core.plan.flops import AutoencoderShape, ModelShape
 
@@ -184,3 +185,12 @@ def test_the_autoencoders_training_is_what_torch_counts() -> None:
         mean, log_std = model.encode(torch.randint(300, (5, 4)))
         (model.decode(mean).sum() + log_std.sum()).backward()
     assert 5 * flops.autoencoder_training(shape) == counter.get_total_flops()
+
+
+def test_a_sampled_output_layer_computes_fewer_logits() -> None:
+    shape = AutoencoderShape(vocabulary=300, k=4, hidden=16, ffn=40, latent=8)
+    model = Autoencoder(AutoencoderConfig(hidden=16, latent=8, sampled_output=128), 300, 4)
+    with FlopCounterMode(display=False) as counter:
+        noise = SampleNoise(0, range(3), torch.device("cpu"))
+        autoencoder_loss(model, torch.randint(300, (5, 3, 4)), noise).loss.backward()
+    assert 5 * 3 * flops.autoencoder_training(shape, outputs=128) == counter.get_total_flops()

@@ -353,9 +353,10 @@ def test_init_from_nothing(tiny: Path) -> None:
         train(tiny, f"training.init_from={tiny}")
 
 
-def test_the_autoencoder_resumes_and_freezes(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("outputs", [0, 200])
+def test_the_autoencoder_resumes_and_freezes(tiny: Path, outputs: int, capsys: pytest.CaptureFixture[str]) -> None:
     def train_autoencoder(run: str, *overrides: str) -> ExitCode:
-        stores = [f"run={tiny / run}", f"data.tokens={tiny / 'tokens'}"]
+        stores = [f"run={tiny / run}", f"data.tokens={tiny / 'tokens'}", f"autoencoder.sampled_output={outputs}"]
         return run_autoencoder(config.load(Experiment, tiny / "config.yaml", [*stores, *overrides]))
 
     assert train_autoencoder("a") == ExitCode.OK
