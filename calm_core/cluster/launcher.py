@@ -153,7 +153,8 @@ def _describe(training: "StageTraining", world: int) -> str:
     model = f"tensor {layout.tensor} x pipeline {layout.pipeline} x " if layout else ""
     return (
         f"{ranks} = {model}data {data}; global batch {config.global_batch} = {data} x micro-batch "
-        f"{config.micro_batch} x {accumulated} accumulated"
+        f"{config.least_micro_batch} x {accumulated} accumulated"
+        + (", or the larger ones that fit" if config.micro_batch == "auto" else "")
     )
 
 

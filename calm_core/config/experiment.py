@@ -119,19 +119,38 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """The machine that `--dry-run` counts with; a run itself uses what it finds."""
+    """The machine that `--dry-run` counts with; a run itself uses what it finds.
+
+    The defaults are those of nodes of 8 H100 SXM with InfiniBand of 400 Gbit/s a GPU: the peak is the vendor's, what is
+    reached of it and of memory and links are estimates until `benchmarks/step_time.py` measures them.
+    """
 
     world: int = option(0, "ranks; 0 means those of this launch, or the fewest that the layout needs", at_least=0)
     device_memory_gib: float = option(80.0, "memory of one device", above=0)
     peak_tflops: float = option(
         989.0, "peak of one device in TFLOP/s: 989 is an H100's in bf16, 312 an A100's", above=0
     )
-    mfu: float = option(0.4, "model FLOPs utilisation that the days are estimated with")
+    matrix_share: float = option(0.65, "fraction of the peak that large matrix products reach", above=0, at_most=1)
+    memory_gbs: float = option(2600.0, "GB/s that kernels read and write in a device's memory", above=0)
+    launch_us: float = option(10.0, "microseconds of the host for each kernel that it launches", at_least=0)
+    collective_us: float = option(20.0, "microseconds that a message takes beside its bytes", at_least=0)
+    node_devices: int = option(8, "devices of a node", at_least=1)
+    node_gbs: float = option(300.0, "GB/s that a device sends to others of its node (NVLink)", above=0)
+    network_gbs: float = option(40.0, "GB/s that a device sends to other nodes (InfiniBand)", above=0)
+    storage_gbs: float = option(5.0, "GB/s that all ranks together write to the file system", above=0)
+    start_minutes: float = option(3.0, "minutes from the start of the job to the first step", at_least=0)
+    corpus_tokens: float = option(
+        0.0, "tokens of the corpus; 0 means those of the token store, or as many as are trained on", at_least=0
+    )
+    price: float = option(0.0, "price of a device for an hour, in any currency; 0 names none", at_least=0)
+    mfu: float = option(
+        0.0, "model FLOPs utilisation that the duration assumes; 0 predicts it by the parts of a step", at_least=0
+    )
 
     def __post_init__(self) -> None:
         check(self, "plan")
-        if not 0 < self.mfu <= 1:
-            raise UserError(f"plan.mfu={self.mfu} is no share of the peak: choose above 0 and at most 1.")
+        if self.mfu > 1:
+            raise UserError(f"plan.mfu={self.mfu} is no share of the peak: choose at most 1; 0 predicts it.")
 
 
 @dataclass(frozen=True)

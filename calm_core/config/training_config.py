@@ -32,6 +32,11 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check(self, "optimizer")
 
+    @property
+    def moments(self) -> int:
+        """Float32 numbers that the optimizer keeps for each weight, beside the weight itself: AdamW's two moments."""
+        return 2
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -95,9 +100,10 @@ class TrainingConfig:
 
     steps: int = option(250_000, "optimizer steps", belongs_to="training", at_least=1)
     global_batch: int = option(256, "samples per step, over all ranks", belongs_to="training", at_least=1)
-    micro_batch: int = option(
+    micro_batch: int | Literal["auto"] = option(
         4,
-        "samples per forward pass of one rank; it accumulates the gradients of as many as its samples need",
+        "samples per forward pass of one rank, which accumulates the gradients of its samples; auto: the most that fit "
+        "its memory",
         belongs_to="nothing",
         at_least=1,
     )
@@ -178,18 +184,23 @@ class TrainingConfig:
                 f"{self.hang_minutes}, but a start includes a step: raise it."
             )
 
+    @property
+    def least_micro_batch(self) -> int:
+        """The micro-batch; 1 while it is `auto`, which may come to that."""
+        return 1 if self.micro_batch == "auto" else self.micro_batch
+
     def micro_batches(self, data_size: int, multiple: int = 1) -> int:
         """Micro-batches that each data-parallel rank accumulates in a step, a multiple of `multiple`.
 
         Raises:
             UserError: if the global batch is not a multiple of micro-batch x data-parallel ranks x `multiple`.
         """
-        samples = self.micro_batch * data_size * multiple
+        samples = self.least_micro_batch * data_size * multiple
         if self.global_batch % samples:
             near = max(samples, round(self.global_batch / samples) * samples)
             raise UserError(
                 f"training.global_batch={self.global_batch} is not a multiple of training.micro_batch="
-                f"{self.micro_batch} x {data_size} data-parallel ranks"
+                f"{self.least_micro_batch} x {data_size} data-parallel ranks"
                 f"{f' x {multiple} (interleaved stages)' if multiple > 1 else ''}: the nearest that is, is {near}."
             )
-        return self.global_batch // (self.micro_batch * data_size)
+        return self.global_batch // (self.least_micro_batch * data_size)

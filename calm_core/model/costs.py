@@ -14,6 +14,10 @@ from calm_core.config.parallel_config import ParallelConfig
 FLOAT32 = 4  # bytes
 TOKEN = 8  # bytes of a token id, int64
 
+# Numbers per call of a CUDA generator. The numbers of a call that exceeds the threads resident on a GPU (270,336 on an
+# H100) depend on how many they are; every data-centre GPU since 2017 but the T4 holds this many, or more.
+CUDA_BLOCK = 2**16
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -26,6 +30,7 @@ class Weights:
         split: parameters, of all kinds, that are divided among tensor-parallel ranks; each rank holds the rest whole.
         summed_outputs: width of the outputs that tensor-parallel ranks sum in the forward pass (`row`, `table`).
         summed_inputs: width of the inputs whose gradient they sum in the backward pass (`column`).
+        tensors: parameters in the sense of torch: matrices, biases, scales, shifts and tables.
     """
 
     matrix: int = 0
@@ -34,6 +39,7 @@ class Weights:
     split: int = 0
     summed_outputs: int = 0
     summed_inputs: int = 0
+    tensors: int = 0
 
     def __add__(self, more: "Weights") -> "Weights":
         return Weights(*(getattr(self, field.name) + getattr(more, field.name) for field in fields(self)))
@@ -63,7 +69,7 @@ class Weights:
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> Weights:
     """A linear layer that every tensor-parallel rank holds whole."""
-    return Weights(matrix=inputs * outputs, other=outputs if bias else 0)
+    return Weights(matrix=inputs * outputs, other=outputs if bias else 0, tensors=1 + bias)
 
 
 def leaf_linear(inputs: int, outputs: int) -> Weights:
@@ -84,17 +90,17 @@ def row(inputs: int, outputs: int, bias: bool = True) -> Weights:
 
 def table(rows: int, width: int, look_ups: int = 1) -> Weights:
     """An embedding table whose rows are divided among tensor-parallel ranks, with `look_ups` rows read for a vector."""
-    return Weights(other=rows * width, split=rows * width, summed_outputs=look_ups * width)
+    return Weights(other=rows * width, split=rows * width, summed_outputs=look_ups * width, tensors=1)
 
 
 def layer_norm(width: int) -> Weights:
     """A LayerNorm: scale and shift."""
-    return Weights(other=2 * width)
+    return Weights(other=2 * width, tensors=2)
 
 
 def rms_norm(width: int) -> Weights:
     """An RMSNorm: scale."""
-    return Weights(other=width)
+    return Weights(other=width, tensors=1)
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,95 @@ class Activations:
     forward: int = 0
     backward: int = 0
     gathered: int = 0
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a unit of the pipeline executes for one micro-batch beside the arithmetic of its matrix products.
+
+    Kernels add up (`+`) and repeat (`*`), so a unit's are written as its forward pass is. A view starts no kernel.
+
+    Attributes:
+        forward: kernels started in the forward pass, matrix products included.
+        backward: likewise in the backward pass.
+        moved_forward: bytes that those which are no matrix products read and write in the forward pass.
+        moved_backward: likewise in the backward pass.
+        messages_forward: collectives of the tensor-parallel group in the forward pass.
+        messages_backward: likewise in the backward pass.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    moved_forward: int = 0
+    moved_backward: int = 0
+    messages_forward: int = 0
+    messages_backward: int = 0
+
+    def __add__(self, more: "Kernels") -> "Kernels":
+        return Kernels(*(getattr(self, field.name) + getattr(more, field.name) for field in fields(self)))
+
+    def __mul__(self, times: int) -> "Kernels":
+        return Kernels(*(getattr(self, field.name) * times for field in fields(self)))
+
+
+def pointwise(forward: int, backward: int, kernels: tuple[int, int] = (1, 1)) -> Kernels:
+    """Kernels that read and write so many bytes forward and backward; none where there are no bytes."""
+    return Kernels(kernels[0] if forward else 0, kernels[1] if backward else 0, forward, backward)
+
+
+def product(bias: int = 0, leaf: bool = False) -> Kernels:
+    """A product with a weight matrix: one product forward; backward one each for its input, unless a leaf, and weight.
+
+    A bias of an output of `bias` bytes is a kernel of its own, that reads and writes the output; its gradient reads it.
+    """
+    return Kernels(forward=1, backward=1 if leaf else 2) + pointwise(2 * bias, bias)
+
+
+def column_product(load: Load, bias: int = 0) -> Kernels:
+    """The product of a `column` layer, with the messages that gather its input and sum its input's gradient."""
+    parallel, gathers = int(load.layout.tensor > 1), int(load.layout.sequence)
+    return product(bias) + Kernels(messages_forward=gathers, messages_backward=parallel + gathers)
+
+
+def row_product(load: Load, bias: int = 0) -> Kernels:
+    """The product of a `row` layer, with the messages that sum its output and gather its output's gradient."""
+    parallel, gathers = int(load.layout.tensor > 1), int(load.layout.sequence)
+    return product(bias) + Kernels(messages_forward=parallel, messages_backward=gathers)
+
+
+def conversion(load: Load, width: int, backward: int = 1) -> Kernels:
+    """A tensor of `width` at each own position converted to or from float32, which bf16 activations need."""
+    if load.width == FLOAT32:
+        return Kernels()
+    moved = load.whole(width) + load.float32(width)
+    return pointwise(moved, moved * backward)
+
+
+def silu_kernel(size: int) -> Kernels:
+    """SiLU of a tensor of `size` bytes."""
+    return pointwise(2 * size, 3 * size)
+
+
+def layer_norm_kernel(size: int) -> Kernels:
+    """A LayerNorm of a tensor of `size` bytes."""
+    return pointwise(2 * size, 3 * size)
+
+
+def rms_norm_kernels(load: Load, width: int) -> Kernels:
+    """An RMSNorm of `width` at each own position: a kernel on a GPU, several elementwise ones in float32 on a CPU."""
+    if load.device == "cuda":
+        return pointwise(load.whole(2 * width), load.whole(3 * width))
+    copies = (2, 3) if load.width < FLOAT32 else (0, 0)  # to float32 and back
+    moved = [
+        load.float32(passes * width) + 3 * n * load.whole(width) for passes, n in zip((8, 24), copies, strict=True)
+    ]
+    return pointwise(*moved, kernels=(8 + copies[0], 14 + copies[1]))
+
+
+def noise_kernels(load: Load, numbers: int) -> Kernels:
+    """The draws of a stream, `numbers` of float32 for each sample, filled one by one and stacked: see `model.noise`."""
+    fills = -(-numbers // CUDA_BLOCK) if load.device == "cuda" else 1
+    return pointwise(3 * FLOAT32 * numbers * load.micro_batch, 0, (load.micro_batch * fills + 1, 0))
 
 
 def target_bytes(shape: ModelShape, load: Load) -> int:

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from calm_core.model.costs import CUDA_BLOCK
+
 
 class Noise(Protocol):
     """A source of named draws for a micro-batch of B samples.
@@ -33,11 +35,6 @@ class Noise(Protocol):
     def integers(self, name: str, high: int, rows: int, *shape: int) -> Tensor:
         """int64 in [0, high)."""
         ...
-
-
-# Numbers per call of a CUDA generator. The numbers of a call that exceeds the threads resident on a GPU (270,336 on an
-# H100) depend on how many they are; every data-centre GPU since 2017 but the T4 holds this many, or more.
-CUDA_BLOCK = 2**16
 
 
 def stream_seed(seed: int, name: str, sample: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from calm_core.config.model_config import ModelShape, padded_vocabulary
 from calm_core.model import costs as of
-from calm_core.model.costs import FLOAT32, Activations, Load, Weights
+from calm_core.model.costs import FLOAT32, Activations, Kernels, Load, Weights
 from calm_core.model.layers import column, cross_entropy, linear, own_positions, split_positions, vocabulary_logits
 from calm_core.model.noise import Noise
 
@@ -112,6 +112,17 @@ def applied(shape: ModelShape) -> Weights:
 def training_flops(shape: ModelShape, positions: int) -> int:
     """FLOPs of a sequence of S positions, forward and backward."""
     return applied(shape).training * positions // shape.token_loss.every if shape.token_loss else 0
+
+
+def kernels(shape: ModelShape, load: Load) -> Kernels:
+    """Kernels of one micro-batch: two products, and the passes of the cross-entropy over the float32 logits."""
+    side = shape.token_loss
+    if side is None:
+        return Kernels()
+    logits = load.rows // side.every * _learned(shape) * padded_vocabulary(shape.vocabulary) // load.layout.tensor
+    features = of.product(load.whole(side.rank * _learned(shape)) // side.every) if side.rank else Kernels()
+    passes = of.pointwise(13 * FLOAT32 * logits, 6 * FLOAT32 * logits, kernels=(25, 16))
+    return features + of.column_product(load) + passes
 
 
 def activations(shape: ModelShape, load: Load) -> Activations:

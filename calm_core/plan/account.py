@@ -6,48 +6,19 @@ from calm_core.config.experiment import PlanConfig
 from calm_core.config.model_config import ModelShape
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.config.training_config import TrainingConfig
-from calm_core.model import token_loss
-from calm_core.model.costs import FLOAT32, Load, Weights
-from calm_core.model.heads.protocol import head_module
+from calm_core.model.costs import Load
 from calm_core.plan import flops
 from calm_core.plan.layout import accumulation
 from calm_core.plan.memory import States, peak, rank_parameters, states
 from calm_core.plan.pipeline_split import by_part, pipeline_split, stage_fractions
-
-
-def tensor_parallel_traffic(shape: ModelShape, load: Load) -> list[int]:
-    """Bytes that a rank sends to its tensor-parallel group for each micro-batch, forward and backward, by unit.
-
-    The ranks sum the output of a `row`, and the gradient of the input of a `column`. With sequence parallelism a sum is
-    a reduce-scatter and an all-gather, as many bytes, and the input of a `column` is gathered once more in the backward
-    pass. The losses' own exchange, a number per position, is omitted.
-    """
-    entrance, *layers, _ = flops.unit_weights(shape)
-    if load.layout.recompute == "full":  # the second forward pass sums the outputs again
-        layers = [each + Weights(summed_outputs=each.summed_outputs) for each in layers]
-    head = head_module(shape.head.kind).costs(shape).training_weights
-    side = _sent(load, token_loss.applied(shape)) // shape.token_loss.every if shape.token_loss else 0
-    return [*(_sent(load, unit) for unit in (entrance, *layers)), _sent(load, head) + side]
-
-
-def data_parallel_traffic(parameters: int, data_size: int, width: int) -> tuple[int, int]:
-    """Bytes that a rank sends in a step to sum the float32 gradients, and to gather new weights of `width` bytes."""
-    return tuple(bytes_each * parameters * (data_size - 1) // data_size for bytes_each in (2 * FLOAT32, width))
-
-
-def pipeline_traffic(shape: ModelShape, load: Load) -> int:
-    """Bytes of the hidden states, or of their gradient, that a micro-batch sends to a neighbouring stage."""
-    return load.whole(shape.backbone.hidden)
-
-
-def _sent(load: Load, weights: Weights) -> int:
-    tensor = load.layout.tensor
-    gathered_again = weights.summed_inputs if load.layout.sequence else 0
-    width = 2 * (weights.summed_outputs + weights.summed_inputs) + gathered_again
-    return load.rows * load.width * width * (tensor - 1) // tensor
-
-
-SECONDS_A_DAY = 86_400
+from calm_core.plan.step_time import (
+    Machine,
+    StepTime,
+    data_parallel_traffic,
+    pipeline_traffic,
+    step_time,
+    unit_messages,
+)
 
 
 @dataclass(frozen=True)
@@ -97,8 +68,9 @@ class Account:
         tokens_per_step: tokens that a step trains on.
         paper_flops: FLOPs per token in the paper's accounting.
         executed_flops: FLOPs per token that this code executes.
-        bubble: idle fraction of the pipeline's time if its stages are equal.
-        days: duration of the whole run at the utilisation that the plan assumes.
+        step: predicted time of a step.
+        seconds: of a step: the predicted ones, or those at the utilisation that the plan assumes.
+        mfu: model FLOPs utilisation at these seconds.
     """
 
     shape: ModelShape
@@ -109,8 +81,14 @@ class Account:
     tokens_per_step: int
     paper_flops: float
     executed_flops: float
-    bubble: float
-    days: float
+    step: StepTime
+    seconds: float
+    mfu: float
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes that a rank holds at most, of the stage that holds most."""
+        return max(stage.total for stage in self.stages)
 
 
 def account(
@@ -128,31 +106,36 @@ def account(
     load = Load(training.positions, training.micro_batch, layout, width, device)
     tokens = training.global_batch * training.positions * shape.k
     executed = flops.executed_training(shape, training.positions) / (training.positions * shape.k)
-    seconds = executed * tokens / (world * plan.peak_tflops * 1e12 * plan.mfu)
-    idle = layout.pipeline - 1
+    step = step_time(shape, load, Machine.of(plan), split, micro_batches, data_size)
+    at_peak = executed * tokens / (world * plan.peak_tflops * 1e12)
+    seconds = at_peak / plan.mfu if plan.mfu else step.total
     return Account(
         shape=shape,
         world=world,
         data_size=data_size,
         micro_batches=micro_batches,
-        stages=[_stage(shape, load, split, i, micro_batches, data_size) for i in range(layout.pipeline)],
+        stages=[
+            _stage(shape, load, split, i, micro_batches, data_size, training.optimizer.moments)
+            for i in range(layout.pipeline)
+        ],
         tokens_per_step=tokens,
         paper_flops=flops.paper_training(shape, tokens=1, positions=training.positions),
         executed_flops=executed,
-        bubble=idle / (idle + micro_batches * layout.virtual),
-        days=seconds * training.steps / SECONDS_A_DAY,
+        step=step,
+        seconds=seconds,
+        mfu=at_peak / seconds,
     )
 
 
 def _stage(
-    shape: ModelShape, load: Load, split: list[int], stage: int, micro_batches: int, data_size: int
+    shape: ModelShape, load: Load, split: list[int], stage: int, micro_batches: int, data_size: int, moments: int
 ) -> PipelineStage:
     layout = load.layout
 
     def own(units: list[int]) -> int:
         return sum(sum(part) for part in by_part(units, split)[stage :: layout.pipeline])
 
-    sent = tensor_parallel_traffic(shape, load)
+    sent = [sum(passes) for passes in unit_messages(shape, load)]
     parameters = own(rank_parameters(shape, layout.tensor))
     gradients_sent, weights_sent = data_parallel_traffic(parameters, data_size, load.width)
     parts = layout.pipeline * layout.virtual
@@ -161,7 +144,7 @@ def _stage(
         layers=sum(split[stage :: layout.pipeline]),
         parameters=parameters,
         fraction=stage_fractions(shape, load.positions, layout, split)[stage],
-        states=states(parameters, data_size, load.width),
+        states=states(parameters, data_size, load.width, moments),
         activations=peak(shape, load, split, stage, micro_batches),
         backbone_sent=own([*sent[:-1], 0]) * micro_batches,
         head_sent=own([0] * (len(sent) - 1) + sent[-1:]) * micro_batches,

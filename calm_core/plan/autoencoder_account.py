@@ -1,16 +1,21 @@
 """The account of a training run of the autoencoder, which is data-parallel alone."""
 
-from calm_core.config.experiment import Experiment
+from calm_core.config.experiment import Experiment, PlanConfig
 from calm_core.config.model_config import AutoencoderConfig, padded_vocabulary
 from calm_core.config.parallel_config import ParallelConfig
-from calm_core.model.costs import FLOAT32, TOKEN, Load
+from calm_core.config.training_config import TrainingConfig
+from calm_core.model import costs as of
+from calm_core.model.costs import FLOAT32, TOKEN, Kernels, Load
 from calm_core.plan import flops
-from calm_core.plan.account import SECONDS_A_DAY
 from calm_core.plan.flops import AutoencoderShape
 from calm_core.plan.layout import accumulation
 from calm_core.plan.memory import states
-from calm_core.plan.table import GIB, duration
+from calm_core.plan.run_cost import run_cost
+from calm_core.plan.search import chosen_micro_batch
+from calm_core.plan.step_time import Machine, StepTime, UnitWork, accumulation_pass, stage_pass, update_time
+from calm_core.plan.table import GIB, cost_lines, time_lines
 
+TENSORS = 25  # weights and biases: see `calm_core.autoencoder.model`
 LOGIT_ROWS = 1024  # tokens whose logits are held at once: see `calm_core.autoencoder.output_layer`
 
 
@@ -21,17 +26,18 @@ def describe(experiment: Experiment, vocabulary: int, world: int) -> str:
         UserError: if the world does not divide the global batch evenly, or a sample has too many tokens for the sampled
             output layer.
     """
-    training, plan, config = experiment.autoencoder_training, experiment.plan, experiment.autoencoder
-    shape = autoencoder_shape(config, vocabulary, experiment.data.k)
+    plan, shape = experiment.plan, autoencoder_shape(experiment.autoencoder, vocabulary, experiment.data.k)
+    training = experiment.autoencoder_training
+    outputs = experiment.autoencoder.outputs(vocabulary, training.positions * shape.k)
+    training = largest_micro_batch(training, shape, outputs, plan, world)
     micro_batches = accumulation(training, ParallelConfig(), world, "autoencoder_training")
     chunks = training.global_batch * training.positions
-    outputs = config.outputs(vocabulary, training.positions * shape.k)
     tokens, work = chunks * shape.k, flops.autoencoder_training(shape, outputs) * chunks
-    days = work * training.steps / (world * plan.peak_tflops * 1e12 * plan.mfu) / SECONDS_A_DAY
-    width, device = (4, "cpu") if training.precision == "fp32" else (2, "cuda")
-    parameters = flops.autoencoder_parameters(shape)
-    held = states(parameters, world, width)
-    load = Load(training.positions, training.micro_batch, ParallelConfig(), width, device)
+    load, parameters = _load(training), flops.autoencoder_parameters(shape)
+    step = step_time(shape, load, outputs, Machine.of(plan), micro_batches, world)
+    at_peak = work / (world * plan.peak_tflops * 1e12)
+    seconds = at_peak / plan.mfu if plan.mfu else step.total
+    held = states(parameters, world, load.width, training.optimizer.moments)
     active = activations(shape, load, outputs)
     peak = held.held + max(active, held.step)
     return "\n".join(
@@ -42,14 +48,84 @@ def describe(experiment: Experiment, vocabulary: int, world: int) -> str:
             f"{micro_batches} accumulated",
             f"work: {tokens:,} tokens a step, {training.steps:,} steps, {tokens * training.steps / 1e9:.4g}B tokens",
             f"FLOPs: {work / tokens:.3g} a token, {work:.3g} a step, {work * training.steps:.3g} the run",
-            f"time: {duration(days)} at {plan.mfu:.0%} of {plan.peak_tflops:g} TFLOP/s a device (plan.mfu, "
-            "plan.peak_tflops)",
+            "",
+            *time_lines(step, seconds, at_peak / seconds, tokens, plan),
+            *cost_lines(run_cost(parameters, seconds, 0.0, training, plan, world), world, plan),
+            "",
             f"memory of a rank in GiB: weights {held.weights / GIB:.2f}, gradients {held.gradients / GIB:.2f}, "
             f"optimizer {held.optimizer / GIB:.2f}, buckets {held.buckets / GIB:.2f}, "
             f"activations {active / GIB:.2f}, step {held.step / GIB:.2f}; peak {peak / GIB:.2f}, "
             f"{peak / GIB / plan.device_memory_gib:.0%} of {plan.device_memory_gib:g}",
         ]
     )
+
+
+def largest_micro_batch(
+    training: TrainingConfig, shape: AutoencoderShape, outputs: int, plan: PlanConfig, world: int
+) -> TrainingConfig:
+    """The settings with the micro-batch that they name or, where that is `auto`, with the largest that fits.
+
+    Raises:
+        UserError: if none fits.
+    """
+
+    def peak(chosen: TrainingConfig) -> int:
+        load, parameters = _load(chosen), flops.autoencoder_parameters(shape)
+        held = states(parameters, world, load.width, chosen.optimizer.moments)
+        return held.held + max(activations(shape, load, outputs), held.step)
+
+    return chosen_micro_batch(training, ParallelConfig(), plan, world, peak, "autoencoder_training")
+
+
+def _load(training: TrainingConfig) -> Load:
+    width, device = (4, "cpu") if training.precision == "fp32" else (2, "cuda")
+    return Load(training.positions, training.micro_batch, ParallelConfig(), width, device)
+
+
+def step_time(
+    shape: AutoencoderShape, load: Load, outputs: int, machine: Machine, micro_batches: int, world: int
+) -> StepTime:
+    """The time of a step on `world` data-parallel ranks of `micro_batches` each, with logits of `outputs` tokens."""
+    work = flops.autoencoder_training(shape, outputs) * load.rows
+    unit = UnitWork(work // 3, work - work // 3, kernels(shape, load, outputs), 0, 0)
+    parameters = flops.autoencoder_parameters(shape)
+    passed = stage_pass(machine, load, [unit])
+    each = passed + accumulation_pass(machine, load, parameters, TENSORS)
+    return each * micro_batches + update_time(machine, load, parameters, TENSORS, world, passed.total * 2 / 3)
+
+
+def kernels(shape: AutoencoderShape, load: Load, outputs: int) -> Kernels:
+    """Kernels of a micro-batch, in the order of the forward pass.
+
+    The cross-entropy passes several times over the float32 logits of each slice, and adds the slice's product to the
+    gradient of the table in float32; it has both gradients when the forward pass ends. A sampled output layer sorts its
+    keys and gathers its rows of the table for each sample.
+    """
+    h, k = shape.hidden, shape.k
+    latents = load.float32(shape.latent)
+
+    def block(times: int) -> Kernels:
+        whole, wide = load.whole(times * h), load.whole(times * shape.ffn)
+        feed_forward = of.product() * 3 + of.silu_kernel(wide) + of.pointwise(3 * wide, 6 * wide, kernels=(1, 2))
+        sums = of.pointwise(3 * whole, 6 * whole, kernels=(1, 2))  # the residual; gradients of the norm's output
+        return of.rms_norm_kernels(load, times * h) + feed_forward + sums
+
+    def linear(outputs: int) -> Kernels:
+        return of.product() + of.pointwise(0, load.whole(outputs))  # the bias's gradient
+
+    look_up = of.pointwise(2 * load.whole(k * h), 2 * load.whole(k * h) + load.width * shape.vocabulary * h)
+    encoder = look_up + block(k) + linear(h) + block(1) + of.rms_norm_kernels(load, h) + linear(2 * shape.latent)
+    draws = of.noise_kernels(load, load.positions * (k + 2 * shape.latent)) * 3
+    posterior = of.pointwise(30 * latents, 20 * latents, kernels=(20, 16))
+    decoder = linear(h) + block(1) + linear(k * h) + block(k) + of.rms_norm_kernels(load, k * h)
+    rows, tokens, sampled = padded_vocabulary(outputs), load.rows * k, outputs < shape.vocabulary
+    slices = -(-tokens // LOGIT_ROWS)
+    passes = tokens * rows * (2 * load.width + 5 * FLOAT32) + slices * rows * h * (2 * load.width + 2 * FLOAT32)
+    loss = of.pointwise(passes, 2 * FLOAT32 * rows * h, kernels=(slices * 14, 4))
+    if sampled:
+        table = load.micro_batch * (4 * outputs * h * load.width + 6 * TOKEN * shape.vocabulary)
+        loss += of.pointwise(table, table, kernels=(20 * load.micro_batch, 4))
+    return encoder + draws + posterior + decoder + loss
 
 
 def autoencoder_shape(config: AutoencoderConfig, vocabulary: int, k: int) -> AutoencoderShape:

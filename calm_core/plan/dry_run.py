@@ -7,10 +7,14 @@ from calm_core.config.experiment import Experiment
 from calm_core.config.model_config import ModelShape
 from calm_core.errors import ExitCode, UserError
 from calm_core.manifest import MANIFEST, read_manifest
-from calm_core.plan import table
+from calm_core.model.costs import Load
+from calm_core.plan import flops, table
 from calm_core.plan.account import account
-from calm_core.plan.autoencoder_account import describe
+from calm_core.plan.autoencoder_account import autoencoder_shape, describe
+from calm_core.plan.flops import AutoencoderShape
 from calm_core.plan.layout import rank_groups
+from calm_core.plan.run_cost import data_cost, evaluation_time, run_cost
+from calm_core.plan.search import candidates, largest_micro_batch
 
 
 def plan_calm(experiment: Experiment, sections: tuple[str, ...]) -> ExitCode:
@@ -19,11 +23,21 @@ def plan_calm(experiment: Experiment, sections: tuple[str, ...]) -> ExitCode:
     Raises:
         UserError: if the run could not start with this configuration.
     """
-    training, layout, plan = experiment.training, experiment.parallel, experiment.plan
+    layout, plan, shape = experiment.parallel, experiment.plan, model_shape(experiment)
     world = _world(experiment, layout.tensor * layout.pipeline)
-    found = account(model_shape(experiment), training, layout, plan, world)
-    text = table.render(found, training, layout, plan, rank_groups(layout, world))
-    _print(experiment, sections, text)
+    training = largest_micro_batch(shape, experiment.training, layout, plan, world)
+    found = account(shape, training, layout, plan, world)
+    evaluation = experiment.evaluation
+    load = Load(training.positions, evaluation.micro_batch, layout)
+    evaluating = evaluation_time(shape, load, plan, evaluation, found.data_size)
+    parameters = sum(flops.parameters(shape).values())
+    cost = run_cost(parameters, found.seconds, evaluating, training, plan, world)
+    best = candidates(shape, training, plan, world)
+    text = table.render(found, training, layout, plan, rank_groups(layout, world), cost, best)
+    autoencoder = None if experiment.head.reads_tokens else _autoencoder_shape(experiment)
+    trained_on = found.tokens_per_step * training.steps
+    data = data_cost(autoencoder, shape.vocabulary, _corpus_tokens(experiment, trained_on), plan)
+    _print(experiment, sections, f"{text}\n\n{table.data_line(data)}")
     return ExitCode.OK
 
 
@@ -35,7 +49,11 @@ def plan_autoencoder(experiment: Experiment, sections: tuple[str, ...]) -> ExitC
     """
     world = _world(experiment, 1)
     text = describe(experiment, vocabulary(experiment), world)
-    _print(experiment, sections, text)
+    training = experiment.autoencoder_training
+    trained_on = training.steps * training.global_batch * training.positions * experiment.data.k
+    tokens = _corpus_tokens(experiment, trained_on)
+    data = data_cost(_autoencoder_shape(experiment), vocabulary(experiment), tokens, experiment.plan)
+    _print(experiment, sections, f"{text}\n\n{table.data_line(data)}")
     return ExitCode.OK
 
 
@@ -60,6 +78,21 @@ def vocabulary(experiment: Experiment) -> int:
     if data.tokenizer:
         raise UserError(f"data.vocabulary is not set, and the plan needs to know that of {data.tokenizer}: set it.")
     return experiment.tokenizer.vocab_size
+
+
+def _corpus_tokens(experiment: Experiment, trained_on: int) -> float:
+    """Tokens of the corpus: those of the plan, those of the token store, or as many as are trained on."""
+    tokens = experiment.paths.tokens
+    if experiment.plan.corpus_tokens:
+        return experiment.plan.corpus_tokens
+    if (tokens / MANIFEST).exists():
+        splits = read_manifest(tokens, "tokens")["splits"].values()
+        return sum(shard["tokens"] for split in splits for shard in split["shards"])
+    return trained_on
+
+
+def _autoencoder_shape(experiment: Experiment) -> AutoencoderShape:
+    return autoencoder_shape(experiment.autoencoder, vocabulary(experiment), experiment.data.k)
 
 
 def _world(experiment: Experiment, least: int) -> int:

@@ -199,6 +199,11 @@ def autoencoder_decoding(shape: AutoencoderShape) -> int:
     return autoencoder_decoder(shape).forward + once_per_token
 
 
+def autoencoder_encoding(shape: AutoencoderShape) -> int:
+    """FLOPs of encoding one chunk by the folded encoder, whose first stage is a look-up of each token."""
+    return (_block(shape) + linear(shape.hidden, 2 * shape.latent)).forward
+
+
 def _block(shape: AutoencoderShape) -> Weights:
     """The autoencoder's residual block: RMSNorm and SwiGLU, no biases."""
     h = shape.hidden

@@ -22,11 +22,11 @@ def accumulation(training: TrainingConfig, layout: ParallelConfig, world: int, s
     near = [max((w for w in fitting if w < world), default=0), min((w for w in fitting if w > world), default=0)]
     worlds = " or ".join(str(w) for w in near if w)
     size = max(1, round(world / model))
-    together = training.micro_batch * size * layout.micro_batch_multiple
+    together = training.least_micro_batch * size * layout.micro_batch_multiple
     batch = max(1, round(training.global_batch / together)) * together
     raise UserError(
         f"plan.world={world} ranks do not fit parallel.tensor={layout.tensor} x parallel.pipeline={layout.pipeline} "
-        f"and {section}.global_batch={training.global_batch} of micro-batches of {training.micro_batch}: "
+        f"and {section}.global_batch={training.global_batch} of micro-batches of {training.least_micro_batch}: "
         + (f"the nearest worlds that do are {worlds}; " if worlds else "no world does; ")
         + f"the nearest batch for {size * model} ranks is {section}.global_batch={batch}."
     )
@@ -34,7 +34,7 @@ def accumulation(training: TrainingConfig, layout: ParallelConfig, world: int, s
 
 def data_sizes(training: TrainingConfig, layout: ParallelConfig) -> list[int]:
     """Data-parallel sizes that divide the global batch evenly."""
-    rest, remainder = divmod(training.global_batch, training.micro_batch * layout.micro_batch_multiple)
+    rest, remainder = divmod(training.global_batch, training.least_micro_batch * layout.micro_batch_multiple)
     return [] if remainder else [size for size in range(1, rest + 1) if rest % size == 0]
 
 

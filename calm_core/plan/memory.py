@@ -27,7 +27,7 @@ class States:
     Attributes:
         weights: in the precision of the model.
         gradients: accumulated over micro-batches, float32, whole (ZeRO-1).
-        optimizer: float32 masters and two moments, divided among the data-parallel ranks.
+        optimizer: float32 masters and the optimizer's moments, divided among the data-parallel ranks.
         buckets: staging of the gradients' reduction; with float32 weights it stays from the first backward pass on.
         step: what the optimizer's step needs in addition, when there are no activations.
     """
@@ -44,15 +44,19 @@ class States:
         return self.weights + self.gradients + self.optimizer + self.buckets
 
 
-def states(parameters: int, data_size: int, width: int) -> States:
-    """The states of a rank of `parameters` weights of `width` bytes, among `data_size` data-parallel ranks."""
+def states(parameters: int, data_size: int, width: int, moments: int) -> States:
+    """The states of a rank of `parameters` weights of `width` bytes, among `data_size` data-parallel ranks.
+
+    `moments` is the optimizer's (`OptimizerConfig.moments`).
+    """
     gradients = FLOAT32 * parameters
     bucket = FLOAT32 * min(parameters, BUCKET)
     if width == FLOAT32:
         buckets, step = bucket, FLOAT32 * parameters // data_size if data_size > 1 else 0
     else:
         buckets, step = 0, bucket if parameters <= BUCKET else 0  # a larger tensor is reduced in place
-    return States(width * parameters, gradients, 3 * FLOAT32 * parameters // data_size, buckets, step)
+    optimizer = (1 + moments) * FLOAT32 * parameters // data_size
+    return States(width * parameters, gradients, optimizer, buckets, step)
 
 
 def padded(shape: ModelShape) -> ModelShape:

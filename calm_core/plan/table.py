@@ -1,6 +1,6 @@
 """An account as text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from calm_core.config.experiment import PlanConfig
@@ -9,8 +9,25 @@ from calm_core.config.training_config import TrainingConfig
 from calm_core.model import token_loss
 from calm_core.plan import flops
 from calm_core.plan.account import Account, PipelineStage
+from calm_core.plan.run_cost import DataCost, RunCost
+from calm_core.plan.search import Candidate
+from calm_core.plan.step_time import StepTime
 
 GIB = 2**30
+
+SHOWN = 5  # of the layouts that fit
+
+PARTS = {
+    "matrices": "matrix products",
+    "memory": "other kernels",
+    "host": "host",
+    "tensor": "tensor-parallel messages",
+    "bubble": "pipeline idle",
+    "borders": "pipeline messages",
+    "gradients": "gradient sum",
+    "weights": "weights gathered",
+    "update": "update",
+}
 
 
 def render(
@@ -19,6 +36,8 @@ def render(
     layout: ParallelConfig,
     plan: PlanConfig,
     groups: Mapping[str, list[list[int]]],
+    cost: RunCost,
+    candidates: Sequence[Candidate],
 ) -> str:
     """The whole account as lines of text."""
     parameters = sum(flops.parameters(account.shape).values())
@@ -38,8 +57,9 @@ def render(
             f"FLOPs by the paper's accounting: {paper:.3g} a token, {paper * tokens:.3g} a step, "
             f"{paper * all_tokens:.3g} the run",
             *_side_loss(account, training),
-            f"time: {duration(account.days)} at {plan.mfu:.0%} of {plan.peak_tflops:g} TFLOP/s a device (plan.mfu, "
-            f"plan.peak_tflops){_bubble(account)}",
+            "",
+            *time_lines(account.step, account.seconds, account.mfu, tokens, plan),
+            *cost_lines(cost, account.world, plan),
             "",
             f"memory of a rank in GiB ({width}; ZeRO-1; recompute: {layout.recompute}); activations and "
             "what the update needs do not exist at the same time:",
@@ -47,8 +67,70 @@ def render(
             "",
             "messages that a rank sends in a step, in GB:",
             *_columns(_message_rows(account)),
+            *_layouts(candidates, layout, training),
         ]
     )
+
+
+def time_lines(step: StepTime, seconds: float, mfu: float, tokens: int, plan: PlanConfig) -> list[str]:
+    """Where the time of a step goes; `seconds` and `mfu` are assumed if the plan does so."""
+    parts = {name: getattr(step, field) for field, name in PARTS.items() if getattr(step, field) >= 5e-4 * step.total}
+    how = "assumed by plan.mfu" if plan.mfu else "predicted from the rates of plan.*; no GPU has measured them"
+    return [
+        f"time of a step: {1e3 * seconds:.0f} ms, {tokens / seconds:,.0f} tokens/s, MFU {mfu:.1%} of "
+        f"{plan.peak_tflops:g} TFLOP/s a device ({how})",
+        *_columns(
+            [
+                ["", *parts],
+                ["ms", *(f"{1e3 * part:.1f}" for part in parts.values())],
+                ["", *(f"{part / step.total:.0%}" for part in parts.values())],
+            ]
+        ),
+    ]
+
+
+def cost_lines(cost: RunCost, world: int, plan: PlanConfig) -> list[str]:
+    """What the run costs, and its checkpoints."""
+    parts = {name: getattr(cost, name) for name in ("training", "evaluation", "checkpoints", "start")}
+    money = f", {cost.money:,.0f} at {plan.price:g} an hour (plan.price)" if plan.price else ""
+    listed = " + ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)
+    return [
+        f"time of the run: {duration(cost.total)} = {listed}",
+        f"cost: {cost.device_hours:,.0f} device-hours on {world} devices{money}; a checkpoint is "
+        f"{size(cost.checkpoint_bytes)}, written in {duration(cost.checkpoint_bytes / plan.storage_gbs / 1e9)}",
+    ]
+
+
+def data_line(data: DataCost) -> str:
+    """The stores of the corpus, and the time to make them."""
+    stores = f"tokens {size(data.token_bytes)} ({duration(data.tokenizing)} of one core)"
+    if data.chunk_bytes:
+        stores += f", chunks with latents {size(data.chunk_bytes)} (at least {duration(data.encoding)} to make)"
+    return f"disk: {data.tokens / 1e9:.4g}B tokens of text: {stores}"
+
+
+def _layouts(candidates: Sequence[Candidate], layout: ParallelConfig, training: TrainingConfig) -> list[str]:
+    """The fastest layouts that fit; the configured one is marked."""
+    if len(candidates) < 2:
+        return []
+    rows = [["", "tensor", "pipeline", "sequence", "recompute", "micro-batch", "GiB", "ms a step", "MFU"]]
+    for each in candidates[:SHOWN]:
+        own, found = each.layout, each.account
+        same = (own.tensor, own.pipeline, each.micro_batch) == (layout.tensor, layout.pipeline, training.micro_batch)
+        rows.append(
+            [
+                "this" if same and own.sequence == layout.sequence else "",
+                str(own.tensor),
+                str(own.pipeline),
+                str(own.sequence).lower(),
+                own.recompute,
+                str(each.micro_batch),
+                f"{found.peak_memory / GIB:.3g}",
+                f"{1e3 * found.step.total:.0f}",
+                f"{found.step.total and found.mfu * found.seconds / found.step.total:.1%}",
+            ]
+        )
+    return ["", "the fastest layouts that fit, each with its best micro-batch:", *_columns(rows)]
 
 
 def _side_loss(account: Account, training: TrainingConfig) -> list[str]:
@@ -65,13 +147,18 @@ def _side_loss(account: Account, training: TrainingConfig) -> list[str]:
     ]
 
 
-def duration(days: float) -> str:
-    """A time in days, or in hours below one day."""
-    return f"{days:.1f} days" if days >= 1 else f"{24 * days:.2g} hours"
+def size(count: float) -> str:
+    """A number of bytes in the unit that suits it."""
+    unit, name = (1e12, "TB") if count >= 1e12 else (1e9, "GB")
+    return f"{count / unit:.3g} {name}"
 
 
-def _bubble(account: Account) -> str:
-    return f"; the pipeline is idle for {account.bubble:.0%} of it" if account.bubble else ""
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s"
 
 
 def _memory_rows(account: Account, plan: PlanConfig) -> list[list[str]]:

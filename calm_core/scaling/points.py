@@ -251,7 +251,7 @@ def _windows_together(config: ScalingConfig, shape: ModelShape, name: str) -> in
         pipeline_split(shape, config.grid.context // shape.k, layout)
     except UserError as refusal:
         raise UserError(f"{name} cannot be trained by the base's layout: {refusal}") from refusal
-    return config.base.training.micro_batch * layout.data_parallel(ranks) * layout.micro_batch_multiple
+    return config.base.training.least_micro_batch * layout.data_parallel(ranks) * layout.micro_batch_multiple
 
 
 def hours(config: ScalingConfig, point: Point) -> float:

@@ -1,6 +1,8 @@
 """From an experiment to a training run: open the data, build the task, join the ranks, train."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,14 +10,20 @@ import torch
 
 from calm_core.autoencoder.artefact import load_autoencoder
 from calm_core.autoencoder.model import Autoencoder
-from calm_core.config.experiment import Experiment
+from calm_core.config.experiment import Experiment, PlanConfig
 from calm_core.config.model_config import ModelShape
 from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import TrainingConfig
 from calm_core.data.dataset import Blend, chunk_rows, token_rows
 from calm_core.data.store import Store
-from calm_core.distributed.topology import distributed
+from calm_core.distributed.collectives import on_every_rank
+from calm_core.distributed.topology import Topology, distributed
 from calm_core.errors import ExitCode
+from calm_core.plan.autoencoder_account import autoencoder_shape
+from calm_core.plan.autoencoder_account import largest_micro_batch as fitting_autoencoder_batch
+from calm_core.plan.search import GIB, largest_micro_batch
 from calm_core.tokenizer import load_tokenizer
+from calm_core.training.hardware import free_memory
 
 if TYPE_CHECKING:
     from calm_core.training.calm_task import CalmTask
@@ -32,9 +40,14 @@ def run_autoencoder(experiment: Experiment, write_page: PageWriter | None = None
         from calm_core.training.loop import train as run
         from calm_core.training.run_folder import RunFolder
 
+        shape = autoencoder_shape(experiment.autoencoder, train.first.vocab_size, data.k)
+        outputs = experiment.autoencoder.outputs(shape.vocabulary, config.positions * shape.k)
+        choose = partial(fitting_autoencoder_batch, shape=shape, outputs=outputs, world=topology.world)
+        config = _with_micro_batch(config, experiment.plan, topology, choose)
         task = AutoencoderTask(
             experiment.autoencoder, data.k, config.positions, experiment.seed, train, held_out, paths.autoencoder
         )
+        experiment = replace(experiment, autoencoder_training=config)
         return run(task, config, topology, RunFolder(paths.autoencoder_run), experiment, write_page)
 
 
@@ -46,8 +59,26 @@ def run_calm(experiment: Experiment, write_page: PageWriter | None = None) -> Ex
         from calm_core.training.run_folder import RunFolder
 
         task = calm_task(experiment, rows, topology.device)
+        choose = partial(largest_micro_batch, task.shape, layout=experiment.parallel, world=topology.world)
+        config = _with_micro_batch(experiment.training, experiment.plan, topology, choose)
         folder = RunFolder(experiment.paths.calm_run)
-        return run(task, experiment.training, topology, folder, experiment, write_page)
+        return run(task, config, topology, folder, replace(experiment, training=config), write_page)
+
+
+def _with_micro_batch(
+    training: TrainingConfig, plan: PlanConfig, topology: Topology, choose: Callable[..., TrainingConfig]
+) -> TrainingConfig:
+    """The settings with a micro-batch that fits every rank's memory, where they say `auto`. Collective.
+
+    `choose(training=..., plan=...)` gives the largest that fits a device of the plan.
+    """
+    if training.micro_batch != "auto":
+        return training
+    free = min(on_every_rank(lambda: free_memory(topology.device)))
+    counted = training if topology.device.type == "cuda" else replace(training, precision="fp32")  # no less than bf16
+    found = choose(training=counted, plan=replace(plan, device_memory_gib=free / GIB)).micro_batch
+    topology.say(f"micro_batch=auto: {found} samples, of {free / GIB:.3g} GiB that are free for a rank")
+    return replace(training, micro_batch=found)
 
 
 def calm_task(

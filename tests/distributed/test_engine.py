@@ -141,6 +141,7 @@ def test_bf16_weights_accumulate_and_step_in_float32(topology: Topology) -> None
     small = {id(p): p.detach().clone() for p in engine.model_parts[0].parameters()}
     masters = [flat for group in engine.optimizer.param_groups for flat in group["params"]]
     assert all(flat.dtype == torch.float32 for flat in masters)
+    assert all(len(engine.optimizer.moments(flat)) == OPTIMIZER.moments for flat in masters)  # as the plan counts
     engine.forward_backward(forward_step, batches(0, 16), SHAPE)
     gradients = [engine.local_gradient(p) for p in engine.model_parts[0].parameters()]
     for found, wanted in zip(gradients, summed_gradients(build(torch.bfloat16), batches(0, 16)), strict=True):

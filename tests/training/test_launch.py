@@ -3,6 +3,7 @@
 import gzip
 import json
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from calm_core.config.model_config import HEADS
 from calm_core.errors import ExitCode, UserError
 from calm_core.inference.load_model import load_for_inference
 from calm_core.report.run_page import write_run_page
+from calm_core.training import launch
 from calm_core.training.launch import run_autoencoder, run_calm
 from calm_core.training.run_log import read_metrics
 
@@ -62,6 +64,29 @@ def test_latents_that_are_encoded_on_the_way_are_those_of_the_store(tiny: Path) 
     scores = [read_metrics(tiny / run / "calm" / "metrics.jsonl", "eval")[0] for run in ("stored", "encoded")]
     for name in ("loss", "brier_1", "unigram_brier_1", "documents"):
         assert scores[0][name] == pytest.approx(scores[1][name], rel=1e-3)
+
+
+@pytest.mark.parametrize("run_of", [run_calm, run_autoencoder])
+def test_micro_batch_auto_is_the_largest_that_fits_the_memory(
+    tiny: Path, run_of: Callable[[Experiment], ExitCode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = run_of is run_calm
+    section, folder = ("training", "calm") if calm else ("autoencoder_training", "autoencoder")
+    taken = {f"data.{name}": f"{tiny}/{name}" for name in ("tokens", "chunks")}
+    taken["data.autoencoder"] = f"{tiny}/autoencoder/frozen"
+    changes = [f"{key}={value}" for key, value in taken.items()]
+
+    def micro_batch(run: str, free: int) -> int:
+        monkeypatch.setattr(launch, "free_memory", lambda device: free)
+        auto = [f"run={tiny}/{run}", f"{section}.steps=1", f"{section}.micro_batch=auto", *changes]
+        assert run_of(config.load(Experiment, tiny / "config.yaml", auto)) == ExitCode.OK
+        saved = config.load(Experiment, tiny / run / folder / "config.yaml", [])
+        return getattr(saved, section).micro_batch
+
+    whole = config.load(Experiment, tiny / "config.yaml", [])
+    assert micro_batch("roomy", 8 << 30) == getattr(whole, section).global_batch
+    with pytest.raises(UserError, match=rf"{section}\.micro_batch=auto: not even 1 fits"):
+        micro_batch("tight", 1 << 20)
 
 
 def test_runs_one_after_another_let_go_of_their_process_groups(tiny: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from calm_core.config.model_config import HeadConfig, ModelShape
 from calm_core.model import costs as of
-from calm_core.model.costs import Activations, HeadCosts, Load, target_bytes
+from calm_core.model.costs import Activations, HeadCosts, Kernels, Load, target_bytes
 from calm_core.model.layers import column, layer_norm, linear, row
 
 if TYPE_CHECKING:
@@ -100,6 +100,34 @@ def costs(shape: ModelShape, outputs: int, sampling_evaluations: int) -> HeadCos
         training_evaluations=shape.head.samples,
         sampling_evaluations=sampling_evaluations,
     )
+
+
+def kernels(shape: ModelShape, load: Load, loss: Kernels) -> Kernels:
+    """Of the final norm, this network on N = `head.samples` latents per position, and a loss of kernels `loss`."""
+    d, blocks = shape.backbone.hidden, shape.head.block_count(shape.backbone.layers)
+    n = shape.head.samples
+    whole, wide, narrow = load.whole(d), load.whole(n * d), load.split(n * d)
+    modulated = of.pointwise(8 * wide, 6 * wide, kernels=(3, 2))  # LN(x) * (1 + scale) + shift
+    block = (
+        of.product()
+        + of.pointwise(0, 3 * wide)  # the bias's gradient
+        + of.layer_norm_kernel(wide)
+        + modulated
+        + of.column_product(load, bias=narrow)
+        + of.silu_kernel(narrow)
+        + of.row_product(load, bias=wide)
+        + of.pointwise(6 * wide, 9 * wide, kernels=(2, 3))  # x + gate * out
+        + of.pointwise(0, 9 * wide, kernels=(0, 2))  # gradients of shift, scale and gate; of the modulation
+    )
+    draws = of.noise_kernels(load, load.positions * n) + of.noise_kernels(load, load.positions * n * shape.latent) * 2
+    latents = of.conversion(load, n * shape.latent, 0) + of.conversion(load, n * shape.latent)
+    features = of.pointwise(5 * load.float32(n * TIME_FEATURES), 0, (8, 0)) + of.conversion(load, n * TIME_FEATURES, 0)
+    time = features + of.product(leaf=True) + of.silu_kernel(wide)
+    condition = of.product() * 2 + of.pointwise(2 * wide + whole, 4 * wide + whole, kernels=(1, 4))
+    ends = of.product(leaf=True) + of.product() * 2 + of.layer_norm_kernel(wide) + modulated + of.silu_kernel(wide)
+    biases = of.pointwise(0, 4 * wide, kernels=(0, 3))
+    network = time + condition + block * blocks + ends + biases
+    return of.rms_norm_kernels(load, d) + draws + latents + network + loss
 
 
 def activations(shape: ModelShape, load: Load, loss: int) -> Activations:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from calm_core.config.model_config import HeadConfig, ModelShape
-from calm_core.model.costs import Activations, HeadCosts, Load
+from calm_core.model.costs import Activations, HeadCosts, Kernels, Load, pointwise
 from calm_core.model.heads import adaptive
 from calm_core.model.heads.adaptive import AdaptiveNetwork
 from calm_core.model.heads.protocol import HeadLoss, Target
@@ -226,6 +226,12 @@ def build(config: "TransformerConfig", shape: ModelShape) -> DiffusionHead:
 def costs(shape: ModelShape) -> HeadCosts:
     """One evaluation of the network per noise level in training, one per step back in sampling."""
     return adaptive.costs(shape, outputs=2 * shape.latent, sampling_evaluations=SAMPLING_STEPS)
+
+
+def kernels(shape: ModelShape, load: Load) -> Kernels:
+    """Of the final norm, the network and its loss, whose bound takes 113 elementwise kernels forward."""
+    size = load.float32(shape.head.samples * shape.latent)
+    return adaptive.kernels(shape, load, loss=pointwise(190 * size, 120 * size, kernels=(113, 73)))
 
 
 def activations(shape: ModelShape, load: Load) -> Activations:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from calm_core.config.model_config import HeadConfig, ModelShape
 from calm_core.model import costs as of
-from calm_core.model.costs import FLOAT32, Activations, HeadCosts, Load, target_bytes
+from calm_core.model.costs import FLOAT32, Activations, HeadCosts, Kernels, Load, target_bytes
 from calm_core.model.heads.energy_loss import DISTANCES_AT_ONCE, energy_loss
 from calm_core.model.heads.protocol import HeadLoss, Target
 from calm_core.model.layers import all_positions, column, layer_norm, linear, own_positions, row
@@ -133,6 +133,65 @@ def costs(shape: ModelShape) -> HeadCosts:
         loss_training=product * (2 * head.samples + 1),
         shared_positions=head.target_group,
     )
+
+
+def kernels(shape: ModelShape, load: Load) -> Kernels:
+    """Of the final norm, the head on N samples per position, and the energy loss, in the order of the forward pass."""
+    d, head = shape.backbone.hidden, shape.head
+    n, blocks = head.samples, head.block_count(shape.backbone.layers)
+    whole, wide, split, narrow = load.whole(d), load.whole(n * d), load.split(d), load.split(n * d)
+    block = (
+        of.layer_norm_kernel(wide)
+        + of.column_product(load)
+        + of.column_product(load, bias=split)
+        + of.pointwise(2 * narrow + split, narrow + split)  # the halves of W_1; backward sums over the samples
+        + of.silu_kernel(narrow)
+        + of.row_product(load, bias=wide)
+        + of.silu_kernel(wide)
+        + of.column_product(load, bias=2 * narrow)
+        + of.silu_kernel(narrow)
+        + of.pointwise(3 * narrow, 6 * narrow, kernels=(1, 2))  # silu(g) * u
+        + of.pointwise(0, 4 * narrow)  # the gradients of g and u in one tensor
+        + of.row_product(load, bias=wide)
+        + of.pointwise(3 * wide, 3 * wide)  # the residual
+        + of.pointwise(0, 3 * whole)  # the gradients of the condition add up
+    )
+    entrance = (
+        of.noise_kernels(load, load.positions * n * head.noise)
+        + of.pointwise(2 * FLOAT32 * load.rows * n * head.noise, 0)  # to [-1/2, 1/2]
+        + of.conversion(load, n * head.noise, 0)
+        + of.product(leaf=True)
+        + of.product()
+        + of.pointwise(0, wide)  # biases: added by the products, summed by kernels of their own
+        + of.pointwise(0, whole)
+        + of.layer_norm_kernel(wide)
+        + of.layer_norm_kernel(whole)
+    )
+    latent = load.whole(n * shape.latent)
+    output = (
+        of.layer_norm_kernel(wide)
+        + of.column_product(load, bias=narrow)
+        + of.silu_kernel(narrow)
+        + of.row_product(load, bias=latent)
+    )
+    return of.rms_norm_kernels(load, d) + entrance + block * blocks + output + _loss_kernels(shape, load)
+
+
+def _loss_kernels(shape: ModelShape, load: Load) -> Kernels:
+    """Of the target draws and the energy loss, which computes its gradient in the forward pass.
+
+    In every slice of the positions the distances to the targets are read or written 16 times, and for each offset
+    between two samples their differences 13 times.
+    """
+    n, m, latent = shape.head.samples, shape.head.target_samples, shape.latent
+    distances = load.own_rows * n * m
+    slices = -(-distances // DISTANCES_AT_ONCE[load.device])
+    pairs = load.own_rows * n * (n - 1) // 2 * latent
+    moved = FLOAT32 * (16 * distances + 13 * pairs) + 24 * load.float32(n * latent)
+    draws = -(-load.positions // shape.head.target_group) * m * latent
+    started = 5 + slices * (30 + 14 * (n - 1)), 4
+    loss = of.pointwise(moved, 2 * load.float32(n * latent), kernels=started)
+    return of.noise_kernels(load, draws) + of.conversion(load, n * latent) + loss
 
 
 def activations(shape: ModelShape, load: Load) -> Activations:

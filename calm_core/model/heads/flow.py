@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from calm_core.config.model_config import HeadConfig, ModelShape
-from calm_core.model.costs import Activations, HeadCosts, Load
+from calm_core.model.costs import Activations, HeadCosts, Kernels, Load, pointwise
 from calm_core.model.heads import adaptive
 from calm_core.model.heads.adaptive import AdaptiveNetwork
 from calm_core.model.heads.protocol import HeadLoss, Target
@@ -83,6 +83,12 @@ def build(config: "TransformerConfig", shape: ModelShape) -> FlowHead:
 def costs(shape: ModelShape) -> HeadCosts:
     """One evaluation of the network per line in training, two per step of the solver in sampling."""
     return adaptive.costs(shape, outputs=shape.latent, sampling_evaluations=2 * MIDPOINT_STEPS)
+
+
+def kernels(shape: ModelShape, load: Load) -> Kernels:
+    """Of the final norm, the network and its loss: the line, its noise and target, and the squared error."""
+    size = load.float32(shape.head.samples * shape.latent)
+    return adaptive.kernels(shape, load, loss=pointwise(24 * size, 8 * size, kernels=(13, 8)))
 
 
 def activations(shape: ModelShape, load: Load) -> Activations:

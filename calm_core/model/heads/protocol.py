@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from torch import Tensor
 
 from calm_core.config.model_config import HEADS, ModelShape
-from calm_core.model.costs import Activations, HeadCosts, Load
+from calm_core.model.costs import Activations, HeadCosts, Kernels, Load
 from calm_core.model.noise import Noise
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ class HeadModule(Protocol):
 
     def activations(self, shape: ModelShape, load: Load) -> Activations:
         """Bytes of the final norm, the head and its loss for one micro-batch."""
+        ...
+
+    def kernels(self, shape: ModelShape, load: Load) -> Kernels:
+        """Kernels of the final norm, the head and its loss for one micro-batch, and the bytes they move."""
         ...
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from calm_core.config.model_config import ModelShape, padded_vocabulary
 from calm_core.model import costs as of
-from calm_core.model.costs import FLOAT32, Activations, HeadCosts, Load, target_bytes
+from calm_core.model.costs import FLOAT32, Activations, HeadCosts, Kernels, Load, target_bytes
 from calm_core.model.heads.protocol import HeadLoss, Target
 from calm_core.model.layers import (
     all_positions,
@@ -90,6 +90,23 @@ def build(config: "TransformerConfig", shape: ModelShape) -> SoftmaxHead:
 def costs(shape: ModelShape) -> HeadCosts:
     """One matrix, applied once per position in training and sampling alike, however many tokens are drawn."""
     return HeadCosts(of.column(shape.backbone.hidden, shape.vocabulary, bias=False))
+
+
+def kernels(shape: ModelShape, load: Load) -> Kernels:
+    """Of the final norm, the logits and the cross-entropy, which passes over the float32 logits several times.
+
+    Forward: convert, mask, maximum, subtract, exponentials, sum, divide; backward: two passes, mask, convert.
+    """
+    logits = load.rows * padded_vocabulary(shape.vocabulary) // load.layout.tensor
+    convert = logits * (FLOAT32 + load.width) if load.width < FLOAT32 else 0
+    sums = 3 if load.layout.tensor > 1 else 0
+    return (
+        of.rms_norm_kernels(load, shape.backbone.hidden)
+        + of.column_product(load)
+        + of.pointwise(convert, convert)
+        + of.pointwise(13 * FLOAT32 * logits, 6 * FLOAT32 * logits, kernels=(21, 12))
+        + Kernels(messages_forward=sums)
+    )
 
 
 def activations(shape: ModelShape, load: Load) -> Activations:

@@ -1,0 +1,77 @@
+"""Kernels of each unit of the model, and the bytes they move, as `model.costs` counts them; a head counts its own."""
+
+from calm_core.config.model_config import ModelShape, padded_vocabulary
+from calm_core.model import costs as of
+from calm_core.model import token_loss
+from calm_core.model.costs import FLOAT32, Kernels, Load
+from calm_core.model.heads.protocol import head_module
+
+
+def unit_kernels(shape: ModelShape, load: Load) -> list[Kernels]:
+    """Kernels of each unit of `flops.unit_weights` for one micro-batch, a layer's second forward pass included."""
+    layer = _layer(shape, load)
+    if load.layout.recompute == "full":
+        layer += Kernels(
+            backward=layer.forward, moved_backward=layer.moved_forward, messages_backward=layer.messages_forward
+        )
+    last = head_module(shape.head.kind).kernels(shape, load) + token_loss.kernels(shape, load)
+    return [_entrance(shape, load), *[layer] * shape.backbone.layers, last]
+
+
+def _entrance(shape: ModelShape, load: Load) -> Kernels:
+    """Embedding, compression, and the table of the rotary embedding.
+
+    The gradient of the table is as large as the table, written whole and then added to.
+    """
+    d, k, tensor = shape.backbone.hidden, shape.k, load.layout.tensor
+    table = padded_vocabulary(shape.vocabulary) * d * load.width // tensor
+    embedded = load.rows * k * d * load.width
+    masked = of.pointwise(embedded, embedded, kernels=(7, 2)) if tensor > 1 else Kernels()  # rows of other ranks
+    look_up = of.pointwise(2 * embedded, 2 * embedded + table) + of.pointwise(2 * embedded, 0) + masked
+    look_up += Kernels(messages_forward=int(tensor > 1), messages_backward=int(load.layout.sequence))
+    rotary = Kernels(forward=4)
+    if shape.head.reads_tokens:
+        return look_up + rotary
+    expanded, reduced = load.split(2 * d), load.whole(d)
+    products = of.column_product(load, bias=expanded) + of.silu_kernel(expanded) + of.row_product(load, bias=reduced)
+    return look_up + rotary + products + of.layer_norm_kernel(reduced)
+
+
+def _layer(shape: ModelShape, load: Load) -> Kernels:
+    """One transformer layer, in the order of its forward pass."""
+    backbone = shape.backbone
+    d, ffn = backbone.hidden, load.split(backbone.ffn)
+    key_value = d // backbone.heads * backbone.key_value_heads
+    whole, query, key = load.whole(d), load.split(d), load.split(key_value)
+    joint = query + 2 * key
+    attention = (
+        of.rms_norm_kernels(load, d)
+        + of.column_product(load)
+        + of.pointwise(0, 2 * joint)  # the gradients of queries, keys and values in one tensor
+        + _rotation(load, query)
+        + _rotation(load, key)
+        + of.pointwise(joint + query, 2 * (joint + query))
+        + of.row_product(load)
+        + of.pointwise(3 * whole, 3 * whole)  # the residual
+    )
+    feed_forward = (
+        of.rms_norm_kernels(load, d)
+        + of.column_product(load)
+        + of.pointwise(2 * ffn, 0)  # Megatron-core adds an offset of 0 to the up projection
+        + of.silu_kernel(ffn)
+        + of.pointwise(3 * ffn, 6 * ffn, kernels=(1, 2))
+        + of.pointwise(0, 4 * ffn)  # the gradients of both projections in one tensor
+        + of.row_product(load)
+        + of.pointwise(3 * whole, 3 * whole)
+    )
+    return attention + feed_forward
+
+
+def _rotation(load: Load, size: int) -> Kernels:
+    """The rotary embedding of queries or keys of `size` bytes.
+
+    Cosines and sines (with bf16 weights converted); half of the features negated, then joined; two products, their sum,
+    and a copy that joins the features that are not rotated, of which there are none.
+    """
+    converted = 2 if load.width < FLOAT32 else 0
+    return of.pointwise(12 * size, 14 * size, kernels=(8 + converted, 7))

@@ -1,0 +1,286 @@
+"""The time of a training step by its parts: what each rank computes, moves, launches and sends, and what overlaps.
+
+A GPU works while the host launches the kernels that follow, so a pass takes the longer of the two. There the gradient
+of a matrix's input is summed over the tensor-parallel ranks while the gradient of its weights is computed. A CPU does
+one after the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+from calm_core.config.experiment import PlanConfig
+from calm_core.config.model_config import ModelShape
+from calm_core.model import token_loss
+from calm_core.model.costs import FLOAT32, Kernels, Load, Weights
+from calm_core.model.heads.protocol import head_module
+from calm_core.plan import flops
+from calm_core.plan.kernels import unit_kernels
+from calm_core.plan.memory import padded
+from calm_core.plan.pipeline_split import by_part
+
+T = TypeVar("T")
+
+OVERLAPPED_UPDATE = False  # whether gradients are summed while the last micro-batch's backward pass computes the rest
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The rates of one rank and its links, in FLOP/s, bytes/s and seconds.
+
+    Attributes:
+        matrices: rate of matrix products.
+        memory: bytes that kernels read and write.
+        launch: time of the host for a kernel.
+        message: time of a collective beside its bytes.
+        node: bytes sent to ranks of the same node.
+        network: bytes sent to other nodes.
+        node_ranks: ranks of a node.
+        asynchronous: whether host and device work at the same time.
+    """
+
+    matrices: float
+    memory: float
+    launch: float
+    message: float
+    node: float
+    network: float
+    node_ranks: int
+    asynchronous: bool = True
+
+    @classmethod
+    def of(cls, plan: PlanConfig) -> "Machine":
+        """The machine that a plan describes."""
+        return cls(
+            matrices=plan.peak_tflops * 1e12 * plan.matrix_share,
+            memory=plan.memory_gbs * 1e9,
+            launch=plan.launch_us * 1e-6,
+            message=plan.collective_us * 1e-6,
+            node=plan.node_gbs * 1e9,
+            network=plan.network_gbs * 1e9,
+            node_ranks=plan.node_devices,
+        )
+
+    def link(self, size: int, stride: int) -> float:
+        """Bytes/s that a rank of a group sends, for a group of `size` ranks of which each is `stride` after another.
+
+        A group within a node uses the node's links. A ring over nodes enters and leaves each node once, by the network
+        devices of all the group's ranks in it.
+        """
+        together = max(1, min(size, self.node_ranks // stride))
+        return self.node if together >= size else min(self.node, self.network * together)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by cause; they add up to the step.
+
+    Attributes:
+        matrices: matrix products.
+        memory: kernels that are bound by memory.
+        host: launches that the device waits for.
+        tensor: messages of the tensor-parallel group that nothing hides.
+        bubble: waiting for other pipeline stages.
+        borders: messages between pipeline stages.
+        gradients: sum of the gradients over the data-parallel group, as far as nothing hides it.
+        weights: gathering the new weights.
+        update: norm, clipping and the optimizer.
+    """
+
+    matrices: float = 0.0
+    memory: float = 0.0
+    host: float = 0.0
+    tensor: float = 0.0
+    bubble: float = 0.0
+    borders: float = 0.0
+    gradients: float = 0.0
+    weights: float = 0.0
+    update: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Of the step."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __add__(self, more: "StepTime") -> "StepTime":
+        return StepTime(*(getattr(self, field.name) + getattr(more, field.name) for field in fields(self)))
+
+    def __mul__(self, times: int) -> "StepTime":
+        return StepTime(*(getattr(self, field.name) * times for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class UnitWork:
+    """What a rank does for a unit of the model in one micro-batch: FLOPs, kernels, bytes sent, by pass."""
+
+    forward: int
+    backward: int
+    kernels: Kernels
+    sent_forward: int
+    sent_backward: int
+
+
+def unit_work(shape: ModelShape, load: Load) -> list[UnitWork]:
+    """The work of each unit of `flops.unit_weights` on one of the tensor-parallel ranks."""
+    tensor, samples = load.layout.tensor, load.micro_batch
+    again = load.layout.recompute == "full"
+    units = zip(
+        flops.unit_costs(shape, load.positions),
+        unit_kernels(shape, load),
+        unit_messages(shape, load),
+        strict=True,
+    )
+    work = []
+    for cost, kernels, (forward, backward) in units:
+        repeated = cost.forward if again and cost.name.startswith("layer") else 0
+        flops_forward, flops_backward = cost.forward, cost.training - cost.forward + repeated
+        work.append(
+            UnitWork(flops_forward * samples // tensor, flops_backward * samples // tensor, kernels, forward, backward)
+        )
+    return work
+
+
+def unit_messages(shape: ModelShape, load: Load) -> list[tuple[int, int]]:
+    """Bytes that a rank sends to its tensor-parallel group for each micro-batch, forward and backward, by unit.
+
+    The ranks sum the output of a `row`, and the gradient of the input of a `column`. With sequence parallelism a sum is
+    a reduce-scatter and an all-gather, as many bytes, and the input of a `column` is gathered once more in the backward
+    pass. The losses' own exchange, a number per position, is omitted.
+    """
+    entrance, *layers, _ = flops.unit_weights(shape)
+    head = head_module(shape.head.kind).costs(shape).training_weights
+    sent = [_sent(load, unit) for unit in (entrance, *layers, head)]
+    if load.layout.recompute == "full":  # the second forward pass sends again what the first one did
+        sent[1:-1] = [(forward, backward + forward) for forward, backward in sent[1:-1]]
+    if shape.token_loss:
+        side = _sent(load, token_loss.applied(shape))
+        sent[-1] = tuple(a + b // shape.token_loss.every for a, b in zip(sent[-1], side, strict=True))
+    return sent
+
+
+def _sent(load: Load, weights: Weights) -> tuple[int, int]:
+    tensor, outputs, inputs = load.layout.tensor, weights.summed_outputs, weights.summed_inputs
+    widths = (outputs + inputs, outputs + 2 * inputs) if load.layout.sequence else (2 * outputs, 2 * inputs)
+    return tuple(load.rows * load.width * width * (tensor - 1) // tensor for width in widths)
+
+
+def forward_pass(machine: Machine, load: Load, units: Sequence[UnitWork]) -> StepTime:
+    """The forward pass of one micro-batch through these units."""
+    return _pass(machine, load, units, forward=True)
+
+
+def stage_pass(machine: Machine, load: Load, units: Sequence[UnitWork]) -> StepTime:
+    """The forward and the backward pass of one micro-batch through a stage."""
+    return forward_pass(machine, load, units) + _pass(machine, load, units, forward=False)
+
+
+def _pass(machine: Machine, load: Load, units: Sequence[UnitWork], *, forward: bool) -> StepTime:
+    def total(name: str) -> int:
+        return sum(getattr(unit.kernels, f"{name}_{'forward' if forward else 'backward'}") for unit in units)
+
+    launches = sum(unit.kernels.forward if forward else unit.kernels.backward for unit in units)
+    products = sum(unit.forward if forward else unit.backward for unit in units) / machine.matrices
+    moved, messages = total("moved") / machine.memory, total("messages")
+    sent = sum(unit.sent_forward if forward else unit.sent_backward for unit in units)
+    tensor = sent / machine.link(load.layout.tensor, 1) + messages * machine.message
+    host = launches * machine.launch
+    if not machine.asynchronous:
+        return StepTime(matrices=products, memory=moved, host=host, tensor=tensor)
+    hidden = 0.0 if forward else sum(unit.forward for unit in units) / machine.matrices  # the weights' gradients
+    tensor = max(0.0, tensor - hidden)
+    late = host + messages * machine.message - products - moved - tensor
+    return StepTime(matrices=products, memory=moved, host=max(0.0, late), tensor=tensor)
+
+
+def accumulation_pass(machine: Machine, load: Load, parameters: int, tensors: int) -> StepTime:
+    """Adding a micro-batch's gradients of `parameters` weights to those before.
+
+    Float32 gradients are added in place; others are converted first.
+    """
+    kernels, moved = (1, 3 * FLOAT32) if load.width == FLOAT32 else (2, load.width + 4 * FLOAT32)
+    return StepTime(
+        memory=moved * parameters / machine.memory, host=_late(machine, kernels * tensors, moved * parameters)
+    )
+
+
+def update_time(
+    machine: Machine, load: Load, parameters: int, tensors: int, data_size: int, last_backward: float
+) -> StepTime:
+    """What follows the last backward pass: the sum of the gradients, the update, and the gathering of new weights.
+
+    Args:
+        machine: the rates.
+        load: of a rank.
+        parameters: of a rank.
+        tensors: in how many tensors.
+        data_size: data-parallel ranks.
+        last_backward: seconds of the backward pass of the last micro-batch, during which sums can be hidden.
+    """
+    gradients_sent, weights_sent = data_parallel_traffic(parameters, data_size, load.width)
+    link = machine.link(data_size, load.layout.tensor)
+    message = machine.message if data_size > 1 else 0.0
+    summed, gathered = gradients_sent / link + message, weights_sent / link + message
+    # Flatten, scale and copy back for the sum, norm, clip, two times zero; Adam on the rank's own part.
+    moved = (8 + 8 + 8 + 4 + 8 + 2 * 4 + load.width) * parameters + 30 * parameters // data_size
+    if data_size == 1:
+        moved -= 24 * parameters
+    return StepTime(
+        gradients=max(0.0, summed - last_backward) if OVERLAPPED_UPDATE else summed,
+        weights=gathered,
+        update=moved / machine.memory + _late(machine, 6 * tensors, moved),
+    )
+
+
+def data_parallel_traffic(parameters: int, data_size: int, width: int) -> tuple[int, int]:
+    """Bytes that a rank sends in a step to sum the float32 gradients, and to gather new weights of `width` bytes."""
+    times = 1 if OVERLAPPED_UPDATE else 2  # a reduce-scatter, or an all-reduce
+    return tuple(bytes_each * parameters * (data_size - 1) // data_size for bytes_each in (times * FLOAT32, width))
+
+
+def pipeline_traffic(shape: ModelShape, load: Load) -> int:
+    """Bytes of the hidden states, or of their gradient, that a micro-batch sends to a neighbouring stage."""
+    return load.whole(shape.backbone.hidden)
+
+
+def step_time(
+    shape: ModelShape, load: Load, machine: Machine, split: Sequence[int], micro_batches: int, data_size: int
+) -> StepTime:
+    """The time of a step: that of its slowest pipeline stage, and of waiting for the others.
+
+    Args:
+        shape: the model.
+        load: of a rank.
+        machine: the rates.
+        split: layers of each model part.
+        micro_batches: that a rank accumulates.
+        data_size: data-parallel size.
+    """
+    layout, stages = load.layout, load.layout.pipeline
+    works, weights = (
+        _by_stage(units, split, stages) for units in (unit_work(shape, load), flops.unit_weights(padded(shape)))
+    )
+    passes, updates = [], []
+    for work, held in zip(works, weights, strict=True):
+        whole = sum(held, Weights())
+        parameters = whole.on_rank(layout.tensor)
+        passed = stage_pass(machine, load, work)
+        passes.append(passed + accumulation_pass(machine, load, parameters, whole.tensors))
+        last_backward = passed.total * 2 / 3
+        updates.append(update_time(machine, load, parameters, whole.tensors, data_size, last_backward))
+    slowest, update = (max(each, key=lambda time: time.total) for each in (passes, updates))
+    idle = (stages - 1) / layout.virtual
+    hop = pipeline_traffic(shape, load) / machine.link(stages, layout.tensor * data_size) + machine.message
+    hops = 2 * (micro_batches * layout.virtual + idle) if stages > 1 else 0
+    return slowest * micro_batches + update + StepTime(bubble=idle * slowest.total, borders=hops * hop)
+
+
+def _by_stage(units: list[T], split: Sequence[int], stages: int) -> list[list[T]]:
+    """The units of every stage, of all its model parts."""
+    parts = by_part(units, split)
+    return [[unit for part in parts[stage::stages] for unit in part] for stage in range(stages)]
+
+
+def _late(machine: Machine, kernels: int, moved: int) -> float:
+    """Seconds that the device waits for the launches of kernels that move so many bytes, or all of them on a CPU."""
+    host = kernels * machine.launch
+    return max(0.0, host - moved / machine.memory) if machine.asynchronous else host

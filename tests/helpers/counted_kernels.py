@@ -1,0 +1,116 @@
+"""Counts the kernels that are started, the bytes that they read and write, and the bytes that ranks send.
+
+As a script on several ranks: `OUT NAME...` counts a micro-batch in each layout and writes OUT/NAME-RANK.json, with the
+plan's figures beside those counted.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from calm_core.config.model_config import HEADS, BackboneConfig, HeadConfig, ModelShape
+from calm_core.config.parallel_config import ParallelConfig
+from calm_core.distributed.topology import distributed
+from calm_core.model.costs import Load
+from calm_core.model.noise import SampleNoise
+from calm_core.plan.step_time import unit_work
+
+S, B = 32, 2
+PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm")
+NO_KERNEL = ("aten._unsafe_view", "aten.promote_types", "aten.empty", "aten.new_empty", "aten.detach", "c10d.")
+LAYOUTS = {"tp2": ParallelConfig(tensor=2), "tp2-sp": ParallelConfig(tensor=2, sequence=True)}
+
+
+class CountedKernels(TorchDispatchMode):
+    """Attributes: `kernels` started, bytes `moved` by those that are no matrix products, `messages`, bytes `sent`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.moved = self.messages = self.sent = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = str(func)
+        if name.startswith("c10d."):
+            self._count_message(name, args)
+        elif not func.is_view and not name.startswith(NO_KERNEL):
+            self.kernels += 1
+            if not name.startswith(PRODUCTS):
+                read = {x.data_ptr(): x.nbytes for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
+                written = [x.nbytes for x in tree_iter(out) if isinstance(x, torch.Tensor)]
+                self.moved += sum(read.values()) + sum(written)
+        return out
+
+    def _count_message(self, name: str, args: Any) -> None:
+        whole = max((x.nbytes for x in tree_iter(args) if isinstance(x, torch.Tensor)), default=0)
+        ranks = dist.get_world_size()
+        times = 2 if "allreduce" in name else 1
+        self.messages += 1
+        self.sent += times * whole * (ranks - 1) // ranks
+
+
+def shape_of(kind: str = "energy", layers: int = 2, blocks: int = 2) -> ModelShape:
+    """A small model."""
+    tokens = HEADS[kind].reads_tokens
+    head = HeadConfig(kind=kind, blocks=blocks, samples=4, target_samples=32)
+    backbone = BackboneConfig(layers=layers, hidden=64, ffn=160, heads=4)
+    return ModelShape(backbone, head, vocabulary=256, k=1 if tokens else 4, latent=0 if tokens else 16)
+
+
+def counted(shape: ModelShape, layout: ParallelConfig, dtype: torch.dtype) -> dict[str, dict[str, int]]:
+    """What a micro-batch does, forward and backward."""
+    from calm_core.model.backbone import transformer_config
+    from calm_core.model.calm import CalmModel
+    from calm_core.model.heads.protocol import Target
+    from calm_core.model.parameters import initialize
+
+    model = CalmModel(transformer_config(shape.backbone, layout, dtype), shape)
+    initialize([model], 0.02, seed=0)
+    tokens = torch.randint(shape.vocabulary, (B, S + 1, shape.k), generator=torch.Generator().manual_seed(0))
+    latents = [torch.randn(B, S + 1, shape.latent)] * 2 if shape.latent else []
+    target = Target(*(x[:, 1:].transpose(0, 1).contiguous() for x in (tokens, *latents)))
+    forward, backward = CountedKernels(), CountedKernels()
+    with forward:
+        loss = model(tokens[:, :-1], target, SampleNoise(0, range(B), torch.device("cpu"))).loss.mean()
+    with backward:
+        loss.backward()
+    names = ("kernels", "moved", "messages", "sent")
+    passes = {"forward": forward, "backward": backward}
+    return {which: {name: getattr(each, name) for name in names} for which, each in passes.items()}
+
+
+def planned(shape: ModelShape, layout: ParallelConfig, dtype: torch.dtype) -> dict[str, dict[str, int]]:
+    """The same by the plan."""
+    work = unit_work(shape, Load(S, B, layout, dtype.itemsize, "cpu"))
+    return {
+        which: {
+            "kernels": sum(getattr(unit.kernels, which) for unit in work),
+            "moved": sum(getattr(unit.kernels, f"moved_{which}") for unit in work),
+            "messages": sum(getattr(unit.kernels, f"messages_{which}") for unit in work),
+            "sent": sum(getattr(unit, f"sent_{which}") for unit in work),
+        }
+        for which in ("forward", "backward")
+    }
+
+
+def main() -> None:
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    for name in sys.argv[2:]:
+        with distributed(LAYOUTS[name]) as topology:
+            found = {
+                "counted": counted(shape_of(), LAYOUTS[name], torch.bfloat16),
+                "planned": planned(shape_of(), LAYOUTS[name], torch.bfloat16),
+            }
+            (Path(sys.argv[1]) / f"{name}-{topology.rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

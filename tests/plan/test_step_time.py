@@ -1,0 +1,84 @@
+"""The step-time model: its counts against those of a real micro-batch, and its sums."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from counted_kernels import LAYOUTS, counted, planned, shape_of
+from launching import ROOT, launch
+
+from calm_core.config.experiment import PlanConfig
+from calm_core.config.model_config import HEADS, BackboneConfig, HeadConfig, ModelShape
+from calm_core.config.parallel_config import ParallelConfig
+from calm_core.distributed.topology import Topology
+from calm_core.model.costs import Load
+from calm_core.plan.pipeline_split import pipeline_split
+from calm_core.plan.step_time import Machine, StepTime, step_time
+
+CALM_XL = ModelShape(BackboneConfig(hidden=2560, ffn=6880), HeadConfig(), 128_257, k=4, latent=128)
+H100 = Machine.of(PlanConfig())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_kernels_of_a_micro_batch_are_those_that_start(topology: Topology, kind: str, dtype: torch.dtype) -> None:
+    shape, layout = shape_of(kind), ParallelConfig()
+    found, plan = counted(shape, layout, dtype), planned(shape, layout, dtype)
+    for which in ("forward", "backward"):
+        assert plan[which]["kernels"] == found[which]["kernels"]
+        assert plan[which]["moved"] == pytest.approx(found[which]["moved"], rel=0.1)
+
+
+def test_tensor_parallel_ranks_send_what_the_plan_says(tmp_path: Path) -> None:
+    launch(2, ROOT / "tests" / "helpers" / "counted_kernels.py", tmp_path, *LAYOUTS)
+    for path in tmp_path.glob("*.json"):
+        figures = json.loads(path.read_text())
+        for which in ("forward", "backward"):
+            plan, found = figures["planned"][which], figures["counted"][which]
+            assert (plan["messages"], plan["sent"]) == (found["messages"], found["sent"]), path.name
+            assert plan["kernels"] == pytest.approx(found["kernels"], rel=0.06), path.name
+    assert len(list(tmp_path.glob("*.json"))) == 2 * len(LAYOUTS)
+
+
+def time_of(layout: ParallelConfig, micro_batch: int, micro_batches: int, data: int, machine: Machine) -> StepTime:
+    load = Load(2048, micro_batch, layout)
+    return step_time(CALM_XL, load, machine, pipeline_split(CALM_XL, 2048, layout), micro_batches, data)
+
+
+def test_a_step_of_calm_xl_on_512_gpus_by_hand() -> None:
+    layout = ParallelConfig(tensor=4, sequence=True)
+    step = time_of(layout, 1, 2, 128, H100)
+    parameters = 462.7e6  # of a rank
+    assert step.gradients == pytest.approx(2 * 4 * parameters * 127 / 128 / 80e9, rel=0.01)  # two devices of a node
+    assert step.weights == pytest.approx(2 * parameters * 127 / 128 / 80e9, rel=0.01)
+    assert step.matrices == pytest.approx(8.03e15 / 512 / (989e12 * 0.65), rel=0.01)
+    assert 0.1 < step.total < 0.2
+    parts = (step.matrices, step.memory, step.host, step.tensor, step.gradients, step.weights, step.update)
+    assert step.total == pytest.approx(sum(parts))
+
+
+def test_a_link_is_that_of_the_node_or_the_share_of_its_network_devices() -> None:
+    assert H100.link(8, 1) == 300e9
+    assert H100.link(16, 1) == 300e9  # eight network devices of 40 GB/s
+    assert H100.link(128, 4) == 80e9
+    assert H100.link(64, 8) == 40e9
+
+
+def test_a_pipeline_waits_and_a_slow_host_is_seen() -> None:
+    two = time_of(ParallelConfig(pipeline=2), 1, 4, 64, H100)
+    interleaved = time_of(ParallelConfig(pipeline=2, virtual=2), 1, 4, 64, H100)
+    one_pass = (two.matrices + two.memory + two.host) / 4
+    assert two.bubble == pytest.approx(one_pass, rel=0.01)
+    assert interleaved.bubble == pytest.approx(two.bubble / 2, rel=0.1)
+    slow = replace(H100, launch=1e-3)
+    assert time_of(ParallelConfig(), 1, 1, 1, slow).host > 10 * time_of(ParallelConfig(), 1, 1, 1, H100).total
+
+
+def test_on_a_cpu_nothing_overlaps() -> None:
+    layout = ParallelConfig(tensor=2)
+    apart, together = (time_of(layout, 1, 1, 1, replace(H100, asynchronous=on)) for on in (False, True))
+    assert apart.tensor > together.tensor > 0
+    assert apart.host > together.host
+    assert apart.matrices == together.matrices
