@@ -78,6 +78,8 @@ def generate(
     requests = new_requests(loaded, prompts, options, seeds)
     for position, hidden in hidden_states(loaded, requests):
         due = [i for i, r in enumerate(requests) if r.reason is None and len(r.tokens) < (position + 1) * k]
+        if not due:  # the short prompts are done, the long ones are still being read
+            continue
         contexts = [requests[i].context(position, k) for i in due]
         chunks = sampler.next_chunks(hidden[:, due], contexts, position)
         for i, context, chunk in zip(due, contexts, chunks, strict=True):

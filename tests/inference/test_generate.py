@@ -62,6 +62,13 @@ def test_a_completion_does_not_depend_on_its_batch(loaded: Loaded, changes: dict
     assert together == alone
 
 
+def test_a_short_prompt_may_end_while_a_long_one_is_being_read(loaded: Loaded) -> None:
+    options = GenerationOptions(max_tokens=2)
+    prompts = ["a", "the quick brown fox jumps over the lazy dog"]
+    alone = [generate(loaded, [prompt], options, [seed])[0].tokens for seed, prompt in enumerate(prompts)]
+    assert [completion.tokens for completion in generate(loaded, prompts, options, [0, 1])] == alone
+
+
 def test_seeds(loaded: Loaded) -> None:
     first = generate(loaded, ["the", "the"], options(seed=5))
     assert first == generate(loaded, ["the", "the"], options(seed=5))
