@@ -1,4 +1,7 @@
-"""Samples of a trained model at several temperatures: RUN/samples.json, as `samples.*` says."""
+"""Samples of a trained model at several temperatures: RUN/samples.json, as `samples.*` says.
+
+With `samples.word_texts`, RUN/words.json too: the share of generated words that the training documents have.
+"""
 
 from pathlib import Path
 
@@ -17,13 +20,17 @@ def sample(experiment: Experiment, dry_run: bool) -> ExitCode:
         print(f"would continue {len(settings.prompts)} prompts at temperatures {settings.temperatures} with {run}")
         return ExitCode.OK
 
+    from calm_core.data.store import TokenStore
+    from calm_core.evaluation.words import count_words
     from calm_core.inference.generate import continue_prompts
     from calm_core.inference.load_model import default_device, load_for_inference
     from calm_core.report.run_page import write_run_page
 
-    samples = continue_prompts(load_for_inference(run, default_device()), settings, experiment.seed)
-    path = Path(experiment.run) / "samples.json"
-    write_json(path, samples)
+    loaded, path = load_for_inference(run, default_device()), Path(experiment.run) / "samples.json"
+    if settings.word_texts:
+        train = TokenStore(experiment.paths.tokens, "train")
+        write_json(path.with_name("words.json"), count_words(loaded, train, settings, experiment.seed))
+    write_json(path, continue_prompts(loaded, settings, experiment.seed))
     write_run_page(Path(experiment.run))
     print(f"finished: {path}")
     return ExitCode.OK

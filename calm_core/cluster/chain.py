@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from calm_core import config as configuration
 from calm_core.cluster import slurm
 from calm_core.cluster.launcher import Launcher, check, enter_work_folder, sbatch, site_options
 from calm_core.config import command
@@ -16,7 +15,7 @@ from calm_core.config.experiment import Experiment
 from calm_core.errors import ExitCode
 from calm_core.io import read_json, write_json
 from calm_core.workflow.ledger import Ledger, stamp
-from calm_core.workflow.stages import ROOT, Stage, config_path, inputs_of, require_given_products, stages
+from calm_core.workflow.stages import ROOT, Stage, config_path, inputs_of, require_given_products, save_configs, stages
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def submit(experiment: Experiment, config: Path, dry_run: bool) -> int:
 def _submit(experiment: Experiment, jobs: list[ChainedJob]) -> None:
     folder = Path(experiment.run) / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
-    configuration.save(experiment, config_path(experiment))
+    save_configs(experiment)
     known = folder / "chain.json"
     submitted = read_json(known) if known.exists() else {}
     before = ""

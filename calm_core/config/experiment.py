@@ -28,6 +28,12 @@ class SamplesConfig:
     while_training: bool = option(
         False, "continue the prompts at each evaluation too, where every rank holds the whole model"
     )
+    word_texts: int = option(
+        0,
+        "texts of each temperature, as long as the context, whose words are looked up among those of the training "
+        "documents (RUN/words.json); 0: none",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
         check(self, "samples")
@@ -69,7 +75,7 @@ class PipelineConfig:
     """How the stages of the workflow are started."""
 
     processes: int = option(2, "processes of each training; at most one per GPU where there are GPUs", at_least=1)
-    nodes: int = option(0, "on a cluster: nodes that train CALM; 0 means those of its launcher", at_least=0)
+    nodes: int = option(0, "on a cluster: nodes that train a model; 0 means those of its launcher", at_least=0)
     shares: int = option(
         1, "on a cluster: tasks of an array that tokenize, and that encode chunks, together", at_least=1
     )
@@ -79,6 +85,9 @@ class PipelineConfig:
         "fraction of held-out tokens that the autoencoder must rebuild for the stages after it to run",
         at_least=0,
         at_most=1,
+    )
+    baseline: bool = option(
+        False, "train an autoregressive model of the same training FLOPs in RUN/ar, scored and sampled in the same way"
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a scaling study varies, and what every model of it shares."""
+"""Studies: what each varies, and what all models of it share."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +11,8 @@ from calm_core.errors import UserError
 DEFAULT_CONFIG = ROOT / "configs" / "scaling" / "two_cores.yaml"
 
 CORRELATION_CONFIG = ROOT / "configs" / "studies" / "brier_correlation.yaml"
+
+VARIANTS_CONFIG = ROOT / "configs" / "studies" / "token_loss.yaml"
 
 
 @dataclass(frozen=True)
@@ -154,3 +156,29 @@ class CorrelationConfig:
         last = self.base.training.steps
         ratio = last / self.first
         return sorted({round(self.first * ratio ** (i / (self.evaluations - 1))) for i in range(self.evaluations)})
+
+
+@dataclass(frozen=True)
+class VariantConfig:
+    """One variant: what it changes, and how often it is trained."""
+
+    name: str = option("", "of the variant, and of the folders of its models")
+    settings: list[str] = option([], "key=value that differ from `base`")
+    seeds: list[int] = option([0], "one model each")
+    share: float = option(1.0, "of the study's FLOPs, for a model that is only one half of a recipe", above=0)
+
+
+@dataclass(frozen=True)
+class VariantsConfig:
+    """Variants of one experiment; the steps of each follow from its FLOPs."""
+
+    run: PathText = option("runs/variants", "folder of the study")
+    flops: float = option(1e13, "training FLOPs that each model executes, without its autoencoder", above=0)
+    variants: list[VariantConfig] = option([], "what is compared, in the order in which it is trained")
+    base: Experiment = option(Experiment, "what the variants share")
+
+    def __post_init__(self) -> None:
+        check(self, "")
+        names = [variant.name for variant in self.variants]
+        if not names or "" in names or len(set(names)) < len(names):
+            raise UserError("variants must hold at least one variant, each with a name of its own.")

@@ -6,9 +6,6 @@ from math import lcm
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
-
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.checkpoint.folder import Checkpoint, open_checkpoint
 from calm_core.config.data_config import DataConfig
@@ -21,13 +18,11 @@ from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
 from calm_core.evaluation.evaluate import evaluate
 from calm_core.evaluation.held_out import HeldOut, Protocol
-from calm_core.evaluation.ngram import BigramModel
+from calm_core.evaluation.ngram import bigram_of
 from calm_core.evaluation.scores import BASELINES
 from calm_core.inference.load_model import Loaded, experiment_of, find_checkpoint, load_for_inference
 from calm_core.progress import Progress
 from calm_core.tokenizer import Tokenizer
-
-BIGRAM_CHUNKS = 1 << 22  # of the training split that the bigram baseline is counted on: all of a small corpus
 
 PAPER_CONTEXT = 8192  # tokens of a block under the paper's protocol
 
@@ -49,7 +44,7 @@ def evaluate_checkpoint(
     The baselines are those of the tokens in `train`, and None without. With `protocol="paper"` the record has one more,
     `paper`: Brier-n and BrierLM as the paper counts them.
     """
-    counts, bigram = (None, None) if train is None else (train.token_counts(), _bigram_model(train))
+    counts, bigram = (None, None) if train is None else (train.token_counts(), bigram_of(train))
     windows = Windows(held_out, loaded.positions)
     own = HeldOut(windows, loaded.autoencoder, counts, seed, config, bigram, diagnostics=True)
     passes = [own]
@@ -59,11 +54,6 @@ def evaluate_checkpoint(
     with Progress("evaluating", total, "windows") as progress:
         result, *paper = [evaluate([loaded.model], topology, what, progress=progress.advance) for what in passes]
     return {**dict.fromkeys(BASELINES), **result, **({"paper": paper[0]} if paper else {})}
-
-
-def _bigram_model(train: Store) -> BigramModel:
-    tokens = train.read(0, min(len(train), BIGRAM_CHUNKS), ("tokens",))["tokens"]
-    return BigramModel(torch.from_numpy(tokens.reshape(-1).astype(np.int64)), train.vocab_size)
 
 
 @dataclass(frozen=True)

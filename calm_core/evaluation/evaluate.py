@@ -194,7 +194,8 @@ def clustered(scores: dict[str, Tensor], read: ReadBatch, scored: ScoredPosition
 
 
 def summarize(parts: Iterable[ClusteredScores]) -> dict[str, Any]:
-    """Each score's mean under its name and its standard error, clustered by document, under `name_error`; BrierLM.
+    """Each score's mean under its name and its standard error, clustered by document, under `name_error`; BrierLM,
+    also of the bigram table if it was scored.
 
     `brier_lm` is None with a `brier_lm_reason` unless Brier-1..4 are all significant. A single document is divided into
     blocks of positions; an error is None where there is a single block, too. `standard_errors` says what they rest on,
@@ -213,9 +214,12 @@ def summarize(parts: Iterable[ClusteredScores]) -> dict[str, Any]:
     for name, mean, error in zip(names, result.mean.tolist(), errors, strict=True):
         named[name], named[f"{name}_error"] = mean, error
     _split_variances(named, result.positions)
-    own = [index for index, name in enumerate(names) if name.startswith("brier_")]
-    lm = brier_lm(ClusteredMean(result.mean[own], result.covariance[own][:, own], result.positions, result.clusters))
-    named |= {"brier_lm": lm.value, "brier_lm_error": lm.standard_error, "brier_lm_reason": lm.reason}
+    for whose in ("", *({"bigram_"} if "bigram_brier_1" in named else ())):
+        own = [index for index, name in enumerate(names) if name.startswith(f"{whose}brier_")]
+        four = ClusteredMean(result.mean[own], result.covariance[own][:, own], result.positions, result.clusters)
+        lm = brier_lm(four)
+        name = f"{whose}brier_lm"
+        named |= {name: lm.value, f"{name}_error": lm.standard_error, f"{name}_reason": lm.reason}
     factor = interval_factor(result.clusters) if result.clusters > 1 else None
     resting_on = {"clusters": result.clusters, "of": result.unit, "interval_factor": factor}
     return named | {

@@ -1,9 +1,13 @@
-"""Brier-n of the unigram and the bigram model, exactly: the baselines that a trained model has to beat."""
+"""Brier-n of the unigram and the bigram model, exactly, and text of the latter: what a trained model has to beat."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from calm_core.data.store import Store
 from calm_core.evaluation.brier import MAX_TOKENS, BrierTerms
+
+BIGRAM_TOKENS = 1 << 24  # of a training split that the bigram baseline is counted on: all of a small corpus
 
 
 def unigram_brier_terms(counts: Tensor, truth: Tensor) -> BrierTerms:
@@ -60,6 +64,32 @@ class BigramModel:
             row = torch.zeros_like(rows[-1]).index_add_(0, self.previous, terms)
             rows.append(torch.where(self.seen, row, self.unigram.square() @ rows[-1]))
         return torch.stack(rows[1:])
+
+    def sample(self, first: Tensor, count: int, temperature: float, generator: torch.Generator) -> Tensor:
+        """Chains of `count` tokens that follow the tokens `first` `[R]`, `[R, count]` int64.
+
+        At a temperature T each token is drawn from P(next | previous)^(1/T) / Z.
+        """
+        drawn, chances = [first.long()], self.probabilities.pow(1 / temperature)
+        # Pairs are sorted by the token before, so that the successors of a token are a stretch of one running sum.
+        sums = torch.cat([chances.new_zeros(1), chances.cumsum(0)])
+        begin = torch.searchsorted(self.previous, torch.arange(self.vocabulary))
+        end = torch.searchsorted(self.previous, torch.arange(self.vocabulary), right=True)
+        unigram = self.unigram.pow(1 / temperature)
+        for _ in range(count):
+            low, high = begin[drawn[-1]], end[drawn[-1]]
+            at = torch.rand(len(first), dtype=torch.float64, generator=generator)
+            pair = torch.searchsorted(sums, sums[low].lerp(sums[high], at), right=True) - 1
+            following = self.following[torch.minimum(pair, (high - 1).clamp_(min=0))]
+            anew = torch.multinomial(unigram, len(first), replacement=True, generator=generator)
+            drawn.append(torch.where(low < high, following, anew))
+        return torch.stack(drawn[1:], 1)
+
+
+def bigram_of(store: Store) -> BigramModel:
+    """The bigram model of the first `BIGRAM_TOKENS` tokens of a store."""
+    tokens = store.read(0, min(len(store), BIGRAM_TOKENS // store.k), ("tokens",))["tokens"]
+    return BigramModel(torch.from_numpy(tokens.reshape(-1).astype(np.int64)), store.vocab_size)
 
 
 def bigram_brier_terms(model: BigramModel, previous: Tensor, truth: Tensor) -> BrierTerms:

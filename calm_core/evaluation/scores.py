@@ -33,7 +33,13 @@ from calm_core.model.layers import gathered_positions, own_positions
 from calm_core.model.noise import SampleNoise, stream_seed
 
 BASELINES = [
-    f"{name}_brier_{n}{e}" for name in ("bigram", "unigram") for n in range(1, MAX_TOKENS + 1) for e in ("", "_error")
+    *(
+        f"{name}_brier_{n}{e}"
+        for name in ("bigram", "unigram")
+        for n in range(1, MAX_TOKENS + 1)
+        for e in ("", "_error")
+    ),
+    *(f"bigram_brier_lm{part}" for part in ("", "_error", "_reason")),
 ]
 
 

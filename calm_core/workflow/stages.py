@@ -19,6 +19,7 @@ from calm_core.config.parallel_config import ParallelConfig
 from calm_core.config.training_config import TrainingConfig
 from calm_core.data.corpus import fingerprint, sources
 from calm_core.errors import ExitCode, UserError
+from calm_core.workflow.baseline import baseline
 from calm_core.workflow.ledger import Ledger, stamp
 from calm_core.workflow.process import run_process
 
@@ -96,10 +97,24 @@ def config_path(experiment: Experiment) -> Path:
     return Path(experiment.run) / "config.yaml"
 
 
+def save_configs(experiment: Experiment) -> None:
+    """Write the configurations that the stages read: the experiment's, and its baseline's if it has one."""
+    for each in _models(experiment).values():
+        config_path(each).parent.mkdir(parents=True, exist_ok=True)
+        configuration.save(each, config_path(each))
+
+
 def stages(experiment: Experiment) -> list[Stage]:
     """All stages of an experiment, in order; a head that reads tokens needs no autoencoder and no chunks."""
     autoencoder = [] if experiment.head.reads_tokens else _autoencoder_stages(experiment)
-    return [*_token_stages(experiment), *autoencoder, *_model_stages(experiment)]
+    models = [stage for name, each in _models(experiment).items() for stage in _model_stages(name, each)]
+    return [*_token_stages(experiment), *autoencoder, *models]
+
+
+def _models(experiment: Experiment) -> dict[str, Experiment]:
+    """The experiment of each model that is trained, by the name that its stages have."""
+    compared = experiment.pipeline.baseline and not experiment.head.reads_tokens
+    return {"calm": experiment, **({"ar": baseline(experiment)} if compared else {})}
 
 
 def find_stage(experiment: Experiment, name: str) -> Stage:
@@ -173,12 +188,12 @@ def _autoencoder_stages(experiment: Experiment) -> list[Stage]:
     return [train, evaluate, *([build] if experiment.data.latents == "stored" else [])]
 
 
-def _model_stages(experiment: Experiment) -> list[Stage]:
+def _model_stages(name: str, experiment: Experiment) -> list[Stage]:
     config, run = [str(config_path(experiment))], experiment.paths.calm_run
     result = run / "evaluation.json"
     return [
         Stage(
-            "train_calm",
+            f"train_{name}",
             "pretrain/train_calm.py",
             config,
             run / "checkpoints" / f"step-{experiment.training.steps}" / "manifest.json",
@@ -186,8 +201,13 @@ def _model_stages(experiment: Experiment) -> list[Stage]:
             processes=_processes(experiment),
             training=StageTraining(run, experiment.training, experiment.parallel),
         ),
-        Stage("evaluate_calm", "pretrain/evaluate.py", [str(run), "--output", str(result)], result),
-        Stage("sample", "pretrain/sample.py", config, Path(experiment.run) / "samples.json"),
+        Stage(f"evaluate_{name}", "pretrain/evaluate.py", [str(run), "--output", str(result)], result),
+        Stage(
+            "sample" if name == "calm" else f"sample_{name}",
+            "pretrain/sample.py",
+            config,
+            Path(experiment.run) / "samples.json",
+        ),
     ]
 
 
@@ -234,8 +254,7 @@ def run_stages(experiment: Experiment, names: Collection[str] | None = None) -> 
     run, plan = Path(experiment.run), stages(experiment)
     chosen = [stage for stage in plan if names is None or stage.name in names]
     require_given_products(chosen)
-    run.mkdir(parents=True, exist_ok=True)
-    configuration.save(experiment, config_path(experiment))
+    save_configs(experiment)
     inputs, ledger = inputs_of(experiment, plan), Ledger(run / "stages.json")
     for number, stage in enumerate(plan, 1):
         if stage not in chosen:

@@ -40,6 +40,20 @@ def test_bigram_terms_equal_a_sum_over_every_continuation() -> None:
         torch.testing.assert_close(terms.collision[position, n - 1].item(), probability.square().sum().item())
 
 
+def test_sampled_chains_follow_the_table_at_their_temperature() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for temperature in (1.0, 0.5):
+        chains = BigramModel(TOKENS, VOCABULARY).sample(torch.full((4000,), 3), 6, temperature, generator)
+        steps = torch.cat([torch.full((4000, 1), 3), chains], dim=1)
+        pairs = torch.stack([steps[:, :-1].flatten(), steps[:, 1:].flatten()])
+        counts = torch.zeros(VOCABULARY, VOCABULARY, dtype=torch.float64)
+        counts.index_put_((pairs[0], pairs[1]), torch.ones(pairs.shape[1], dtype=torch.float64), accumulate=True)
+        sharpened = transition().pow(1 / temperature)
+        expected = sharpened / sharpened.sum(1, keepdim=True)
+        found = counts[:4] / counts[:4].sum(1, keepdim=True)  # no token 4 is ever drawn
+        torch.testing.assert_close(found, expected[:4], atol=0.03, rtol=0)
+
+
 def test_unigram_terms_are_the_expectation_of_sampling_tokens_independently() -> None:
     counts = torch.tensor([5, 3, 2])
     generator = torch.Generator().manual_seed(0)

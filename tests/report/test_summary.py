@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from calm_core.config.experiment import Experiment
+from calm_core.config.experiment import Experiment, PipelineConfig
 from calm_core.config.model_config import HeadConfig
 from calm_core.report.summary import format_summary, plot_experiment, write_summary
 
 REBUILT = {"token_accuracy": 0.999, "token_accuracy_posterior": 0.99, "token_accuracy_noisy": 0.9, "sigma": 0.3}
 SCORED = {"brier_lm": None, "brier_lm_reason": "Not above zero by two standard errors: Brier-4.", "collision_1": 0.02}
 SCORED |= {"measure": "brier_lm@ctx512/stride8", "loss": 7.5, "loss_error": None, "loss_shuffled": 8.0}
-SCORED |= {"loss_shuffled_error": 0.1}
+SCORED |= {"loss_shuffled_error": 0.1, "brier_lm_error": None, "bigram_brier_lm": 0.12, "bigram_brier_lm_error": 0.01}
 for n in range(1, 5):
     SCORED |= {f"brier_{n}": 0.1**n, f"brier_{n}_error": 0.01**n}
     SCORED |= {f"unigram_brier_{n}": 0.02**n, f"bigram_brier_{n}": 0.03**n}
@@ -59,7 +59,10 @@ def test_the_summary_holds_the_numbers_of_the_artefacts(experiment):
 def test_the_table_shows_figures_with_their_errors_and_the_samples(experiment):
     shown = format_summary(write_summary(experiment))
     assert "99.9" in shown.replace("0.999", "99.9")
-    assert "10.000% ± 1.000% (2.000%)" in shown
+    scores = {line.split("  ")[0]: line.split() for line in shown.splitlines()[:6]}
+    assert scores["score"] == ["score", "CALM", "bigram", "unigram"]
+    assert scores["Brier-1"] == ["Brier-1", "10.000%", "±", "1.000%", "3.000%", "2.000%"]
+    assert scores["brier_lm@ctx512/stride8"][1:] == ["none", "0.120", "±", "0.010"]
     assert shown.endswith("Once more")
 
 
@@ -70,10 +73,31 @@ def test_the_baseline_has_no_autoencoder(experiment):
     assert "autoencoder" not in summary
     assert summary["tokens_per_second"] == {"calm": 5}
     shown = format_summary(summary)
-    assert "AR Brier-1" in shown
+    assert shown.splitlines()[0].split() == ["score", "AR", "bigram", "unigram"]
     assert "CALM" not in shown
     plot_experiment(baseline)
     assert not (Path(experiment.run) / "autoencoder").exists()
+
+
+def test_a_baseline_and_the_words_stand_beside_the_model(experiment):
+    run = Path(experiment.run)
+    shutil.copytree(run / "calm", run / "ar" / "calm")
+    other = SCORED | {"brier_1": 0.2, "brier_lm": 3.4, "brier_lm_error": 0.5}
+    (run / "ar" / "calm" / "evaluation.json").write_text(json.dumps(other))
+    for folder, share in ((run, 0.5), (run / "ar", 0.75)):
+        model, bigram = ({"share": s, "standard_error": 0.01, "words": 1000} for s in (share, 0.25))
+        counted = {"known_words": 9, "temperatures": [{"temperature": 0.5, "model": model, "bigram": bigram}]}
+        (folder / "words.json").write_text(json.dumps(counted))
+    compared = replace(experiment, pipeline=PipelineConfig(baseline=True))
+    summary = write_summary(compared)
+    assert summary["ar"]["brier"][0]["value"] == 0.2
+    assert summary["words"]["0.5"]["ar"] == {"value": 0.75, "standard_error": 0.01, "words": 1000}
+    scores = [line.split() for line in format_summary(summary).splitlines()[:7]]
+    assert scores[0] == ["score", "CALM", "AR", "bigram", "unigram"]
+    assert scores[1] == ["Brier-1", "10.000%", "±", "1.000%", "20.000%", "±", "1.000%", "3.000%", "2.000%"]
+    assert " ".join(scores[6]) == "words of the corpus at T=0.5 50.0% ± 1.0% 75.0% ± 1.0% 25.0% ± 1.0%"
+    plot_experiment(compared)
+    assert (run / "ar" / "calm" / "brier.png").stat().st_size > 1000
 
 
 def test_another_configuration_has_another_hash(experiment):
