@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
+from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
@@ -19,10 +20,10 @@ from calm_core.checkpoint.folder import Checkpoint, DamagedError, damaged_files
 from calm_core.checkpoint.fragments import WEIGHT, box_of, flat_parts, fragments
 from calm_core.checkpoint.save import SavePolicy, Saver, explain_file_errors
 from calm_core.checkpoint.tensor_folder import TensorFolder
-from calm_core.distributed.collectives import on_every_rank
+from calm_core.distributed.collectives import on_every_rank, own_share
 from calm_core.distributed.engine import Engine
 from calm_core.errors import UserError
-from calm_core.model.parameters import global_shape, named_parameters, pieces
+from calm_core.model.parameters import Piece, from_owners, global_shape, named_parameters, pieces
 
 
 def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: int) -> Path:
@@ -39,6 +40,9 @@ def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: i
 def load(checkpoint: Checkpoint, engine: Engine) -> None:
     """Load weights and optimizer state of a checkpoint, written by any layout, into the engine. Collective.
 
+    Each rank reads what ZeRO-1 assigns to it, weights and state; the ranks that hold the same parameters then complete
+    them for one another.
+
     Raises:
         DamagedError: if a file is not as it was written; nothing is loaded.
         UserError: if the model has another shape; likewise.
@@ -46,11 +50,26 @@ def load(checkpoint: Checkpoint, engine: Engine) -> None:
     flats, own = flat_parts(engine), list(fragments(engine.model_parts))
     state = [(f"{kind}/{fragment.name}", fragment.shape) for fragment in own for kind in flats[fragment.group]]
     source = _open(checkpoint, [*_weights_of(engine.model_parts), *state])
-    for name, parameter in named_parameters(engine.model_parts):
-        parameter.data.copy_(_local(source, name, parameter))
-    for fragment in own:
-        for kind, flat in flats[fragment.group].items():
-            fragment.of(flat).copy_(source.read(f"{kind}/{fragment.name}", fragment.box).flatten())
+    held = {
+        piece.name: (piece.of(parameter.data), box_of(piece, parameter))
+        for name, parameter in named_parameters(engine.model_parts)
+        for piece in pieces(name, parameter)
+    }
+
+    def read_own() -> None:
+        for local, _ in held.values():
+            local.zero_()
+        for fragment in own:
+            for kind, flat in flats[fragment.group].items():
+                fragment.of(flat).copy_(source.read(f"{kind}/{fragment.name}", fragment.box).flatten())
+            local, whole = held[fragment.name]
+            local[fragment.box.within(whole)] = fragment.of(flats[fragment.group][WEIGHT]).view(fragment.box.shape)
+
+    on_every_rank(read_own)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for _, parameter in named_parameters(engine.model_parts):
+        # Every byte is 0 on all ranks but the one that has read it, so that the sum of the bytes is the tensor.
+        dist.all_reduce(parameter.data.view(torch.uint8), group=group)
     engine.optimizer.set_update_count(checkpoint.state["updates"])
 
 
@@ -69,10 +88,12 @@ def load_weights(
         UserError: if the model has another shape; likewise.
     """
     source = _open(checkpoint, _weights_of(model_parts, only))
-    loaded = [(name, parameter) for name, parameter in named_parameters(model_parts) if name.startswith(only)]
-    for name, parameter in loaded:
-        parameter.data.copy_(_local(source, name, parameter))
-    return [name for name, _ in loaded]
+
+    def read(piece: Piece, parameter: nn.Parameter) -> None:
+        piece.of(parameter.data).copy_(source.read(f"{WEIGHT}/{piece.name}", box_of(piece, parameter)))
+
+    from_owners(model_parts, read, only)
+    return [name for name, _ in named_parameters(model_parts) if name.startswith(only)]
 
 
 def verify(checkpoint: Checkpoint) -> None:
@@ -82,9 +103,10 @@ def verify(checkpoint: Checkpoint) -> None:
         DamagedError: naming the first file that is missing or changed.
         UserError: if a file may not be read.
     """
-    share = slice(dist.get_rank(), None, dist.get_world_size())
     compare = explain_file_errors(
-        lambda: damaged_files(checkpoint, share), f"{checkpoint.path} could not be read", "make its files readable"
+        lambda: damaged_files(checkpoint, own_share()),
+        f"{checkpoint.path} could not be read",
+        "make its files readable",
     )
     if damaged := sorted(chain.from_iterable(on_every_rank(compare))):
         raise DamagedError(f"{damaged[0]} is missing or its bytes have changed: use another checkpoint.")
@@ -137,9 +159,3 @@ def _check_shape(path: Path, name: str, saved: dict[str, tuple[int, ...]], wante
             f"{path} holds {name} with shape {saved[name]} where this configuration wants {wanted}: "
             "set the model's shape as in the checkpoint's configuration."
         )
-
-
-def _local(source: TensorFolder, name: str, parameter: nn.Parameter) -> Tensor:
-    """This rank's shard of a weight, float32 on the host."""
-    parts = [source.read(f"{WEIGHT}/{piece.name}", box_of(piece, parameter)) for piece in pieces(name, parameter)]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]

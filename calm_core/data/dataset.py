@@ -16,7 +16,7 @@ from calm_core.config.data_config import DataConfig, StoreShare, weights_of
 from calm_core.config.experiment import Paths
 from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.order import BlendOrder, SampleOrder
-from calm_core.data.store import ChunkStore, Store, TokenStore
+from calm_core.data.store import ALL, ChunkStore, Store, TokenStore
 from calm_core.errors import UserError
 from calm_core.model.heads.protocol import Target
 
@@ -68,13 +68,15 @@ class Rows(NamedTuple):
     held_out: Store
 
 
-def token_rows(data: DataConfig, paths: Paths) -> Rows:
-    """Single tokens: of the token stores of `data.blend`, or of `paths.tokens`."""
-    return _open(data, _folders(data, "tokens", paths), partial(TokenStore, verify=data.verify))
+def token_rows(data: DataConfig, paths: Paths, share: slice = ALL) -> Rows:
+    """Single tokens: of the token stores of `data.blend`, or of `paths.tokens`; `share` as in `chunk_rows`."""
+    return _open(data, _folders(data, "tokens", paths), partial(TokenStore, verify=data.verify, share=share))
 
 
-def chunk_rows(data: DataConfig, paths: Paths, autoencoder: Autoencoder) -> Rows:
+def chunk_rows(data: DataConfig, paths: Paths, autoencoder: Autoencoder, share: slice = ALL) -> Rows:
     """Chunks with their latents, stored or encoded as they are read: of `data.blend`, or of `paths`.
+
+    Ranks that open the same stores each verify their `share` of the shards.
 
     Raises:
         UserError: if a store is missing or damaged, or not made by the autoencoder as data.k and data.packing say.
@@ -86,9 +88,9 @@ def chunk_rows(data: DataConfig, paths: Paths, autoencoder: Autoencoder) -> Rows
                 f"set data.k={autoencoder.k} or data.autoencoder to another one."
             )
         encoder = cache(partial(FoldedEncoder, autoencoder))
-        open_store = partial(EncodedStore, autoencoder=autoencoder, verify=data.verify, encoder=encoder)
+        open_store = partial(EncodedStore, autoencoder=autoencoder, verify=data.verify, share=share, encoder=encoder)
         return _open(data, _folders(data, "tokens", paths), open_store)
-    rows = _open(data, _folders(data, "chunks", paths), partial(ChunkStore, verify=data.verify))
+    rows = _open(data, _folders(data, "chunks", paths), partial(ChunkStore, verify=data.verify, share=share))
     for store in rows.train.stores:
         store.require(data.k, autoencoder.content_hash)
         if store.packing != data.packing:

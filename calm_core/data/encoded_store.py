@@ -11,7 +11,7 @@ from calm_core.autoencoder.folded_encoder import FoldedEncoder
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.config.data_config import Verify
 from calm_core.data.chunks import encoded, require_tokenizer, source_of_chunks
-from calm_core.data.store import TokenStore
+from calm_core.data.store import ALL, TokenStore
 from calm_core.manifest import source_hash
 
 
@@ -27,9 +27,12 @@ class EncodedStore(TokenStore):
         split: str,
         autoencoder: Autoencoder,
         verify: Verify = "auto",
+        share: slice = ALL,
         encoder: Callable[[], FoldedEncoder] | None = None,
     ) -> None:
-        """Open and verify one split. `encoder` returns the autoencoder's encoder, whose tables several stores share.
+        """Open and verify one split, as `Store` does.
+
+        `encoder` returns the autoencoder's encoder, whose tables several stores share.
 
         Raises:
             UserError: as `Store` does, or if the autoencoder was trained with another tokenizer.
@@ -37,7 +40,7 @@ class EncodedStore(TokenStore):
         self.k, self.latent = autoencoder.k, autoencoder.config.latent
         self._autoencoder = autoencoder
         self._encoder = encoder or cache(partial(FoldedEncoder, autoencoder))
-        super().__init__(folder, split, verify)
+        super().__init__(folder, split, verify, share)
         require_tokenizer(autoencoder, self.tokenizer_hash, self.folder)
 
     @property
@@ -74,9 +77,9 @@ class EncodedStore(TokenStore):
         first, last = self._tokens_of(start, count)
         return super().document_ids(first, last - first)[:: self.k]
 
-    def token_counts(self, limit: int = 1 << 26) -> np.ndarray:
-        """How often each token id occurs in the first `limit` rows: int64 `[V]`."""
-        return super().token_counts(limit * self.k)
+    def token_counts(self, limit: int = 1 << 26, share: slice = ALL) -> np.ndarray:
+        """How often each token id occurs in the first `limit` rows, as `Store` has it: int64 `[V]`."""
+        return super().token_counts(limit * self.k, share)
 
     def _chunks(self, start: int, count: int) -> np.ndarray:
         """The rows [start, start + count), `[count, K]`; pad fills the last one of the split."""

@@ -18,6 +18,8 @@ from calm_core.manifest import read_manifest, source_hash, store_hash
 
 AUTO_FULL_BYTES = 4 << 30  # a store up to this size is read whole each time it is opened
 
+ALL = slice(None)
+
 OPEN_SHARDS = 1024  # a process may map 65,530 files (vm.max_map_count); a large corpus has more shards
 
 
@@ -47,29 +49,40 @@ def read_shard(path: Path) -> pa.RecordBatch:
         raise UserError(f"The shard {path} cannot be read ({error}): make its store again.") from error
 
 
-def verify_shards(folder: Path, entries: Iterable[Mapping[str, Any]], verify: Verify = "auto") -> None:
-    """Compare the files of a store with the entries of its manifest.
+def verify_shards(
+    folder: Path, entries: Iterable[Mapping[str, Any]], verify: Verify = "auto", share: slice = ALL
+) -> None:
+    """Compare the files of a store with the entries of its manifest, or of these those that are this rank's `share`.
 
     `size` compares lengths, `full` also checksums; `auto` is `full` for a small store and `size` for a large one.
 
     Raises:
         UserError: naming the first file that is missing, truncated or changed.
     """
-    entries = list(entries)
+    whole = list(entries)
+    entries = whole[share]
     for entry in entries:
         path = folder / entry["file"]
-        size = path.stat().st_size if path.exists() else None
+        size = _size(path)
         if size is None:
             raise UserError(f"The shard {path} is missing: make its store again.")
         if size != entry["bytes"]:
             raise UserError(f"The shard {path} has {size} bytes instead of {entry['bytes']}: make its store again.")
-    if verify == "full" or (verify == "auto" and sum(entry["bytes"] for entry in entries) <= AUTO_FULL_BYTES):
+    if verify == "full" or (verify == "auto" and sum(entry["bytes"] for entry in whole) <= AUTO_FULL_BYTES):
         for entry in entries:
             if hash_file(folder / entry["file"]) != entry["checksum"]:
                 raise UserError(
                     f"The shard {folder / entry['file']} has changed since it was written (its checksum differs): "
                     "make its store again."
                 )
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file, None if it is missing; one call."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def files_of(shards: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
@@ -124,8 +137,8 @@ class Store:
     packing: Packing = "pack"
     """How documents lie in the rows."""
 
-    def __init__(self, folder: Path | str, split: str, verify: Verify = "auto"):
-        """Open and verify one split, `train` or `held_out`.
+    def __init__(self, folder: Path | str, split: str, verify: Verify = "auto", share: slice = ALL):
+        """Open one split, `train` or `held_out`, and verify its shards, or this rank's `share` of them.
 
         Raises:
             UserError: if the store is missing or of another kind, has no such split, or a shard is damaged (named).
@@ -139,7 +152,7 @@ class Store:
                 "change data.held_out and make it again."
             )
         self.shards: list[dict[str, Any]] = self.manifest["splits"][split]["shards"]
-        verify_shards(self.folder, files_of(self.shards), verify)
+        verify_shards(self.folder, files_of(self.shards), verify, share)
         self._starts = [0, *accumulate(shard[self.unit] for shard in self.shards)]
         # A shard counts the documents that begin in it; its first document may have begun in the shard before.
         begun = [0, *accumulate(shard["documents"] for shard in self.shards)]
@@ -226,10 +239,13 @@ class Store:
         """The name of the document that a row begins in."""
         return self.document_name(int(self.document_ids(row, 1)[0]))
 
-    def token_counts(self, limit: int = 1 << 26) -> np.ndarray:
-        """How often each token id occurs in the first `limit` rows, without padding: int64 `[V]`."""
+    def token_counts(self, limit: int = 1 << 26, share: slice = ALL) -> np.ndarray:
+        """How often each token id occurs in the first `limit` rows, without padding: int64 `[V]`.
+
+        Of the shards that hold these rows only this rank's `share` is read.
+        """
         counts = np.zeros(self.vocab_size, np.int64)
-        for _, index, _, taken in self._spans(0, min(limit, self._starts[-1])):
+        for _, index, _, taken in list(self._spans(0, min(limit, self._starts[-1])))[share]:
             tokens = self.shard(index).columns["tokens"][:taken]
             counts += np.bincount(tokens.reshape(-1), minlength=self.vocab_size)
         if self.padding is not None:

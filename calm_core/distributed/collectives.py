@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -73,6 +74,20 @@ def on_every_rank(action: Callable[[], T]) -> list[T]:
             error.on_all_ranks = True
             raise error
     return [result for result, _ in outcomes]
+
+
+def own_share() -> slice:
+    """This rank's share of a list that the ranks divide among them."""
+    return slice(dist.get_rank(), None, dist.get_world_size())
+
+
+def sum_over_ranks(action: Callable[[], np.ndarray], device: torch.device) -> np.ndarray:
+    """The sum of the arrays that `action` returns on the ranks. Collective; fails as `on_every_rank`."""
+    found: list[np.ndarray] = []
+    on_every_rank(lambda: found.append(action()))
+    total = torch.from_numpy(found[0]).to(device)
+    dist.all_reduce(total)
+    return total.cpu().numpy()
 
 
 def on_first_rank(action: Callable[[], T]) -> T:

@@ -5,10 +5,11 @@ slices of one global tensor; `pieces` lists them, and everything that must agree
 checkpoints, parity tests, conversion) uses it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from calm_core.model.noise import stream_seed
@@ -59,12 +60,52 @@ def initialize(model_parts: Sequence[nn.Module], std: float, seed: int) -> None:
 
     A module can set another start on a parameter: `starts_at_zero`, or its own standard deviation `initial_std`.
 
-    Each tensor has its own stream, seeded by (seed, global name), so any layout starts from the same model.
+    Each tensor has its own stream, seeded by (seed, global name), so any layout starts from the same model. A stream
+    cannot be entered in its middle, so whoever draws a tensor draws all of it: see `from_owners`. Collective.
     """
+
+    def draw(piece: Piece, parameter: nn.Parameter) -> None:
+        _initialize(piece, piece.of(parameter.data), parameter, std, seed)
+
+    from_owners(model_parts, draw)
+
+
+def from_owners(
+    model_parts: Sequence[nn.Module], fill: Callable[[Piece, nn.Parameter], None], only: tuple[str, ...] = ("",)
+) -> None:
+    """Fill the parameters whose names begin with one of `only`; data-parallel ranks share the work. Collective.
+
+    Each piece is filled by one of the data-parallel ranks that hold it and sent to the others. The next largest piece
+    goes to the rank with the fewest elements so far, so a rank fills about its fraction of them.
+    """
+    group, rank, size = _data_group()
+    held = [
+        (piece, parameter)
+        for name, parameter in named_parameters(model_parts)
+        if name.startswith(only)
+        for piece in pieces(name, parameter)
+    ]
+    filled = [0] * size
     with torch.no_grad():
-        for name, parameter in named_parameters(model_parts):
-            for piece in pieces(name, parameter):
-                _initialize(piece, piece.of(parameter.data), parameter, std, seed)
+        for piece, parameter in sorted(held, key=lambda each: each[0].of(each[1]).numel(), reverse=True):
+            owner = filled.index(min(filled))
+            filled[owner] += piece.of(parameter).numel()
+            if owner == rank:
+                fill(piece, parameter)
+            if size > 1:
+                dist.broadcast(piece.of(parameter.data), dist.get_global_rank(group, owner), group)
+
+
+def _data_group() -> tuple[dist.ProcessGroup | None, int, int]:
+    """The group of data-parallel ranks, this rank's index in it and its size; (None, 0, 1) without groups."""
+    if not dist.is_initialized():
+        return None, 0, 1
+    from megatron.core import parallel_state
+
+    if not parallel_state.is_initialized():
+        return None, 0, 1
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return group, dist.get_rank(group), dist.get_world_size(group)
 
 
 def _initialize(piece: Piece, local: Tensor, parameter: nn.Parameter, std: float, seed: int) -> None:

@@ -55,6 +55,7 @@ class CalmTask:
         train: Blend,
         held_out: Store,
         autoencoder: Autoencoder | None,
+        token_counts: np.ndarray,
         evaluation: EvaluationConfig,
         samples: SamplesConfig,
         tokenizer: Tokenizer | None = None,
@@ -79,7 +80,11 @@ class CalmTask:
             "seed": seed,
         }
         self._held_out = HeldOut(
-            Windows(held_out, positions), autoencoder, train.first.token_counts(), seed, evaluation
+            Windows(held_out, positions),
+            autoencoder,
+            token_counts,
+            seed,
+            evaluation,
         )
         self._prompts, self._tokenizer = samples, tokenizer
         self._learns_tokens = True
@@ -95,11 +100,11 @@ class CalmTask:
             topology.say(describe(self.shape, self.samples.positions, self.layout, self.split))
         config = transformer_config(self.shape.backbone, self.layout, dtype, self.split)
         model_parts = [
-            CalmModel(config, self.shape, first=first, last=last, vp_stage=index)
+            CalmModel(config, self.shape, first=first, last=last, vp_stage=index).to(self._device)
             for first, last, index in topology.model_parts
         ]
         initialize(model_parts, self.shape.backbone.init_std, self.seed)
-        return [part.to(self._device) for part in model_parts]
+        return model_parts
 
     def shared_with(self, model: dict[str, Any]) -> tuple[str, ...]:
         """What the names of the weights begin with that a network of this shape shares with this one.

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -15,8 +15,8 @@ from calm_core.config.model_config import ModelShape
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.config.training_config import TrainingConfig
 from calm_core.data.dataset import Blend, chunk_rows, token_rows
-from calm_core.data.store import Store
-from calm_core.distributed.collectives import on_every_rank
+from calm_core.data.store import ALL, Store
+from calm_core.distributed.collectives import on_every_rank, own_share, sum_over_ranks
 from calm_core.distributed.topology import Topology, distributed
 from calm_core.errors import ExitCode
 from calm_core.plan.autoencoder_account import autoencoder_shape
@@ -28,18 +28,20 @@ from calm_core.training.hardware import free_memory
 if TYPE_CHECKING:
     from calm_core.training.calm_task import CalmTask
 
+R = TypeVar("R")
+
 PageWriter = Callable[[Path], object]  # brings the page of the experiment's folder up to date
 
 
 def run_autoencoder(experiment: Experiment, write_page: PageWriter | None = None) -> ExitCode:
     """Train the autoencoder of an experiment and freeze it."""
     paths, data, config = experiment.paths, experiment.data, experiment.autoencoder_training
-    train, held_out = token_rows(data, paths)
     with distributed(ParallelConfig()) as topology:
         from calm_core.training.autoencoder_task import AutoencoderTask
         from calm_core.training.loop import train as run
         from calm_core.training.run_folder import RunFolder
 
+        train, held_out = opened_together(partial(token_rows, data, paths))
         shape = autoencoder_shape(experiment.autoencoder, train.first.vocab_size, data.k)
         outputs = experiment.autoencoder.outputs(shape.vocabulary, config.positions * shape.k)
         choose = partial(fitting_autoencoder_batch, shape=shape, outputs=outputs, world=topology.world)
@@ -53,16 +55,26 @@ def run_autoencoder(experiment: Experiment, write_page: PageWriter | None = None
 
 def run_calm(experiment: Experiment, write_page: PageWriter | None = None) -> ExitCode:
     """Train the CALM network of an experiment."""
-    rows = calm_rows(experiment)
     with distributed(experiment.parallel) as topology:
         from calm_core.training.loop import train as run
         from calm_core.training.run_folder import RunFolder
 
-        task = calm_task(experiment, rows, topology.device)
+        task = calm_task(experiment, opened_together(partial(calm_rows, experiment)), topology.device)
         choose = partial(largest_micro_batch, task.shape, layout=experiment.parallel, world=topology.world)
         config = _with_micro_batch(experiment.training, experiment.plan, topology, choose)
         folder = RunFolder(experiment.paths.calm_run)
         return run(task, config, topology, folder, replace(experiment, training=config), write_page)
+
+
+def opened_together(open_rows: Callable[[slice], R]) -> R:
+    """What `open_rows(share)` opens on every rank, the ranks sharing the verification of its shards. Collective.
+
+    Raises:
+        UserError: on every rank, if a store is missing or damaged for any of them.
+    """
+    opened: list[R] = []
+    on_every_rank(lambda: opened.append(open_rows(own_share())))
+    return opened[0]
 
 
 def _with_micro_batch(
@@ -97,19 +109,20 @@ def calm_task(
         train,
         held_out,
         autoencoder and autoencoder.to(device),
+        sum_over_ranks(lambda: first.token_counts(share=own_share()), device),
         experiment.evaluation,
         samples,
         load_tokenizer(experiment.paths.tokenizer) if samples.while_training else None,
     )
 
 
-def calm_rows(experiment: Experiment) -> tuple[Blend, Store, Autoencoder | None]:
-    """The training rows, the held-out rows, and the autoencoder that made their latents.
+def calm_rows(experiment: Experiment, share: slice = ALL) -> tuple[Blend, Store, Autoencoder | None]:
+    """The training rows, the held-out rows, and the autoencoder that made their latents; `share` as in `chunk_rows`.
 
     A head that reads tokens takes them from the token store: it needs no autoencoder and ignores data.k.
     """
     paths, data = experiment.paths, experiment.data
     if experiment.head.reads_tokens:
-        return *token_rows(data, paths), None
+        return *token_rows(data, paths, share), None
     autoencoder = load_autoencoder(paths.autoencoder)
-    return *chunk_rows(data, paths, autoencoder), autoencoder
+    return *chunk_rows(data, paths, autoencoder, share), autoencoder

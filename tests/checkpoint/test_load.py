@@ -1,11 +1,13 @@
 """Checkpoints against an engine of another shape or precision, on one rank."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from launching import ROOT, launch
 from stepped_engine import engine, model, one_more_steps, state, stepped
 
 from calm_core.checkpoint import load as checkpoint
@@ -76,3 +78,14 @@ def test_another_shape_is_refused_and_named(
     with pytest.raises(UserError, match=words):
         checkpoint.load(open_checkpoint(saved), other)
     assert all(map(torch.equal, before, state(other)))
+
+
+def test_data_parallel_ranks_share_the_drawing_and_the_reading_of_weights(tmp_path: Path) -> None:
+    launch(2, ROOT / "tests" / "helpers" / "startup_walk.py", tmp_path)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    whole = ranks[0]["parameters"]
+    assert all(rank["equal"] for rank in ranks)  # loaded as they were saved
+    assert sum(rank["filled"] for rank in ranks) == whole
+    assert max(rank["filled"] for rank in ranks) < 0.6 * whole
+    assert sum(rank["read"] for rank in ranks) == 12 * whole  # float32 weights and two moments, each once
+    assert max(rank["read"] for rank in ranks) < 0.6 * 12 * whole

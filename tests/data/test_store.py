@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas
@@ -10,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_core.data import chunks as chunk_stores
+from calm_core.data import store as store_module
 from calm_core.data.chunks import build_chunks, chunked, documents_of
 from calm_core.data.corpus import Tally, documents, records, sources
 from calm_core.data.dataset import Windows, read_batch
 from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.split import Split
-from calm_core.data.store import ChunkStore, TokenStore
+from calm_core.data.store import ChunkStore, TokenStore, verify_shards
 from calm_core.data.tokens import build_tokens
 from calm_core.data.verification import faults
 from calm_core.errors import UserError
@@ -323,3 +325,32 @@ def test_the_checksum_of_a_manifest_is_the_hash_that_it_has_without_one(chunks):
     write_json(chunks / MANIFEST, manifest)
     assert store_hash(chunks) == before
     assert read_manifest(chunks, "chunks") == manifest
+
+
+@pytest.mark.parametrize("shards", [3, 30, 300])
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_ranks_share_the_verification_of_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, ranks: int
+) -> None:
+    """All ranks together ask for each file once, however many they are."""
+    entries = [{"file": f"{number}.arrow", "bytes": 5, "checksum": ""} for number in range(shards)]
+    for entry in entries:
+        (tmp_path / entry["file"]).write_bytes(b"12345")
+    asked: list[Path] = []
+    size_of = store_module._size
+    monkeypatch.setattr(store_module, "_size", lambda path: asked.append(path) or size_of(path))
+    for rank in range(ranks):
+        before = len(asked)
+        verify_shards(tmp_path, entries, "size", slice(rank, None, ranks))
+        assert len(asked) - before in (shards // ranks, -(-shards // ranks))
+    assert len(asked) == len(set(asked)) == shards
+    (tmp_path / entries[-1]["file"]).write_bytes(b"")
+    last = (shards - 1) % ranks
+    with pytest.raises(UserError, match="has 0 bytes instead of 5"):
+        verify_shards(tmp_path, entries, "size", slice(last, None, ranks))
+
+
+def test_shares_of_token_counts_add_up(tokens: Path) -> None:
+    store = TokenStore(tokens, "train")
+    parts = [store.token_counts(share=slice(rank, None, 3)) for rank in range(3)]
+    assert np.array_equal(sum(parts), store.token_counts())
