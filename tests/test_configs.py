@@ -39,8 +39,8 @@ def test_the_plan_of_the_largest_model(capsys: pytest.CaptureFixture) -> None:
     text = capsys.readouterr().out
     for line in (
         "model: 1829.8M parameters without the autoencoder, vocabulary 128257",
-        "ranks: 512 = tensor 4 x pipeline 1 x data 128; each rank is in one of 4 dp, 128 tp, 512 pp groups (checked)",
-        "batch: 256 samples a step = 128 data-parallel ranks x 1 a micro-batch x 2 accumulated",
+        "ranks: 512 = tensor 2 x pipeline 1 x data 256; each rank is in one of 2 dp, 256 tp, 512 pp groups (checked)",
+        "batch: 256 samples a step = 256 data-parallel ranks x 1 a micro-batch x 1 accumulated",
         "work: 2,097,152 tokens a step, 250,000 steps, 524.3B tokens",
     ):
         assert line in text
