@@ -24,6 +24,9 @@ class ParallelConfig:
     )
     split: list[int] = option([], "layers of each stage, pipeline x virtual numbers; [] balances the stages by FLOPs")
     timeout_minutes: float = option(20.0, "a collective that takes longer than this ends the run", above=0)
+    reduce_bucket: int = option(
+        40_000_000, "parameters whose gradients are reduced together, while the backward pass goes on", at_least=1
+    )
 
     def __post_init__(self) -> None:
         check(self, "parallel")

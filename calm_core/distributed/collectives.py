@@ -1,4 +1,4 @@
-"""Collective operations: metrics averaged over ranks, and actions that succeed or fail on all ranks together."""
+"""Collective operations: sums of gradients and metrics, and actions that succeed or fail on all ranks together."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -10,6 +10,30 @@ from torch import Tensor
 
 from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
+
+
+def reduce_scatter(whole: Tensor, group: dist.ProcessGroup) -> Callable[[], None]:
+    """Begin to sum `whole` `[n]` over the ranks of a group, in place: rank r of R receives the r-th of R equal parts.
+
+    A rank sends n (R - 1) / R elements, half of what an all-reduce sends. Collective.
+
+    Returns:
+        What waits for the end. Until then nothing may write to `whole`; afterwards its other parts mean nothing.
+    """
+    size = dist.get_world_size(group)
+    own = whole.view(size, -1)[dist.get_rank(group)]
+    if size == 1:
+        return lambda: None
+    if dist.get_backend(group) == "nccl":
+        return dist.reduce_scatter_tensor(own, whole, group=group, async_op=True).wait
+    received = torch.empty_like(whole)  # gloo's own reduce-scatter is an all-reduce
+    work = dist.all_to_all_single(received, whole, group=group, async_op=True)
+
+    def add_up() -> None:
+        work.wait()
+        torch.sum(received.view(size, -1), 0, out=own)
+
+    return add_up
 
 
 def average_metrics(micro_batches: Sequence[Mapping[str, Tensor]], topology: Topology) -> dict[str, float]:

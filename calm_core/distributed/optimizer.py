@@ -53,9 +53,8 @@ class SkipStepOptimizer(torch.optim.Optimizer):
 
     def step(self, closure: None = None) -> None:
         """Apply one update unless a rank rejects it."""
-        if self._verdict is None:  # in float32 ZeRO calls this once for each parameter group
-            device = self.param_groups[0]["params"][0].device
-            self._verdict = _lowest_of_ranks(self.detector.judge(self._loss, self.global_norm()), device)
+        device = self.param_groups[0]["params"][0].device
+        self._verdict = _lowest_of_ranks(self.detector.judge(self._loss, self.global_norm()), device)
         if self._verdict == Verdict.GOOD:
             super().step(closure)
 
@@ -104,17 +103,42 @@ class SkipStepAdamW(SkipStepOptimizer, torch.optim.AdamW):
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig, spikes: SpikeConfig
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, spikes: SpikeConfig, bucket: int
 ) -> SkipStepOptimizer:
-    """AdamW over two groups: matrices and embeddings decay, norms and biases do not."""
-    parameters = list(parameters)
+    """AdamW over `buckets` of parameters as its groups: matrices and embeddings decay, norms and biases do not."""
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": members, "weight_decay": config.weight_decay if members[0].dim() >= 2 else 0.0}
+        for members in buckets(parameters, bucket)
     ]
     betas = (config.beta1, config.beta2)
     detector = SpikeDetector(spikes)
     return SkipStepAdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True, detector=detector)
+
+
+def buckets(parameters: Iterable[nn.Parameter], size: int) -> list[list[nn.Parameter]]:
+    """Parameters of one kind, together of at least `size` elements where there are so many of a kind.
+
+    They come in the order in which a backward pass completes their gradients, that is the last parameters first; those
+    whose gradients have still to be summed over the tensor-parallel ranks afterwards are last.
+    """
+    full: list[list[nn.Parameter]] = []
+    filling: dict[tuple[bool, ...], list[nn.Parameter]] = {}
+    for parameter in reversed(list(parameters)):
+        kind = parameter.dim() >= 2, is_split(parameter), is_summed(parameter)
+        filling.setdefault(kind, []).append(parameter)
+        if sum(member.numel() for member in filling[kind]) >= size:
+            full.append(filling.pop(kind))
+    return sorted([*full, *filling.values()], key=lambda members: is_summed(members[0]))
+
+
+def is_split(parameter: nn.Parameter) -> bool:
+    """Whether tensor-parallel ranks hold different parts of a parameter."""
+    return getattr(parameter, "tensor_model_parallel", False)
+
+
+def is_summed(parameter: nn.Parameter) -> bool:
+    """Whether every tensor-parallel rank holds a parameter whole, but its gradient for a part of the sequence only."""
+    return getattr(parameter, "sequence_parallel", False)
 
 
 def _lowest_of_ranks(verdict: Verdict, device: torch.device) -> Verdict:

@@ -53,8 +53,8 @@ def describe(experiment: Experiment, vocabulary: int, world: int) -> str:
             *cost_lines(run_cost(parameters, seconds, 0.0, training, plan, world), world, plan),
             "",
             f"memory of a rank in GiB: weights {held.weights / GIB:.2f}, gradients {held.gradients / GIB:.2f}, "
-            f"optimizer {held.optimizer / GIB:.2f}, buckets {held.buckets / GIB:.2f}, "
-            f"activations {active / GIB:.2f}, step {held.step / GIB:.2f}; peak {peak / GIB:.2f}, "
+            f"optimizer {held.optimizer / GIB:.2f}, activations {active / GIB:.2f}, "
+            f"reduction {held.step / GIB:.2f}; peak {peak / GIB:.2f}, "
             f"{peak / GIB / plan.device_memory_gib:.0%} of {plan.device_memory_gib:g}",
         ]
     )
@@ -91,7 +91,7 @@ def step_time(
     parameters = flops.autoencoder_parameters(shape)
     passed = stage_pass(machine, load, [unit])
     each = passed + accumulation_pass(machine, load, parameters, TENSORS)
-    return each * micro_batches + update_time(machine, load, parameters, TENSORS, world, passed.total * 2 / 3)
+    return each * micro_batches + update_time(machine, load, parameters, world, passed.total * 2 / 3)
 
 
 def kernels(shape: AutoencoderShape, load: Load, outputs: int) -> Kernels:

@@ -16,9 +16,6 @@ from calm_core.model.heads.protocol import head_module
 from calm_core.plan import flops
 from calm_core.plan.pipeline_split import by_part
 
-# DeepSpeed stages gradients for their reduction in buckets of at most so many elements (its default).
-BUCKET = 500_000_000
-
 
 @dataclass(frozen=True)
 class States:
@@ -28,20 +25,18 @@ class States:
         weights: in the precision of the model.
         gradients: accumulated over micro-batches, float32, whole (ZeRO-1).
         optimizer: float32 masters and the optimizer's moments, divided among the data-parallel ranks.
-        buckets: staging of the gradients' reduction; with float32 weights it stays from the first backward pass on.
-        step: what the optimizer's step needs in addition, when there are no activations.
+        step: what the reduction of the gradients needs in addition, when there are no activations.
     """
 
     weights: int
     gradients: int
     optimizer: int
-    buckets: int
     step: int
 
     @property
     def held(self) -> int:
         """All that exists during forward and backward passes."""
-        return self.weights + self.gradients + self.optimizer + self.buckets
+        return self.weights + self.gradients + self.optimizer
 
 
 def states(parameters: int, data_size: int, width: int, moments: int) -> States:
@@ -50,13 +45,9 @@ def states(parameters: int, data_size: int, width: int, moments: int) -> States:
     `moments` is the optimizer's (`OptimizerConfig.moments`).
     """
     gradients = FLOAT32 * parameters
-    bucket = FLOAT32 * min(parameters, BUCKET)
-    if width == FLOAT32:
-        buckets, step = bucket, FLOAT32 * parameters // data_size if data_size > 1 else 0
-    else:
-        buckets, step = 0, bucket if parameters <= BUCKET else 0  # a larger tensor is reduced in place
     optimizer = (1 + moments) * FLOAT32 * parameters // data_size
-    return States(width * parameters, gradients, optimizer, buckets, step)
+    received = gradients if data_size > 1 and width == FLOAT32 else 0  # on a CPU; NCCL reduces in place
+    return States(width * parameters, gradients, optimizer, received)
 
 
 def padded(shape: ModelShape) -> ModelShape:

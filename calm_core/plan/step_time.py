@@ -21,8 +21,6 @@ from calm_core.plan.pipeline_split import by_part
 
 T = TypeVar("T")
 
-OVERLAPPED_UPDATE = False  # whether gradients are summed while the last micro-batch's backward pass computes the rest
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -193,48 +191,38 @@ def _pass(machine: Machine, load: Load, units: Sequence[UnitWork], *, forward: b
 
 
 def accumulation_pass(machine: Machine, load: Load, parameters: int, tensors: int) -> StepTime:
-    """Adding a micro-batch's gradients of `parameters` weights to those before.
-
-    Float32 gradients are added in place; others are converted first.
-    """
-    kernels, moved = (1, 3 * FLOAT32) if load.width == FLOAT32 else (2, load.width + 4 * FLOAT32)
-    return StepTime(
-        memory=moved * parameters / machine.memory, host=_late(machine, kernels * tensors, moved * parameters)
-    )
+    """Adding a micro-batch's gradients of `parameters` weights to those before, which are float32."""
+    moved = (load.width + 2 * FLOAT32) * parameters
+    return StepTime(memory=moved / machine.memory, host=_late(machine, tensors, moved))
 
 
-def update_time(
-    machine: Machine, load: Load, parameters: int, tensors: int, data_size: int, last_backward: float
-) -> StepTime:
+def update_time(machine: Machine, load: Load, parameters: int, data_size: int, last_backward: float) -> StepTime:
     """What follows the last backward pass: the sum of the gradients, the update, and the gathering of new weights.
 
     Args:
         machine: the rates.
         load: of a rank.
         parameters: of a rank.
-        tensors: in how many tensors.
         data_size: data-parallel ranks.
-        last_backward: seconds of the backward pass of the last micro-batch, during which sums can be hidden.
+        last_backward: seconds of the backward pass of the last micro-batch, which hides the sums on a GPU.
     """
     gradients_sent, weights_sent = data_parallel_traffic(parameters, data_size, load.width)
     link = machine.link(data_size, load.layout.tensor)
     message = machine.message if data_size > 1 else 0.0
     summed, gathered = gradients_sent / link + message, weights_sent / link + message
-    # Flatten, scale and copy back for the sum, norm, clip, two times zero; Adam on the rank's own part.
-    moved = (8 + 8 + 8 + 4 + 8 + 2 * 4 + load.width) * parameters + 30 * parameters // data_size
-    if data_size == 1:
-        moved -= 24 * parameters
+    # Gradients are zeroed and weights written whole; scaling, norm, clipping and Adam are those of the rank's own part.
+    moved = (FLOAT32 + load.width) * parameters + (8 + 4 + 8 + 30) * parameters // data_size
+    kernels = 8 * (2 + parameters // load.layout.reduce_bucket)
     return StepTime(
-        gradients=max(0.0, summed - last_backward) if OVERLAPPED_UPDATE else summed,
+        gradients=max(0.0, summed - last_backward) if machine.asynchronous else summed,
         weights=gathered,
-        update=moved / machine.memory + _late(machine, 6 * tensors, moved),
+        update=moved / machine.memory + _late(machine, kernels, moved),
     )
 
 
 def data_parallel_traffic(parameters: int, data_size: int, width: int) -> tuple[int, int]:
-    """Bytes that a rank sends in a step to sum the float32 gradients, and to gather new weights of `width` bytes."""
-    times = 1 if OVERLAPPED_UPDATE else 2  # a reduce-scatter, or an all-reduce
-    return tuple(bytes_each * parameters * (data_size - 1) // data_size for bytes_each in (times * FLOAT32, width))
+    """Bytes that a rank sends in a step: a reduce-scatter of float32 gradients, an all-gather of weights of `width`."""
+    return tuple(bytes_each * parameters * (data_size - 1) // data_size for bytes_each in (FLOAT32, width))
 
 
 def pipeline_traffic(shape: ModelShape, load: Load) -> int:
@@ -266,7 +254,7 @@ def step_time(
         passed = stage_pass(machine, load, work)
         passes.append(passed + accumulation_pass(machine, load, parameters, whole.tensors))
         last_backward = passed.total * 2 / 3
-        updates.append(update_time(machine, load, parameters, whole.tensors, data_size, last_backward))
+        updates.append(update_time(machine, load, parameters, data_size, last_backward))
     slowest, update = (max(each, key=lambda time: time.total) for each in (passes, updates))
     idle = (stages - 1) / layout.virtual
     hop = pipeline_traffic(shape, load) / machine.link(stages, layout.tensor * data_size) + machine.message

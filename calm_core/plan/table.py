@@ -162,11 +162,11 @@ def duration(seconds: float) -> str:
 
 
 def _memory_rows(account: Account, plan: PlanConfig) -> list[list[str]]:
-    names = ["weights", "gradients", "optimizer", "buckets", "activations", "update", "peak"]
+    names = ["weights", "gradients", "optimizer", "activations", "reduction", "peak"]
     rows = [["stage", "layers", "parameters", "FLOPs", *names, f"of {plan.device_memory_gib:g}"]]
     for index, stage in enumerate(account.stages):
         held = stage.states
-        sizes = [held.weights, held.gradients, held.optimizer, held.buckets, stage.activations, held.step, stage.total]
+        sizes = [held.weights, held.gradients, held.optimizer, stage.activations, held.step, stage.total]
         room = stage.total / GIB / plan.device_memory_gib
         rows.append(
             [

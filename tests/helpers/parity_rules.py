@@ -19,7 +19,7 @@ def dropped(rule: str) -> Iterator[None]:
 
 def _sum() -> tuple[str, Any]:
     """Sequence-parallel ranks sum the gradients of what each holds whole."""
-    return "calm_core.distributed.engine.Engine._sum_shared_gradients", lambda engine: None
+    return "calm_core.distributed.zero.Zero._sum_over_positions", lambda zero, bucket: None
 
 
 def _mark_backbone() -> tuple[str, Any]:
@@ -34,15 +34,17 @@ def _mark_rest() -> tuple[str, Any]:
 
 def _count_once() -> tuple[str, Any]:
     """What tensor-parallel ranks hold whole counts once in the gradient norm."""
-    return "deepspeed.runtime.zero.stage_1_and_2.is_model_parallel_parameter", lambda parameter: True
+    return "calm_core.distributed.zero.is_split", lambda parameter: True
 
 
 def _all_stages() -> tuple[str, Any]:
     """The gradient norm is that of all stages."""
-    from calm_core.distributed.engine import ModelParallelUnit
+    from megatron.core import parallel_state
 
-    own = ModelParallelUnit.get_tensor_model_parallel_group
-    return "calm_core.distributed.engine.ModelParallelUnit.get_model_parallel_group", own
+    def one_stage(ranks: Any) -> Any:
+        return parallel_state.get_tensor_and_data_parallel_group()
+
+    return "calm_core.distributed.zero.NormRanks.get_model_parallel_group", one_stage
 
 
 def _gather() -> tuple[str, Any]:

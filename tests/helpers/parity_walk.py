@@ -37,6 +37,7 @@ from calm_core.training.launch import calm_rows, calm_task
 
 STEPS, SAVED = 10, 5
 FEW_STEPS = 3
+BUCKET = 10_000  # of about a hundred thousand parameters
 
 # The token side losses of the variants.
 SIDE_LOSS = {
@@ -83,7 +84,7 @@ def walk(folder: Path, out: Path, names: list[str]) -> None:
         dist.init_process_group("gloo")
     for name in names:
         kind, layout, source, rule = re.fullmatch(r"([^/]+)/([^<!]+)<?([^!]*)!?(.*)", name).groups()
-        with distributed(LAYOUTS[layout][0]) as topology, dropped(rule):
+        with distributed(replace(LAYOUTS[layout][0], reduce_bucket=BUCKET)) as topology, dropped(rule):
             started = out / kind / source if source else None
             record = train(folder, kind, LAYOUTS[layout][1], topology, out / name, started)
             gathered = [None] * topology.world if topology.rank == 0 else None
@@ -96,7 +97,7 @@ def walk(folder: Path, out: Path, names: list[str]) -> None:
 def train(
     folder: Path, kind: str, micro_batch: int, topology: Topology, saved: Path, source: Path | None
 ) -> dict[str, Any]:
-    """The steps of this rank: global metrics, its own gradients before the data-parallel mean, its final weights."""
+    """The steps of this rank: global metrics, the gradients that its tensor-parallel rank holds, its final weights."""
     from megatron.core import parallel_state
 
     from calm_core.checkpoint import load as checkpoint
@@ -134,13 +135,14 @@ def train(
     if source:
         checkpoint.load(open_checkpoint(source / f"step-{SAVED}"), engine)
     shape_of_pass = Pass(training.positions, micro_batch)
-    step_of_deepspeed = engine._deepspeed.step
+    step_of_shards = engine.zero.step
 
     def step_and_keep() -> None:
-        record["gradients"] = local_tensors(engine, engine.local_gradient)
-        step_of_deepspeed()
+        gather_gradients(engine)
+        record["gradients"] = local_tensors(engine, lambda parameter: parameter.main_grad)
+        step_of_shards()
 
-    engine._deepspeed.step = step_and_keep
+    engine.zero.step = step_and_keep
     with noise_watched() as record["noise"]:
         for step in range(SAVED if source else 0, FEW_STEPS if variant else STEPS):
             count = training.global_batch // (micro_batch * topology.data_size)
@@ -220,6 +222,13 @@ def poisoned(forward_step: Any, topology: Topology) -> Any:
         return output, poisoned_loss
 
     return step
+
+
+def gather_gradients(engine: Any) -> None:
+    """Let the gradients of this rank's parameters be those that its data-parallel group has reduced into shards."""
+    zero = engine.zero
+    for whole, shard in zip(zero.fp32_groups_gradients_flat, zero.fp32_groups_gradient_flat_partition, strict=True):
+        dist.all_gather_into_tensor(whole, shard.clone(), group=zero.dp_process_group)
 
 
 def local_tensors(engine: Any, of: Any) -> dict[str, tuple[int | None, Tensor]]:
