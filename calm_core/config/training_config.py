@@ -174,6 +174,11 @@ class TrainingConfig:
     wandb: Literal["offline", "online", "disabled"] = option(
         "offline", "whether metrics go to wandb too, and when", belongs_to="nothing"
     )
+    tensorboard: bool = option(
+        False,
+        "whether metrics go to TensorBoard too: event files in RUN/calm/tensorboard; needs the package tensorboard",
+        belongs_to="nothing",
+    )
     wandb_group: str = option("", "group of the run in wandb, such as the name of a sweep", belongs_to="nothing")
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from calm_core.report.draw import draw
-from calm_core.report.figure import GREY, Axis, Figure, Trace, curve, curve_with_band
+from calm_core.report.figure import GREY, Axis, Figure, Trace, curve, curve_with_band, half_interval
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -13,7 +13,7 @@ STEPS = Axis("step")
 
 
 def plot_loss(train: Records, evaluations: Records, title: str, path: Path) -> None:
-    """The training loss over steps and, where evaluations know it, the held-out loss with two standard errors."""
+    """The training loss over steps and, where evaluations know it, the held-out loss with its 95 % interval."""
     traces = [
         curve(train, "loss", "training", color=0),
         curve_with_band(evaluations, "loss", "held-out documents", color=1),
@@ -24,7 +24,7 @@ def plot_loss(train: Records, evaluations: Records, title: str, path: Path) -> N
 def plot_brier(evaluations: Records, path: Path) -> None:
     """Brier-1 and, for chunks of several tokens, Brier-2 on held-out documents over steps, and the baselines.
 
-    The band is two standard errors wide to each side.
+    The band is the 95 % interval.
     """
     shown = [n for n in (1, 2) if f"brier_{n}" in evaluations[-1]]
     figures = []
@@ -59,13 +59,13 @@ def plot_noise_curve(evaluation: Mapping[str, Any], path: Path) -> None:
 def plot_correlation(points: Records, r: float | None, path: Path) -> None:
     """BrierLM over cross-entropy, plain and on a logarithmic scale, where it is significant; a colour for each width.
 
-    The bars are two standard errors long to each side.
+    The bars are 95 % intervals.
     """
     traces = []
     for width in dict.fromkeys(point["width"] for point in points):
         own = [point for point in points if point["width"] == width and point["brier_lm"] is not None]
         x, y = ([point[name] for point in own] for name in ("cross_entropy", "brier_lm"))
-        traces.append(Trace(f"width {width}", x, y, [2 * point["brier_lm_error"] for point in own], line=False))
+        traces.append(Trace(f"width {width}", x, y, [half_interval(point, "brier_lm") for point in own], line=False))
     title = "BrierLM" if r is None else f"BrierLM: r = {r:.3f}"
     entropy = Axis("held-out cross-entropy, nats per token")
     figures = [

@@ -97,10 +97,21 @@ def curve(records: Iterable[Record], key: str, name: str, **look: Any) -> Trace 
 
 
 def curve_with_band(records: Iterable[Record], key: str, name: str, **look: Any) -> Trace | None:
-    """A number of the records over steps, with a band of two standard errors; None if none has it."""
+    """A number of the records over steps, with a band of its 95 % interval; None if none has it."""
     known = [record for record in records if record.get(key) is not None]
     if not known:
         return None
-    errors = [record.get(f"{key}_error") for record in known]
-    band = [None if error is None else 2 * error for error in errors] if any(errors) else None
-    return Trace(name, [r["step"] for r in known], [r[key] for r in known], band, points=True, **look)
+    band = [half_interval(record, key) for record in known]
+    return Trace(
+        name, [r["step"] for r in known], [r[key] for r in known], band if any(band) else None, points=True, **look
+    )
+
+
+def half_interval(record: Record, key: str) -> float | None:
+    """Half the width of the 95 % interval of a score; None where its standard error is not known.
+
+    An evaluation says how many standard errors that is, more with few documents; one that does not say it gets two.
+    """
+    error = record.get(f"{key}_error")
+    factor = (record.get("standard_errors") or {}).get("interval_factor") or 2.0
+    return None if error is None else factor * error

@@ -49,7 +49,7 @@ const shown = (figure) => {
     x: known && unit !== "step" ? figure.other_x[i][unit] : trace.x,
     y: weight && figure.smooth[i] ? smoothed(trace.y, weight) : trace.y,
   }));
-  const xaxis = known && unit !== "step" ? {title: {text: unit}} : figure.layout.xaxis;
+  const xaxis = known && unit !== "step" ? {title: {text: unit, standoff: 8}, automargin: true} : figure.layout.xaxis;
   return [data, {...figure.layout, xaxis}];
 };
 const options = {responsive: true, displaylogo: false, displayModeBar: innerWidth > 600 ? "hover" : false};
@@ -122,6 +122,15 @@ def render(title: str, sections: Sequence[Section]) -> str:
     )
 
 
+def number(value: Any) -> str:
+    """A value of a table: a float with four digits, or in whole numbers from a thousand on."""
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def _section(section: Section) -> str:
     title = html.escape(section.title)
     lines, row = [f"<details><summary>{title}</summary>" if section.folded else f"<h2>{title}</h2>"], []
@@ -170,7 +179,7 @@ def _plotly(figure: Figure) -> dict[str, Any]:
     data, other_x, smooth = [], [], []
     for trace, color in zip(figure.traces, figure.colors(), strict=True):
         drawn = [_line(trace, color)]
-        if trace.error is not None and trace.line:
+        if trace.error is not None and not _has_bars(trace):
             drawn.insert(0, _band(trace, color))
         for line in drawn:
             outline = line.get("fill") == "toself"
@@ -181,7 +190,7 @@ def _plotly(figure: Figure) -> dict[str, Any]:
         "title": {"text": figure.title, "font": {"size": 14}, "x": 0.01, "xanchor": "left"},
         "xaxis": _axis(figure.x, [trace.x for trace in figure.traces]),
         "yaxis": _axis(figure.y, [trace.y for trace in figure.traces]),
-        "margin": {"l": 64, "r": 12, "t": 36, "b": 80},
+        "margin": {"l": 64, "r": 12, "t": 36, "b": 80 if len(figure.traces) > 1 else 48},
         "showlegend": len(figure.traces) > 1,
         "legend": {"orientation": "h", "y": -0.38 if len(figure.traces) <= 6 else -0.6},
     }
@@ -190,7 +199,7 @@ def _plotly(figure: Figure) -> dict[str, Any]:
 
 def _axis(axis: Axis, columns: Sequence[Sequence[float | None]]) -> dict[str, Any]:
     layout: dict[str, Any] = {
-        "title": {"text": axis.label},
+        "title": {"text": axis.label, "standoff": 8},
         "type": "log" if axis.log else "linear",
         "automargin": True,
     }
@@ -215,9 +224,14 @@ def _line(trace: Trace, color: str) -> dict[str, Any]:
         "mode": _mode(trace),
         "line": {"color": color, "dash": "dash" if trace.dashed else "solid"},
     }
-    if trace.error is not None and not trace.line:
+    if trace.error is not None and _has_bars(trace):
         line |= {"error_y": {"type": "data", "array": list(trace.error)}, "marker": {"color": color}}
     return line if trace.text is None else line | {"text": list(trace.text)}
+
+
+def _has_bars(trace: Trace) -> bool:
+    """Whether errors are bars: a band around a single point has no width."""
+    return not trace.line or len(trace.x) == 1
 
 
 def _mode(trace: Trace) -> str:

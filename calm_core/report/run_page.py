@@ -1,11 +1,10 @@
 """The page of a training run, or of several side by side: everything on it is read from the run folders."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -14,11 +13,14 @@ from calm_core import config as configuration
 from calm_core.config.experiment import Experiment
 from calm_core.errors import UserError
 from calm_core.io import read_json
+from calm_core.plan import flops
+from calm_core.plan.dry_run import model_shape
 from calm_core.report.curves import STEPS, brier_axis
 from calm_core.report.figure import GREY, Axis, Figure, Trace, curve, curve_with_band
-from calm_core.report.page import Section, Table, Text, write_page
+from calm_core.report.incidents import ENVELOPE, incidents, shown_time
+from calm_core.report.page import Section, Table, Text, number, write_page
 from calm_core.training.run_log import read_records
-from calm_core.training.watchdog import hangs, stacks
+from calm_core.training.watchdog import stacks
 
 Record = dict[str, Any]
 
@@ -47,14 +49,11 @@ TERMS = {
     "mfu": "model FLOPs utilisation: FLOPs that the model needs over those that the device could have executed",
     "gradient norm": "norm of the gradient before clipping",
     "time spent waiting for data": "fraction of the time of a step",
-    "collision rate of the next token": "how often two draws of the model agree on the next token",
+    "collision rate": "how often two draws of the model agree on the next token",
     "tokens reconstructed": "tokens that the autoencoder decodes as they were",
 }
 
 TRAININGS = ("calm", "autoencoder")
-
-# The fields of an event that are shown elsewhere on the page.
-_ENVELOPE = {"step", "kind", "event", "time", "stages"}
 
 
 @dataclass(frozen=True)
@@ -68,15 +67,6 @@ class Training:
     events: list[Record]
     samples: list[Record]
     final_samples: list[Record]
-
-
-class Incident(NamedTuple):
-    """An event of a run: its time (seconds since 1970, 0 if unknown), step, name, and details."""
-
-    time: float
-    step: Any
-    what: str
-    details: str
 
 
 def read_training(folder: Path, name: str) -> Training:
@@ -127,7 +117,7 @@ def write_comparison(runs: Sequence[Path], page: Path) -> None:
     for kind in dict.fromkeys(training.folder.name for training in found):
         together = [training for training in found if training.folder.name == kind]
         sections += _sections(together, kind, page.parent)
-    write_page(page, ", ".join(map(str, runs)), sections)
+    write_page(page, ", ".join(training.name for training in found), sections)
 
 
 def _sections(runs: Sequence[Training], title: str, beside: Path) -> list[Section]:
@@ -159,26 +149,33 @@ def _facts(run: Training) -> dict[str, str]:
     evaluated = run.evaluations[-1] if run.evaluations else {}
     start = next((event for event in reversed(run.events) if event["event"] == "start"), {})
     tokens, hours = _tokens_and_hours(run)
+    ranks = f"{count} rank{'s' if count > 1 else ''}" if (count := start.get("ranks")) else ""
     return {
         "model": _kind(run),
-        "parameters": f"{start['parameters']:,}" if "parameters" in start else "",
-        "step": _number(last.get("step")),
+        "parameters": f"{count:,}" if (count := start.get("parameters") or _parameters(run)) else "",
+        "step": number(last.get("step")),
         "tokens": f"{tokens[-1]:,.0f}" if tokens else "",
         "hours of training": f"{hours[-1]:.3g}" if hours else "",
-        "tokens/s": _number(last.get("tokens_per_second")),
+        "tokens/s": number(last.get("tokens_per_second")),
         "mfu": f"{last['mfu']:.1%}" if last.get("mfu") else "",
-        "training loss": _number(last.get("loss")),
+        "training loss": number(last.get("loss")),
         "held-out loss": _with_error(evaluated, "loss"),
         "Brier-1": _percent(evaluated, "brier_1"),
         **{f"{name} Brier-1": _percent(evaluated, f"{key}brier_1") for key, (name, _) in BASELINES.items()},
         "BrierLM": _with_error(evaluated, "brier_lm"),
-        "machine": ", ".join(
-            f"{start[key]} {key}" if key == "ranks" else str(start[key])
-            for key in ("hardware", "ranks", "precision")
-            if start.get(key)
-        ),
+        "machine": ", ".join(filter(None, [start.get("hardware"), ranks, start.get("precision")])),
         "commit": start.get("commit", ""),
     }
+
+
+def _parameters(run: Training) -> int:
+    """The parameters of a run whose records do not say them, from its configuration and tokens; 0 if unknown."""
+    try:
+        experiment = configuration.load(Experiment, run.folder / "config.yaml", [f"run={run.folder.parent}"])
+        shape = model_shape(experiment)
+    except UserError:  # settings of another version, or a vocabulary that is not known any more
+        return 0
+    return 0 if run.folder.name == "autoencoder" else sum(flops.parameters(shape).values())
 
 
 def _kind(run: Training) -> str:
@@ -254,7 +251,7 @@ def _scores(runs: Sequence[Training], prefix: str) -> list[Figure]:
         figures += _figure(runs, f"{prefix}-brier-{n}", f"Brier-{n}", traces, brier_axis(n))
     shown = {
         "brier_lm": Axis("BrierLM"),
-        "collision_1": Axis("collision rate of the next token", percent=True),
+        "collision_1": Axis("collision rate", percent=True),
         "token_accuracy": Axis("tokens reconstructed", percent=True),
     }
     for key, axis in shown.items():
@@ -299,59 +296,22 @@ def _layout(runs: Sequence[Training]) -> list[Table]:
         starts = [event for event in run.events if event["event"] == "start"]
         if not starts:
             continue
-        facts = {key: value for key, value in starts[-1].items() if key not in _ENVELOPE}
-        tables.append(Table(["of " + run.name, ""], [[key, _number(value)] for key, value in facts.items()]))
+        facts = {key: value for key, value in starts[-1].items() if key not in ENVELOPE}
+        tables.append(Table(["of " + run.name, ""], [[key, number(value)] for key, value in facts.items()]))
         if stages := starts[-1].get("stages"):
             head = list(stages[0])
-            tables.append(Table(head, [[_number(stage[key]) for key in head] for stage in stages]))
+            tables.append(Table(head, [[number(stage[key]) for key in head] for stage in stages]))
     return tables
 
 
 def _faults(runs: Sequence[Training], beside: Path) -> list[Table | Text]:
-    rows = []
-    for run in runs:
-        happened = sorted([*_recorded(run), *_hung(run), *_of_jobs(run)], key=lambda one: one.time)
-        rows += [[run.name, _clock(time), *rest] for time, *rest in happened]
+    rows = [
+        [run.name, shown_time(incident.time), *incident[1:]]
+        for run in runs
+        for incident in incidents(run.folder, run.events)
+    ]
     table = [Table(["run", "time (UTC)", "step", "what", "details"], rows)] if rows else []
     return [*table, *_links(runs, beside, "stacks of ranks that the watchdog ended", lambda run: stacks(run / "logs"))]
-
-
-def _recorded(run: Training) -> Iterator[Incident]:
-    """What the run itself has written down; a start that follows no word of an end follows a crash."""
-    last = ""
-    for event in run.events:
-        what = event["event"]
-        if what == "start" and last:
-            what = "restart" if last in ("stopped", "finished") else "restart after a crash"
-        if what not in ("start", "checkpoint", "finished"):
-            yield Incident(event.get("time", 0.0), event["step"], what, _details(event))
-        if event["event"] in ("start", "stopped", "finished", "failed"):
-            last = event["event"]
-
-
-def _hung(run: Training) -> Iterator[Incident]:
-    for time, title in hangs(run.folder / "logs"):
-        yield Incident(time, "", "ended by the watchdog", title)
-
-
-def _of_jobs(run: Training) -> Iterator[Incident]:
-    """What the jobs of the experiment on a cluster noted: those of the autoencoder's stages, or those of all others."""
-    for journal in sorted((run.folder.parent / "slurm").glob("*/journal.jsonl")):
-        stage = journal.parent.name
-        if ("autoencoder" in stage) != (run.folder.name == "autoencoder"):
-            continue
-        trained = stage.startswith(f"train_{run.folder.name}")  # other stages count other things
-        for event in read_records(journal):
-            step = event.get("step", "") if trained else ""
-            yield Incident(event["time"], step, f"{stage}: {event['event']}", _details(event))
-
-
-def _details(record: Record) -> str:
-    return ", ".join(f"{key}: {_number(value)}" for key, value in record.items() if key not in _ENVELOPE)
-
-
-def _clock(time: float) -> str:
-    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M:%S") if time else ""
 
 
 def _profiles(runs: Sequence[Training], beside: Path) -> list[Text]:
@@ -411,12 +371,4 @@ def _percent(record: Record, key: str) -> str:
 
 def _with_error(record: Record, key: str) -> str:
     value, error = record.get(key), record.get(f"{key}_error")
-    return "" if value is None else _number(value) + (f" ± {error:.2g}" if error is not None else "")
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if value is None else number(value) + (f" ± {error:.2g}" if error is not None else "")

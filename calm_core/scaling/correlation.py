@@ -57,6 +57,7 @@ def points(config: CorrelationConfig) -> list[Point]:
         {"width": width, "step": record["step"], "cross_entropy": record["loss"]}
         | {f"{name}{e}": record[f"{name}{e}"] for name in MEASURES for e in ("", "_error")}
         | {"reason": record["brier_lm_reason"], "measure": record["measure"]}
+        | {"standard_errors": record.get("standard_errors")}
         for width in config.widths
         for record in read_metrics(experiment(config, width).paths.calm_run / "metrics.jsonl", "eval")
     ]

@@ -1,5 +1,6 @@
 """What a person, metrics.jsonl and wandb learn from a run in progress."""
 
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import torch.distributed as dist
 
 from calm_core.checkpoint.save import Saved
+from calm_core.config.load_config import CHECKOUT
 from calm_core.config.training_config import TrainingConfig
 from calm_core.distributed.engine import Engine
 from calm_core.distributed.optimizer import Update
@@ -74,7 +76,9 @@ class Reporter:
         self._log = None
         if self._topology.rank == 0:
             self._log = RunLog(folder, start.step, task.name, config, resolved)
-            self._log.write(start.step, "event", {"event": "start", "samples": start.consumed, **self._layout()})
+            where = {"parameters": parameters, "hardware": device_name(self._topology.device), "commit": commit()}
+            beginning = {"event": "start", "samples": start.consumed, **where, **self._layout()}
+            self._log.write(start.step, "event", beginning)
             print(self._start_line(parameters))
             print(backends(self._topology.device))
             print(f"peak: {self._peak / 1e12:.3g} TFLOP/s over {self._topology.world} ranks ({source})", flush=True)
@@ -217,6 +221,17 @@ class Reporter:
             f"mem {values['memory_gib']:.2f} GiB  data wait {values['data_wait']:.1%}  "
             f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
         )
+
+
+def commit() -> str:
+    """The commit that this code is of, with "-dirty" if files have changed since; nothing outside a clone."""
+    if not (CHECKOUT / ".git").exists():
+        return ""
+    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _count(number: float) -> str:

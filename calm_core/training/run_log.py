@@ -1,24 +1,23 @@
-"""The metrics of a run: written to metrics.jsonl and wandb, read again and compared."""
+"""The metrics of a run: written to metrics.jsonl and passed to trackers, read again and compared."""
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from calm_core.config.training_config import TrainingConfig
 from calm_core.errors import UserError
 from calm_core.io import read_json_lines, write_text
 from calm_core.training.run_folder import RunFolder
+from calm_core.training.trackers import Trackers
 
 
 class RunLog:
-    """Writes one record per line of metrics.jsonl, and the numbers under the same names to wandb.
+    """Writes one record per line of metrics.jsonl, and passes it to the trackers.
 
     A record is {"step": N, "kind": "train" | "eval" | "sample" | "event", name: value, ...}; null is a number that was
     not finite, or is unknown. On a resume the records of steps after the checkpoint are dropped, so there is one record
@@ -31,7 +30,7 @@ class RunLog:
         folder.path.mkdir(parents=True, exist_ok=True)
         _drop_after(folder.metrics, start_step)
         self._file = open(folder.metrics, "a")  # noqa: SIM115 - open for the whole run
-        self._wandb = _start_wandb(folder, name, config, resolved)
+        self._trackers = Trackers(folder.path, start_step, name, config, resolved)
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Record `values` at `step`."""
@@ -40,22 +39,13 @@ class RunLog:
             values["time"] = round(time.time(), 3)
         self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            try:
-                self._wandb.log(_numbers(kind, values), step=step)
-            except Exception as error:
-                self._wandb = None
-                print(f"wandb failed ({error}); metrics.jsonl goes on.", file=sys.stderr)
+        self._trackers.log(step, kind, values)
 
     def close(self) -> None:
         """Finish the records."""
         with suppress(OSError):  # each line was flushed when written: an error was raised then
             self._file.close()
-        if self._wandb is not None:
-            try:
-                self._wandb.finish()
-            except Exception as error:
-                print(f"wandb did not finish ({error}); metrics.jsonl is complete.", file=sys.stderr)
+        self._trackers.finish()
 
 
 def finite(content: Any) -> Any:
@@ -88,56 +78,6 @@ def _drop_after(metrics: Path, step: int) -> None:
         return
     kept = [record for record in read_json_lines(metrics) if record["kind"] == "event" or record["step"] <= step]
     write_text(metrics, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def _start_wandb(folder: RunFolder, name: str, config: TrainingConfig, resolved: dict[str, Any]) -> Any:
-    if config.wandb == "disabled":
-        return None
-    try:
-        import wandb
-
-        run = wandb.init(
-            project="calm",
-            name=f"{folder.path.parent.name}/{name}",
-            id=_run_id(folder.path / "wandb_id"),
-            resume="allow",
-            dir=str(folder.path),
-            mode=config.wandb,
-            group=config.wandb_group or None,
-            job_type=name,
-            config=resolved,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=60, x_disable_stats=True),
-        )
-        if config.wandb == "offline":
-            _repeat(folder.metrics, run)
-        return run
-    except Exception as error:  # a failing tracker must not end the run
-        print(f"wandb is off ({error}); metrics.jsonl has everything.", file=sys.stderr)
-        return None
-
-
-def _numbers(kind: str, values: dict[str, Any]) -> dict[str, float]:
-    """What wandb gets of a record."""
-    return {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
-
-
-def _repeat(metrics: Path, run: Any) -> None:
-    """Log the records of earlier starts again.
-
-    Each offline start writes a folder of its own, and `wandb sync` does not append: it replaces the history of the run
-    by that of the folder. So the newest folder has to hold the whole run.
-    """
-    for record in read_records(metrics):
-        if record["kind"] != "event":
-            values = {name: value for name, value in record.items() if name not in ("step", "kind")}
-            run.log(_numbers(record["kind"], values), step=record["step"])
-
-
-def _run_id(path: Path) -> str:
-    """The wandb id of this folder, so that a resumed run continues the same wandb run."""
-    if not path.exists():
-        write_text(path, uuid4().hex[:8])
-    return path.read_text()
 
 
 def samples_of_step(run: Path, step: int) -> range:

@@ -9,13 +9,15 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from browser import check_that_it_draws, drawn, figures, with_script
+from browser import check_that_it_draws, drawn, figures, opened, with_script
 from launching import ROOT
 
 from calm_core import config as configuration
 from calm_core.cluster.status import StageRecords
 from calm_core.config.experiment import Experiment
 from calm_core.errors import UserError
+from calm_core.plan import flops
+from calm_core.plan.dry_run import model_shape
 from calm_core.report.figure import Axis, Figure, Trace
 from calm_core.report.page import Section, Table, Text, render
 from calm_core.report.run_page import write_comparison, write_run_page
@@ -73,11 +75,11 @@ def _run(folder: Path, level: float) -> Path:
 def test_the_numbers_on_the_page_are_those_of_the_metrics(run: Path) -> None:
     shown = figures(write_run_page(run))
     assert shown["one-calm-spikes"]["layout"]["title"]["text"] == "updates skipped as spikes so far"
-    [training, band, held_out] = shown["one-calm-loss"]["data"]
+    [training, held_out] = shown["one-calm-loss"]["data"]
     assert training["x"] == list(STEPS)
     assert training["y"] == [1 + 10 / step for step in STEPS]
     assert held_out["y"] == [1.5]
-    assert band["y"] == pytest.approx([1.7, 1.3])
+    assert held_out["error_y"]["array"] == pytest.approx([0.2])
     assert shown["one-calm-to_target"]["data"][0]["y"][2] is None
     assert "one-calm-brier_lm" not in shown  # never significant
 
@@ -287,13 +289,18 @@ def test_a_run_has_one_colour_in_all_figures(run: Path, tmp_path: Path) -> None:
         assert len(colors) == 1
 
 
-def test_the_steps_can_be_read_as_tokens_and_hours(run: Path) -> None:
+def count_samples(run: Path) -> None:
+    """Two samples a step, which the page turns into tokens and hours."""
     metrics = run / "calm" / "metrics.jsonl"
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     for record in records:
         if record["kind"] == "train":
             record["samples"] = 2 * record["step"]
     metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_the_steps_can_be_read_as_tokens_and_hours(run: Path) -> None:
+    count_samples(run)
     settings = configuration.load(Experiment, run / "calm" / "config.yaml", [])
     per_step = 2 * settings.training.positions * settings.data.k
     figure = figures(write_run_page(run))["one-calm-loss"]
@@ -304,3 +311,64 @@ def test_the_steps_can_be_read_as_tokens_and_hours(run: Path) -> None:
 
 def test_a_single_evaluation_stands_on_the_axis_of_the_whole_run(run: Path) -> None:
     assert figures(write_run_page(run))["one-calm-brier-1"]["layout"]["xaxis"]["range"] == [0, 50]
+
+
+# Moves the smoothing control and the x axis as a reader does, and writes what Plotly shows then.
+SMOOTHED = """
+addEventListener("load", () => {
+  const change = (id, value) => {
+    document.getElementById(id).value = value;
+    document.getElementById(id).dispatchEvent(new Event("change"));
+  };
+  const shown = () => document.getElementById("one-calm-loss").data[0].y;
+  const before = shown();
+  change("smooth", 0.9);
+  const smoothed = shown();
+  change("smooth", 0);
+  const pre = document.createElement("pre");
+  pre.id = "smoothed";
+  pre.textContent = JSON.stringify([before, smoothed, shown()]);
+  document.body.append(pre);
+});
+"""
+
+
+def test_smoothing_averages_the_curve_and_is_undone(run: Path, tmp_path: Path) -> None:
+    count_samples(run)
+    dom, console = opened(with_script(write_run_page(run), SMOOTHED), tmp_path / "profile")
+    assert not console, console
+    [found] = re.findall(r'<pre id="smoothed">(.*?)</pre>', dom)
+    before, smoothed, after = json.loads(found)
+    assert before == after == [1 + 10 / step for step in STEPS]
+    total, count = 0.0, 0.0
+    for value, shown in zip(before, smoothed, strict=True):  # an exponential mean without bias at its start
+        total, count = 0.9 * total + value, 0.9 * count + 1
+        assert shown == pytest.approx(total / count)
+
+
+def test_a_band_is_as_wide_as_the_documents_allow(run: Path) -> None:
+    metrics = run / "calm" / "metrics.jsonl"
+    resting = '"standard_errors": {"clusters": 3, "of": "documents", "interval_factor": 4.0}, "brier_1_error"'
+    metrics.write_text(metrics.read_text().replace('"brier_1_error"', resting))
+    shown = figures(write_run_page(run))
+    assert shown["one-calm-loss"]["data"][1]["error_y"]["array"] == pytest.approx([0.4])
+    assert shown["one-calm-brier-1"]["data"][0]["error_y"]["array"] == pytest.approx([0.016])
+    again = {"step": 40, "kind": "eval", "loss": 2.0, "loss_error": 0.1}  # as older runs recorded it
+    note(run, again)
+    [_, band, held_out] = figures(write_run_page(run))["one-calm-loss"]["data"]
+    assert held_out["y"] == [1.5, 2.0]
+    assert band["y"] == pytest.approx([1.9, 2.2, 1.8, 1.1])
+
+
+def test_the_head_names_parameters_machine_and_commit(run: Path) -> None:
+    settings = configuration.load(Experiment, run / "calm" / "config.yaml", [])
+    counted = sum(flops.parameters(model_shape(settings)).values())
+    page = write_run_page(run)
+    assert rows(page, "parameters") == [["parameters", f"{counted:,}"]]
+    assert rows(page, "machine") == [["machine", "1 rank"]]
+    start = {"parameters": 1234, "hardware": "a GPU", "ranks": 2, "precision": "bf16", "commit": "abc-dirty"}
+    note(run, {"step": 50, "kind": "event", "event": "start", **start})
+    page = write_run_page(run)
+    assert rows(page, "parameters")[0] == ["parameters", "1,234"]
+    assert rows(page, "machine") == [["machine", "a GPU, 2 ranks, bf16"]]
+    assert rows(page, "commit")[0] == ["commit", "abc-dirty"]
