@@ -1,6 +1,5 @@
 """Every layout computes what a single process computes: loss, norm, each gradient, weights, evaluation, resume."""
 
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ROOT, finish, launch
+from launching import ROOT, launch
 from parity_record import TOLERANCES, TOLERANCES_BF16, Differences, compared
 
 WALK = ROOT / "tests" / "helpers" / "parity_walk.py"
@@ -108,11 +107,7 @@ def walked(tiny_experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> W
     def records(group: str) -> dict[str, Any]:
         ranks, names = GROUPS[group]
         out = tmp_path_factory.mktemp("walk")
-        if ranks == 1:
-            code, output = finish([sys.executable, str(WALK), str(tiny_experiment), str(out), *names], seconds=600)
-            assert code == 0, output
-        else:
-            launch(ranks, WALK, tiny_experiment, out, *names, seconds=600)
+        launch(ranks, WALK, tiny_experiment, out, *names, seconds=600)
         return {name: torch.load(out / f"{name}.pt") for name in names}
 
     def walked(group: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,13 +10,13 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[2]
+FORKED = Path(__file__).with_name("forked_ranks.py")
 ALONE = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "WANDB_MODE": "disabled"}
 
 
-def torchrun(ranks: int, script: Path, *arguments: object, logs: Path | None = None) -> list[str]:
-    """The command line of `script` on `ranks` ranks and a free port; each rank's output goes to a file below `logs`."""
-    kept = ["--redirects", "3", "--log-dir", str(logs)] if logs else []
-    options = ["--standalone", "--nproc-per-node", str(ranks), *kept]
+def torchrun(ranks: int, script: Path, *arguments: object) -> list[str]:
+    """The command line of `script` on `ranks` ranks and a free port."""
+    options = ["--standalone", "--nproc-per-node", str(ranks)]
     return [sys.executable, "-m", "calm_core.distributed.torchrun", *options, str(script), *map(str, arguments)]
 
 
@@ -55,14 +54,10 @@ def finish(command: Sequence[str], seconds: float, **environment: str) -> tuple[
 
 
 def launch(ranks: int, script: Path, *arguments: object, seconds: float = 200) -> None:
-    """Run a script on several ranks; fails with the last words of the ranks that failed."""
-    with tempfile.TemporaryDirectory() as logs:
-        code, output = finish(torchrun(ranks, script, *arguments, logs=Path(logs)), seconds)
-        if code:
-            tails = [
-                f"{path.parent.name}: {path.read_text()[-3000:]}" for path in sorted(Path(logs).rglob("stderr.log"))
-            ]
-            raise AssertionError("\n".join([f"exit code {code}", output[-3000:], *tails]))
+    """Run a script on several ranks, which share their imports; fails with what the ranks have printed."""
+    words = [FORKED, ranks, script] if ranks > 1 else [script]
+    code, output = finish([sys.executable, *map(str, [*words, *arguments])], seconds)
+    assert code == 0, f"exit code {code}\n{output[-6000:]}"
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
