@@ -58,10 +58,11 @@ TRAININGS = ("calm", "autoencoder")
 
 @dataclass(frozen=True)
 class Training:
-    """The records of one training run; `final_samples` are the texts of the finished run."""
+    """The settings and records of one training run; `final_samples` are the texts of the finished run."""
 
     name: str
     folder: Path
+    settings: dict[str, Any]
     train: list[Record]
     evaluations: list[Record]
     events: list[Record]
@@ -79,8 +80,10 @@ def read_training(folder: Path, name: str) -> Training:
         raise UserError(f"{folder} holds no training run (metrics.jsonl is missing): give a folder such as runs/demo.")
     records = read_records(folder / "metrics.jsonl")
     kinds = ([r for r in records if r["kind"] == kind] for kind in ("train", "eval", "event", "sample"))
+    settings = dict(configuration.flatten(configuration.read_yaml(folder / "config.yaml")))
     final = folder.parent / "samples.json"
-    return Training(name, folder, *kinds, read_json(final) if folder.name == "calm" and final.exists() else [])
+    texts = read_json(final) if folder.name == "calm" and final.exists() else []
+    return Training(name, folder, settings, *kinds, texts)
 
 
 def trainings(runs: Sequence[Path]) -> list[Training]:
@@ -182,20 +185,15 @@ def _kind(run: Training) -> str:
     """What is trained: the kind of head of a model, which decides the kind of its loss."""
     if run.folder.name == "autoencoder":
         return "autoencoder"
-    settings = _settings(run)
-    kind = settings.get("head.kind", "energy")
-    return "AR" if kind == "softmax" else f"CALM K={settings.get('data.k')}, {kind} head"
-
-
-def _settings(run: Training) -> dict[str, Any]:
-    return dict(configuration.flatten(configuration.read_yaml(run.folder / "config.yaml")))
+    kind = run.settings.get("head.kind", "energy")
+    return "AR" if kind == "softmax" else f"CALM K={run.settings.get('data.k')}, {kind} head"
 
 
 def _tokens_and_hours(run: Training) -> tuple[list[float], list[float]]:
     """Tokens read and hours of training at each training record; empty where the records do not say."""
     if not run.train or not all(record.get("samples") and record.get("tokens_per_second") for record in run.train):
         return [], []
-    settings = _settings(run)
+    settings = run.settings
     section = "autoencoder_training" if run.folder.name == "autoencoder" else "training"
     k = 1 if settings.get("head.kind") == "softmax" and section == "training" else settings.get("data.k", 1)
     each = settings.get(f"{section}.positions", 0) * k
@@ -330,7 +328,7 @@ def _links(runs: Sequence[Training], beside: Path, title: str, find: Callable[[P
 
 def _configuration(runs: Sequence[Training]) -> list[Table | Text]:
     """All settings of each run; marked are those that its base file does not say, or between runs the unequal ones."""
-    flat = [dict(configuration.flatten(configuration.read_yaml(run.folder / "config.yaml"))) for run in runs]
+    flat = [run.settings for run in runs]
     keys = list(dict.fromkeys(key for settings in flat for key in settings))
     if len(runs) > 1:
         rows = [[key, *(settings.get(key, "") for settings in flat)] for key in keys]

@@ -140,7 +140,7 @@ def tolerances(name: str) -> Differences:
 def test_the_run_is_worth_comparing(walked: Walked, head: str) -> None:
     single = walked("alone")[f"{head}/single"]
     assert all(gradient.abs().max() > 1e-5 for gradient in single["gradients"].values())
-    assert len(set(single["loss"])) == len(set(single["norm"])) == 10
+    assert len(set(single["loss"])) == len(set(single["norm"])) == 6
     assert min(single["norm"]) > 0.5  # clipped to that at every step
 
 

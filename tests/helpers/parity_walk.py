@@ -2,9 +2,9 @@
 
 `parity_walk.py FOLDER OUT NAME...`: FOLDER is a tiny experiment, OUT/NAME.pt takes the record of NAME, which reads
 
-    HEAD/LAYOUT           ten steps with this head in this layout; OUT/NAME is the checkpoint of step 5
-    HEAD/LAYOUT<LAYOUT    the last five, from the checkpoint of another layout
-    HEAD/LAYOUT!RULE      ten steps without one of the rules by which ranks agree (see `parity_rules`)
+    HEAD/LAYOUT           six steps with this head in this layout; OUT/NAME is the checkpoint of step 3
+    HEAD/LAYOUT<LAYOUT    the last three, from the checkpoint of another layout
+    HEAD/LAYOUT!RULE      six steps without one of the rules by which ranks agree (see `parity_rules`)
     HEAD@bf16/LAYOUT      three steps with bf16 weights and activations
     HEAD@tokens/LAYOUT    three steps with a token side loss (`SIDE_LOSS` has further ones)
     HEAD@padded/LAYOUT    three steps on windows with chunks of nothing but padding
@@ -35,7 +35,7 @@ from calm_core.distributed.topology import Topology, distributed
 from calm_core.model.noise import SampleNoise
 from calm_core.training.launch import calm_rows, calm_task
 
-STEPS, SAVED = 10, 5
+STEPS, SAVED = 6, 3
 FEW_STEPS = 3
 BUCKET = 10_000  # of about a hundred thousand parameters
 
