@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Two files of tests at a time: the tests of a file share what its fixtures have made.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-slow lint clean-demo
@@ -34,10 +36,10 @@ lint: env ## check style and format
 	$(BIN)/ruff format --check .
 
 test: lint ## style and the tests that take seconds
-	$(BIN)/pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-slow: env ## the tests that train, on several processes
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 clean-demo: ## forget the demo's run
 	rm -rf runs/demo

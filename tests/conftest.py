@@ -43,6 +43,8 @@ evaluation: {{windows: 16, samples: 4, micro_batch: 2}}
 hypothesis.settings.register_profile("calm", deadline=None)  # the tests assert no times
 hypothesis.settings.load_profile("calm")
 
+torch.set_num_threads(1)  # as ranks have; the matrices of the tests are small
+
 
 @pytest.fixture(scope="module")
 def topology() -> Iterator[Topology]:

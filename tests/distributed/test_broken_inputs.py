@@ -1,13 +1,12 @@
-"""Real commands given inputs that are damaged or do not belong together: a sentence names the file, exit code 2."""
+"""Commands given inputs that are damaged or do not belong together: a sentence names the file, exit code 2."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from damage import cut, flip
-from launching import ROOT, finish, torchrun
+from launching import ROOT, finish, launch, run_script, torchrun
 
 from calm_core import config
 from calm_core.autoencoder.artefact import load_autoencoder, save_autoencoder
@@ -27,9 +26,9 @@ pytestmark = pytest.mark.slow
 TRAIN, BUILD = ROOT / "pretrain" / "train_calm.py", ROOT / "data_prep" / "build_chunks.py"
 
 
-def refused(command: list[str]) -> str:
-    """The one sentence with which a command refuses."""
-    code, output = finish(command, seconds=200)
+def refusal(ended: tuple[int, str]) -> str:
+    """The one sentence with which a command has refused."""
+    code, output = ended
     assert code == ExitCode.USAGE, output
     assert "Traceback" not in output
     return output
@@ -39,7 +38,7 @@ def refused(command: list[str]) -> str:
 def test_a_damaged_shard_of_chunks(tiny: Path, damage: Callable[[Path], None]) -> None:
     shard = read_json(tiny / "chunks" / "manifest.json")["splits"]["train"]["shards"][0]["file"]
     damage(tiny / "chunks" / shard)
-    output = refused([sys.executable, str(TRAIN), str(tiny / "config.yaml"), f"run={tiny}"])
+    output = refusal(run_script(TRAIN, tiny / "config.yaml", f"run={tiny}"))
     assert str(tiny / "chunks" / shard) in output
     assert not (tiny / "calm").exists()
 
@@ -49,7 +48,7 @@ def test_another_autoencoder(tiny: Path) -> None:
     torch.manual_seed(1)
     other = Autoencoder(AutoencoderConfig(hidden=16, latent=8), old.vocab_size, k=4)
     save_autoencoder(other, tiny / "autoencoder" / "frozen", old.tokenizer_hash, {})
-    output = refused([sys.executable, str(TRAIN), str(tiny / "config.yaml"), f"run={tiny}"])
+    output = refusal(run_script(TRAIN, tiny / "config.yaml", f"run={tiny}"))
     assert f"latents in {tiny / 'chunks'} were made by the autoencoder {old.content_hash}" in output
     assert not (tiny / "calm").exists()
 
@@ -59,7 +58,7 @@ def test_tokens_of_another_tokenizer(tiny: Path) -> None:
     train_tokenizer(["another corpus of other words"] * 50, TokenizerConfig(vocab_size=280), tiny / "t.model", {})
     build_tokens(experiment.data, load_tokenizer(tiny / "t.model"), tiny / "others")
     stores = [f"data.tokens={tiny / 'others'}", f"data.chunks={tiny / 'new'}"]
-    output = refused([sys.executable, str(BUILD), str(tiny / "config.yaml"), f"run={tiny}", *stores])
+    output = refusal(run_script(BUILD, tiny / "config.yaml", f"run={tiny}", *stores))
     assert "tokenizer" in output
     assert str(tiny / "others") in output
     assert not (tiny / "new" / "manifest.json").exists()
@@ -85,16 +84,14 @@ def test_a_finished_run_whose_last_tensors_are_damaged(
 def test_a_full_disk_on_two_ranks(tiny: Path) -> None:
     """A limit on the size of a file stands for the disk: neither rank can write its share of the second checkpoint."""
     arguments = [str(tiny / "config.yaml"), f"run={tiny}"]
-    code, output = finish(torchrun(2, TRAIN, *arguments, "training.steps=2"), seconds=200)
-    assert code == ExitCode.OK, output
+    launch(2, TRAIN, *arguments, "training.steps=2")
     # The shell counts in blocks of 512 or 1024 bytes; a share takes some hundred thousand.
     limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "limited"]
-    output = refused([*limited, *torchrun(2, TRAIN, *arguments, "training.steps=6", "training.save_every=3")])
+    command = [*limited, *torchrun(2, TRAIN, *arguments, "training.steps=6", "training.save_every=3")]
+    output = refusal(finish(command, seconds=200))
     assert "step-3 could not be written" in output
     assert "earlier checkpoints are intact" in output
     [left] = list_checkpoints(tiny / "calm" / "checkpoints")
     assert left.name == "step-2"
     assert damaged_files(open_checkpoint(left), slice(None)) == []
-    code, output = finish(torchrun(2, TRAIN, *arguments, "training.steps=6"), seconds=200)
-    assert code == ExitCode.OK, output
-    assert f"resumed from {left}" in output
+    assert f"resumed from {left}" in launch(2, TRAIN, *arguments, "training.steps=6")

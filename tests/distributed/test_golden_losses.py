@@ -4,12 +4,11 @@ Float32 sums in another order (threads, another processor's kernels) differ in t
 full learning rate enlarge that a little; a change of mathematics, order or noise shows in the first digits.
 """
 
-import sys
 from pathlib import Path
 
 import pytest
 from golden_losses import STEPS, experiment, losses, recorded
-from launching import ROOT, finish
+from launching import ROOT, run_script
 
 SCRIPT = ROOT / "pretrain" / "train_calm.py"
 TOLERANCE = {"loss": 2e-5, "gradient_norm": 2e-4}  # relative
@@ -18,7 +17,7 @@ TOLERANCE = {"loss": 2e-5, "gradient_norm": 2e-4}  # relative
 @pytest.mark.slow
 def test_the_losses_on_record(tmp_path: Path) -> None:
     settings = experiment(tmp_path / "demo")
-    code, output = finish([sys.executable, str(SCRIPT), str(settings)], seconds=250)
+    code, output = run_script(SCRIPT, settings)
     assert code == 0, output
     found, wanted = losses(settings.parent), recorded()
     assert len(wanted["loss"]) == STEPS

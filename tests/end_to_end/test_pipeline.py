@@ -3,14 +3,12 @@
 import json
 import random
 import re
-import runpy
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import ROOT, finish, running
+from launching import ROOT, finish, run_script, running
 
 from calm_core.training.run_log import read_metrics
 
@@ -63,18 +61,8 @@ def pipeline(config: Path, run: Path) -> list[str]:
     return [sys.executable, str(ROOT / "pretrain" / "pipeline.py"), str(config), f"run={run}"]
 
 
-@pytest.fixture
-def script(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
-    """Runs a script in this process, which has imported what it needs: its exit code and output."""
-
-    def run(name: str, *arguments: object) -> tuple[int, str]:
-        path = str(ROOT / "pretrain" / f"{name}.py")
-        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(path, run_name="__main__")
-        return ended.value.code, "".join(capsys.readouterr())
-
-    return run
+def script(name: str, *arguments: object) -> tuple[int, str]:
+    return run_script(ROOT / "pretrain" / f"{name}.py", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +146,7 @@ def test_a_wrong_configuration_of_a_stage_ends_with_its_sentence_and_code(config
     assert "Traceback" not in output
 
 
-def test_an_autoencoder_that_rebuilds_too_few_tokens_is_scored_and_refused(config, run, script):
+def test_an_autoencoder_that_rebuilds_too_few_tokens_is_scored_and_refused(config, run):
     result = config.parent / "poor" / "evaluation.json"
     code, shown = script("evaluate", run / "autoencoder", "--output", result, "--least-rebuilt", 1)
     assert code == 2
@@ -167,7 +155,7 @@ def test_an_autoencoder_that_rebuilds_too_few_tokens_is_scored_and_refused(confi
     assert json.loads(result.read_text())["token_accuracy"] < 1
 
 
-def test_the_evaluation_of_a_checkpoint_equals_that_in_training(run, script):
+def test_the_evaluation_of_a_checkpoint_equals_that_in_training(run):
     last = read_metrics(run / "calm" / "metrics.jsonl", "eval")[-1]
     output = run.parent / "same.json"
     code, shown = script("evaluate", run, "--windows", 16, "--samples", 8, "--micro-batch", 4, "--output", output)
@@ -180,7 +168,7 @@ def test_the_evaluation_of_a_checkpoint_equals_that_in_training(run, script):
     assert result["spread_posterior"] > 0
 
 
-def test_a_text_is_scored_by_the_model_and_its_own_tokenizer(run, script):
+def test_a_text_is_scored_by_the_model_and_its_own_tokenizer(run):
     text = run.parent / "corpus.jsonl"
     code, shown = script("evaluate", run / "calm", "--text", text, "--windows", 8)
     assert code == 0, shown
@@ -189,7 +177,7 @@ def test_a_text_is_scored_by_the_model_and_its_own_tokenizer(run, script):
 
 
 @pytest.mark.parametrize("name", ["calm", "autoencoder"])
-def test_the_documents_of_a_step_are_named(run, name, script):
+def test_the_documents_of_a_step_are_named(run, name):
     code, shown = script("inspect_batch", run / name, "--step", 3)
     assert code == 0, shown
     lines = shown.splitlines()[1:]

@@ -1,11 +1,14 @@
 """Process trees for tests: bounded in time, and gone afterwards."""
 
+import io
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 
@@ -53,11 +56,23 @@ def finish(command: Sequence[str], seconds: float, **environment: str) -> tuple[
     return process.returncode, output
 
 
-def launch(ranks: int, script: Path, *arguments: object, seconds: float = 200) -> None:
-    """Run a script on several ranks, which share their imports; fails with what the ranks have printed."""
+def launch(ranks: int, script: Path, *arguments: object, seconds: float = 200) -> str:
+    """Run a script on several ranks, which share their imports: what they print; fails unless all end with 0."""
     words = [FORKED, ranks, script] if ranks > 1 else [script]
     code, output = finish([sys.executable, *map(str, [*words, *arguments])], seconds)
     assert code == 0, f"exit code {code}\n{output[-6000:]}"
+    return output
+
+
+def run_script(script: Path, *arguments: object) -> tuple[int, str]:
+    """Run a script to its end in this process, which has imported what it needs already: exit code and output."""
+    output, argv = io.StringIO(), [str(script), *map(str, arguments)]
+    with patch.object(sys, "argv", argv), redirect_stdout(output), redirect_stderr(output):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as ended:
+            return int(ended.code or 0), output.getvalue()
+    return 0, output.getvalue()
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

@@ -8,22 +8,25 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from calm_core.config import command
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.distributed.topology import distributed
+from calm_core.distributed.topology import end_with_launcher
 from calm_core.errors import ExitCode
+from calm_core.training.signals import Requests
 
 
 def work(folder: Path) -> ExitCode:
     """Wait for a request to stop."""
-    with distributed(ParallelConfig()) as topology:
-        from calm_core.training.signals import Requests
-
-        with Requests(folder) as requests:
-            (folder / f"ready-{topology.rank}").write_text(str(os.getpid()))
-            while not requests.agreed(topology.device).stop:
-                time.sleep(0.05)
-            (folder / f"saved-{topology.rank}").touch()
+    end_with_launcher()
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    with Requests(folder) as requests:
+        (folder / f"ready-{rank}").write_text(str(os.getpid()))
+        while not requests.agreed(torch.device("cpu")).stop:
+            time.sleep(0.05)
+        (folder / f"saved-{rank}").touch()
     return ExitCode.STOPPED
 
 

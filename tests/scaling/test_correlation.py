@@ -1,11 +1,10 @@
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launching import ROOT, finish
+from launching import ROOT, run_script
 
 from calm_core import config
 from calm_core.config.scaling_config import CORRELATION_CONFIG, CorrelationConfig
@@ -95,20 +94,16 @@ def test_the_command_trains_reports_and_knows_when_it_is_done(tmp_path: Path) ->
     (tmp_path / "corpus").mkdir()
     for number in range(40):
         (tmp_path / "corpus" / f"{number}.txt").write_text(" ".join(words[number % 7 :] * (20 + number)))
-    command = [
-        sys.executable,
-        str(ROOT / "pretrain" / "brier_correlation.py"),
+    arguments = [
         f"run={tmp_path / 'run'}",
         "widths=[16, 32]",
-    ]
-    command += [
         f"base.data.corpus=[{tmp_path}/corpus/*.txt]",
         "base.data.held_out=0.2",
         "base.tokenizer.vocab_size=290",
     ]
-    command += ["base.training.steps=8", "first=2", "evaluations=3", "base.evaluation.windows=16"]
+    arguments += ["base.training.steps=8", "first=2", "evaluations=3", "base.evaluation.windows=16"]
     for _ in range(2):
-        code, output = finish(command, seconds=200)
+        code, output = run_script(ROOT / "pretrain" / "brier_correlation.py", *arguments)
         assert code == 0, output
         assert "Pearson r" in output
     assert "finished before" in output

@@ -112,11 +112,11 @@ def test_intervals_cover_where_runs_scatter_more_than_their_standard_errors(name
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", STUDIES)
 def test_coverage_is_between_85_and_95_per_cent(name: str) -> None:
-    trials = 120
+    trials = 100
     study = STUDIES[name]
     correlations = (0.0, 0.8) if len(set(study.runs)) < len(study.runs) else (0.0,)
     for scatter, shared in product((1.0, 3.0), correlations):
-        found = coverage(study, scatter, shared, trials, draws=100)
+        found = coverage(study, scatter, shared, trials, draws=60)
         for parameter, covered in found.items():
             error = (covered * (1 - covered) / trials) ** 0.5
             assert 0.85 - 2 * error <= covered <= 0.95 + 2 * error, (scatter, shared, parameter, covered)
