@@ -124,7 +124,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(experiment,
     assert "tokenizing" not in output.err
 
 
-def test_a_corpus_of_one_document_is_told_how_it_is_split(experiment, capsys):
+def test_a_corpus_of_one_document_reports_how_it_is_split(experiment, capsys):
     (experiment.parent / "corpus.jsonl").write_text(json.dumps({"text": "So it goes, to the end. " * 300}))
     for name in ("train_tokenizer", "tokenize_corpus"):
         assert run(name, experiment) == 0

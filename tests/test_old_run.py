@@ -1,4 +1,4 @@
-"""A run of an earlier version still loads, speaks, and trains on: tests/fixtures/old_run, written by commit 917b3ef."""
+"""A run of an earlier version still loads, generates and trains: tests/fixtures/old_run, written by commit 917b3ef."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Saving while training goes on: copied to host memory, written by a thread, complete when every rank has written."""
+"""Saving while training continues: copied to host memory, written by a thread, complete when every rank has written."""
 
 import errno
 import shutil
@@ -54,7 +54,7 @@ class SavePolicy:
         keep: the newest checkpoints to keep.
         every: steps between checkpoints; 0 saves only when told to.
         milestones: further steps at which to save, whose checkpoints are always kept.
-        background: write while training goes on.
+        background: write while training continues.
     """
 
     keep: int
@@ -192,7 +192,7 @@ class Saver:
         return replace(saved, stall=stall)
 
 
-def explain_file_errors(action: Callable[[], T], problem: str, mend: str) -> Callable[[], T]:
+def explain_file_errors(action: Callable[[], T], problem: str, advice: str) -> Callable[[], T]:
     """`action`, with a file system error raised as a `UserError` if the user can fix it, else as a `RuntimeError`.
 
     The exit code depends on it: a launcher retries after the latter only.
@@ -203,7 +203,7 @@ def explain_file_errors(action: Callable[[], T], problem: str, mend: str) -> Cal
             return action()
         except OSError as error:
             if error.errno in FOR_THE_USER:
-                raise UserError(f"{problem} ({error}): {mend}.") from error
+                raise UserError(f"{problem} ({error}): {advice}.") from error
             raise RuntimeError(f"{problem} ({error})") from error
 
     return attempt

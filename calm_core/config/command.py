@@ -217,7 +217,7 @@ def failsafe_output() -> Iterator[None]:
 
 
 def _open_standard_files() -> None:
-    """Open /dev/null for standard files that the parent closed, lest a file of ours gets their number."""
+    """Open /dev/null for standard files that the parent closed, so that no file of ours gets their number."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

@@ -60,7 +60,7 @@ class SamplesConfig:
         """Refuse samples in training where no rank holds the whole model.
 
         Raises:
-            UserError: naming the mend.
+            UserError: saying what to change.
         """
         if self.while_training and tensor * pipeline > 1:
             raise UserError(

@@ -224,7 +224,7 @@ def _readings(value: Any, text: str) -> Iterator[Any]:
         yield [item.strip().strip("'\"") for item in ITEM_SEPARATOR.split(text[1:-1])]
         return
     yield value
-    # The shell drops quotes, so `run=2024` could not be said otherwise: where text alone fits, it is text.
+    # The shell drops quotes, so there is no other way to write `run=2024`: where only text is allowed, it is text.
     if not isinstance(value, list | dict):
         yield text
 

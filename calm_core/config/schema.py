@@ -175,7 +175,7 @@ def describe(cls: type, sections: Sequence[str] | None = None, width: int = 0) -
 
 
 def _wrapped(line: str, width: int, indent: int) -> Iterator[str]:
-    """A line cut at spaces to `width` columns; what does not fit goes on at column `indent`."""
+    """A line cut at spaces to `width` columns; the rest continues at column `indent`."""
     while len(line) > width:
         cut = line.rfind(" ", indent, width + 1)
         if cut <= indent:

@@ -74,7 +74,9 @@ def text_tokens(tokens: Tensor, pad: int | None) -> Tensor:
 def encoded(
     encoder: FoldedEncoder, chunks: np.ndarray, advance: Callable[[int], object] = lambda count: None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The posteriors of the chunks `[n, K]`: mean and log_std, `[n, l]` float16. `advance` is told the chunks done.
+    """The posteriors of the chunks `[n, K]`: mean and log_std, `[n, l]` float16.
+
+    `advance` is called with each number of chunks done.
 
     Raises:
         UserError: if a value is beyond the range of float16.

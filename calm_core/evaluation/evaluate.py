@@ -57,7 +57,7 @@ def evaluate(
         topology: the layout.
         held_out: what the model is scored on.
         stop: asked on every rank between micro-batches whether to stop; its answer must be the same on all ranks.
-        progress: told of the windows that this rank has scored.
+        progress: called with the number of windows that this rank has just scored.
 
     Returns:
         On every rank: what was measured, and the mean and standard error of each score, as `summarize` names them; None

@@ -150,8 +150,8 @@ def _text(result: Mapping[str, Any]) -> list[str]:
         return []
     text = result["text"]
     eos = "end with eos" if text["eos"] else "have no eos at the end"
-    whence = "assumed, imported weights do not say it" if text["assumed"] else "as the run's own data"
-    return [f"documents of the text {eos}, data.packing={text['packing']}: {whence}"]
+    source = "assumed, imported weights do not say it" if text["assumed"] else "as the run's own data"
+    return [f"documents of the text {eos}, data.packing={text['packing']}: {source}"]
 
 
 def _depths(result: Mapping[str, Any]) -> list[int]:

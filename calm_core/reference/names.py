@@ -1,8 +1,8 @@
 """Parameter names of the public reference implementation, and ours.
 
-For the autoencoder a name is all that differs. The CALM network also cuts some matrices elsewhere: `Link` says which
-tensors of the reference hold the same numbers as which of ours, and turns the ones into the others, both ways. Ours
-are whole tensors under the global names of `model.parameters`, as checkpoints hold them.
+The autoencoder differs in its names alone. The CALM network also divides some matrices differently: `Link` says which
+tensors of the reference hold the same numbers as which of ours, and converts them, both ways. Ours are whole tensors
+under the global names of `model.parameters`, as checkpoints hold them.
 """
 
 from collections.abc import Callable, Mapping
@@ -71,7 +71,7 @@ class Link:
 
 
 def calm_to_ours(theirs: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
-    """The reference's tensors of a model (head under `HEAD`) under our names; a linear map, fit for gradients.
+    """The reference's tensors of a model (head under `HEAD`) under our names; linear, so it converts gradients too.
 
     Raises:
         KeyError: if one is missing.

@@ -138,16 +138,16 @@ def _read(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Te
 def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of all shards; the index says which shard, a file beside it, holds which tensor."""
     content = read_json(index)
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+    shard_of = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise UserError(f"{index} holds no weight_map, which says the shard of each tensor: get the file again.")
-    shards = sorted(set(places.values()))
+    shards = sorted(set(shard_of.values()))
     if missing := [s for s in shards if Path(s).name != s or not (index.parent / s).is_file()]:
         raise UserError(f"{index.parent} lacks shards that {index.name} names ({', '.join(missing)}): get them, too.")
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         own = _read(index.parent / shard, read)
-        wrong = own.keys() ^ {name for name, place in places.items() if place == shard}
+        wrong = own.keys() ^ {name for name, place in shard_of.items() if place == shard}
         if wrong:
             raise UserError(
                 f"{index.parent / shard} and {index.name} do not agree on {', '.join(sorted(wrong))}: they belong to "

@@ -40,7 +40,7 @@ def experiment(config: CorrelationConfig, width: int) -> Experiment:
 
 
 def train(config: CorrelationConfig) -> int:
-    """Train and score the models, each in its own folder; what is finished is skipped, what is begun goes on.
+    """Train and score the models, each in its own folder; finished ones are skipped, interrupted ones resume.
 
     Returns:
         The exit code of the first stage that fails, or OK.

@@ -64,7 +64,7 @@ def require_as_planned(config: ScalingConfig, chosen: Collection[Point]) -> None
     A run resumes under another learning rate or batch, so it would not refuse these itself.
 
     Raises:
-        UserError: naming the first model, its setting, and the mend.
+        UserError: naming the first model, its setting, and what to change.
     """
     for k in sorted({point.k for point in chosen if not point.shape.head.reads_tokens}):
         planned = family_experiment(config, k)

@@ -131,9 +131,9 @@ def _each(parts: Mapping[str, Experiment], names: Collection[str]) -> dict[str, 
 
 def _ending(failed: Mapping[str, int], left_out: Collection[str] = ()) -> int:
     """Print what failed and what was not trained; the exit code."""
-    said = [f"{name} (exit code {code})" for name, code in failed.items() if code != ExitCode.STOPPED]
-    if said:
-        print(f"failed, run again to retry: {', '.join(said)}", file=sys.stderr)
+    failures = [f"{name} (exit code {code})" for name, code in failed.items() if code != ExitCode.STOPPED]
+    if failures:
+        print(f"failed, run again to retry: {', '.join(failures)}", file=sys.stderr)
     if left_out:
         print(f"not trained, as their autoencoder or chunks failed: {', '.join(left_out)}", file=sys.stderr)
     if ExitCode.STOPPED in failed.values():

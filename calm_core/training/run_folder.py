@@ -29,7 +29,7 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Lock the folder for this process until the end of the block; the lock ends with the process.
 
-        On a file system without `flock` the run goes on unlocked, with a warning.
+        On a file system without `flock` the run continues without a lock, with a warning.
 
         Raises:
             UserError: if another process trains in this folder, or it holds something other than a run.

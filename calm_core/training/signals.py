@@ -35,8 +35,8 @@ class Requests:
         self._save, self._stop = folder / "save", folder / "stop"
 
     def __enter__(self) -> "Requests":
-        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._on_signal) for number in heeded}
+        handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._on_signal) for number in handled}
         return self
 
     def __exit__(

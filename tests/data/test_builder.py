@@ -77,7 +77,7 @@ def journal(folder: Path) -> set[str]:
     return {path.name for path in (folder / JOURNAL).glob("[0-9]*.json")}
 
 
-def test_a_killed_tokenization_goes_on_and_ends_the_same(config, tokens, tokenizer, tokenizer_path, tmp_path):
+def test_a_killed_tokenization_resumes_and_ends_the_same(config, tokens, tokenizer, tokenizer_path, tmp_path):
     folder, stop = tmp_path / "tokens", "train-00001-00002.arrow"
     kill_at("train-00000-00000.arrow", "tokens", folder, Path(), tokenizer_path, config)
     kill_at(stop, "tokens", folder, Path(), tokenizer_path, config)
@@ -91,7 +91,7 @@ def test_a_killed_tokenization_goes_on_and_ends_the_same(config, tokens, tokeniz
     assert contents(folder) == contents(tokens)
 
 
-def test_a_killed_encoding_goes_on_and_ends_the_same(config, tokens, autoencoder, tmp_path, monkeypatch):
+def test_a_killed_encoding_resumes_and_ends_the_same(config, tokens, autoencoder, tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "SHARD_ROWS", 100)
     save_autoencoder(autoencoder, tmp_path / "autoencoder", autoencoder.tokenizer_hash, {})
     frozen = load_autoencoder(tmp_path / "autoencoder")
@@ -256,7 +256,7 @@ def test_a_wrong_text_field_stops_at_once_and_leaves_nothing(config, tokenizer, 
     assert not (tmp_path / "tokens").exists()
 
 
-def test_documents_end_with_eos_only_if_told(config, tokens, tokenizer, tmp_path):
+def test_documents_end_with_eos_only_if_configured(config, tokens, tokenizer, tmp_path):
     manifest = build_tokens(dataclasses.replace(config, eos=False), tokenizer, tmp_path / "tokens")
     assert manifest["made_from"]["data.eos"] is False
     with_eos, without = (TokenStore(folder, "train") for folder in (tokens, tmp_path / "tokens"))

@@ -90,8 +90,8 @@ def test_one_rank_killed_in_the_middle_of_a_save(tiny: Path, capsys: pytest.Capt
 @pytest.mark.slow
 def test_one_rank_killed_between_steps(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """After step 5 and with step 4 saved; the other rank waits in step 6 until it is ended."""
-    seldom = "training.save_every=4", "training.background_saves=false"
-    code, output = finish(torchrun(2, FAULTY, "die", *arguments(tiny, 10_000), *seldom), seconds=200)
+    every_fourth = "training.save_every=4", "training.background_saves=false"
+    code, output = finish(torchrun(2, FAULTY, "die", *arguments(tiny, 10_000), *every_fourth), seconds=200)
     assert code == ExitCode.FAILED, output
     assert [record["step"] for record in read_metrics(tiny / "calm" / "metrics.jsonl", "train")] == [1, 2, 3, 4, 5]
     assert assert_nothing_reported_is_lost(tiny) == 4

@@ -65,7 +65,9 @@ def drawn(
 
 
 @pytest.mark.parametrize(("kind", "k", "chunks"), [("energy", 1, 4), ("flow", 2, 2), ("energy", 3, 2), ("flow", 4, 1)])
-def test_a_roll_out_goes_on_as_if_its_chunks_were_the_text(topology: Topology, kind: str, k: int, chunks: int) -> None:
+def test_a_roll_out_continues_as_if_its_chunks_were_the_text(
+    topology: Topology, kind: str, k: int, chunks: int
+) -> None:
     model, autoencoder, tokens, n = random_model(kind, k), random_autoencoder(k), windows(k), 6
     found = drawn(model, autoencoder, tokens, n).tokens
     assert found.shape == (len(POSITIONS), B, n, k * chunks)

@@ -71,7 +71,7 @@ def test_a_random_token_is_one_of_the_chunk_and_all_come_up(topology: Topology, 
     assert set(distance.argmin(-1).flatten().tolist()) == set(range(K))
 
 
-def test_positions_left_out_are_made_up_for(topology: Topology, inputs: tuple[Tensor, Tensor]) -> None:
+def test_positions_left_out_are_compensated(topology: Topology, inputs: tuple[Tensor, Tensor]) -> None:
     """Over many samples the mean is that of all positions."""
     module = side_loss(rank=5, every=4)
     every = plain(module, *inputs).mean(-1)

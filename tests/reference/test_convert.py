@@ -349,7 +349,7 @@ def imported(tiny: Path, folder: Path) -> Path:
     return import_reference(source, folder / "run", experiment.paths.tokenizer)
 
 
-def test_an_imported_model_speaks(tiny: Path, tmp_path: Path) -> None:
+def test_an_imported_model_generates(tiny: Path, tmp_path: Path) -> None:
     from calm_core.config.generation_config import GenerationOptions
     from calm_core.inference.generate import generate
     from calm_core.inference.load_model import load_for_inference

@@ -86,7 +86,7 @@ LAW = PowerLaw(floor=0.7, scale=0.1, exponent=0.3, reference=1e18)
 
 @pytest.mark.parametrize("common", [0.0, 0.8])
 def test_intervals_cover_the_truth_about_as_often_as_they_say(common: float) -> None:
-    """Whether the points go astray each by itself or, for the most part, all of a run alike."""
+    """Whether the points deviate independently or, mostly, all points of a run alike."""
     generator = np.random.default_rng(0)
     x, runs = np.geomspace(1e16, 1e21, 30), [f"run {number // 3}" for number in range(30)]
     error, covered = np.full(x.size, 1e-3), 0

@@ -114,7 +114,7 @@ def test_the_hours_hold_the_autoencoders(study: ScalingConfig) -> None:
     assert f", {models + shared:.3g} hours on 8 devices" in plan_table(study)
 
 
-def test_a_budget_within_the_warm_up_is_told(study: ScalingConfig) -> None:
+def test_a_budget_within_the_warm_up_is_reported(study: ScalingConfig) -> None:
     first = sorted(point.budget_steps[0] for point in points(study))
     assert "warning" not in plan_table(warmed_up(study, (first[0] - 1) // 2))
     *_, line = plan_table(warmed_up(study, -(-first[0] // 2))).splitlines()
@@ -122,7 +122,7 @@ def test_a_budget_within_the_warm_up_is_told(study: ScalingConfig) -> None:
     assert line.count("-s0") == sum(step <= 2 * -(-first[0] // 2) for step in first)
 
 
-def test_a_second_epoch_is_told(study: ScalingConfig) -> None:
+def test_a_second_epoch_is_reported(study: ScalingConfig) -> None:
     study = warmed_up(study, 0)
     most, *_ = sorted(points(study), key=lambda point: -point.tokens(point.steps))
     tokens = most.tokens(most.steps)

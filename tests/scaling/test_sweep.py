@@ -1,4 +1,4 @@
-"""Studies as they run: what fails beside what goes on; and one through the real command, killed and resumed."""
+"""Studies as they run: what fails and what continues; and one through the real command, killed and resumed."""
 
 import runpy
 import sys
@@ -99,7 +99,7 @@ def test_a_request_to_stop_ends_the_study(
     assert "failed" not in capsys.readouterr().err
 
 
-def test_without_tokens_nothing_goes_on(study: ScalingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tokens_nothing_continues(study: ScalingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = pretend(monkeypatch, {"shared": ExitCode.USAGE})
     assert sweep.run(study) == sweep.prepare(study) == ExitCode.USAGE
     assert ran == ["shared", "shared"]

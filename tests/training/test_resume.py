@@ -44,7 +44,7 @@ def curve(folder: Path) -> list[tuple[int, float, float, float, int]]:
 
 
 def events(folder: Path) -> list[tuple[int, str]]:
-    """What befell a run and at what step, without its checkpoints."""
+    """The events of a run and their steps, without its checkpoints."""
     found = read_metrics(folder / "calm" / "metrics.jsonl", "event")
     return [(event["step"], event["event"]) for event in found if event["event"] != "checkpoint"]
 
@@ -312,7 +312,7 @@ def test_a_spike_is_left_out_and_its_documents_named(tiny: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(("action", "more", "step"), [("stop", (), 7), ("skip", ("training.spikes.in_a_row=3",), 9)])
-def test_spikes_end_the_run_when_told_so(
+def test_spikes_end_the_run_when_configured(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, action: str, more: tuple[str, ...], step: int
 ) -> None:
     words = rf"stopped at step {step}: the loss or its gradient was a spike .*\(training\.spikes\)"
@@ -373,7 +373,7 @@ def test_the_autoencoder_resumes_and_freezes(tiny: Path, outputs: int, capsys: p
         train_autoencoder("c", f"autoencoder_training.init_from={source}", "autoencoder.latent=4")
 
 
-def test_an_evaluation_that_fails_costs_no_checkpoint_and_is_made_up_for(
+def test_an_evaluation_that_fails_costs_no_checkpoint_and_is_repeated(
     whole: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from calm_core.training.calm_task import CalmTask
