@@ -83,6 +83,6 @@ def test_restarted_ranks_find_each_other() -> None:
     command = torchrun(2, FAILING, "restart")
     command[command.index("--standalone")] = "--max-restarts=1"  # without --standalone, as on several nodes
     command[4:4] = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    code, output = finish(command, seconds=100)
+    code, output = finish(command, seconds=250)
     assert code == ExitCode.OK, output
     assert "sum 2" in output
