@@ -22,6 +22,9 @@ class ParallelConfig:
     recompute: Literal["none", "selective", "full"] = option(
         "none", "activations recomputed in the backward pass: selective recomputes attention, full whole layers"
     )
+    compile: Literal["auto", "always", "never"] = option(
+        "auto", "fuse the work between matrix products by torch.compile; auto: on a GPU"
+    )
     split: list[int] = option([], "layers of each stage, pipeline x virtual numbers; [] balances the stages by FLOPs")
     timeout_minutes: float = option(20.0, "a collective that takes longer than this ends the run", above=0)
     reduce_bucket: int = option(
@@ -49,6 +52,13 @@ class ParallelConfig:
                 f"parallel.split={self.split} must be parallel.pipeline x parallel.virtual = {parts} numbers of "
                 "layers, in the order of the pipeline; only the first and the last may be 0."
             )
+
+    def compiles(self, device: str) -> bool:
+        """Whether training on this kind of device, "cuda" or "cpu", compiles.
+
+        Not by default on a CPU: it needs a C++ compiler and a minute, and products take most of the time there.
+        """
+        return self.compile == "always" or (self.compile == "auto" and device == "cuda")
 
     @property
     def micro_batch_multiple(self) -> int:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -24,9 +23,10 @@ from torch import Tensor, nn
 
 from calm_core.config.model_config import BackboneConfig
 from calm_core.config.parallel_config import ParallelConfig
-from calm_core.model.attention import causal_attention
+from calm_core.model.attention import RotaryAngles, causal_attention, rotated_heads, rotation
 from calm_core.model.cache import KeyValueCache
 from calm_core.model.layers import all_positions, replicated
+from calm_core.model.pointwise import add_rms_norm, fused, rms_norm, swiglu
 
 
 def transformer_config(
@@ -34,11 +34,13 @@ def transformer_config(
     parallel: ParallelConfig,
     dtype: torch.dtype = torch.float32,
     split: Sequence[int] = (),
+    compiled: bool = False,
 ) -> TransformerConfig:
     """The Megatron-core configuration of a model of this shape and layout, weights and activations in `dtype`.
 
-    `split` holds the layers of each model part (see `pipeline_split`); a single stage needs none. Call
-    `plan.layout.check_layout` first: it refuses layouts that do not fit the model.
+    `split` holds the layers of each model part (see `pipeline_split`); a single stage needs none. `compiled` fuses the
+    pointwise work in training (see `model.pointwise`). Call `plan.layout.check_layout` first: it refuses layouts that
+    do not fit the model.
     """
     recompute = {
         "none": {},
@@ -72,8 +74,8 @@ def transformer_config(
         use_cpu_initialization=True,
         init_method=_keep,
         output_layer_init_method=_keep,
-        # Fusions that need Apex, TransformerEngine or a compiler are off.
-        bias_activation_fusion=False,
+        bias_activation_fusion=compiled,
+        # Fusions that need Apex or TransformerEngine are off, as are those that our own layers make.
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -109,12 +111,12 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
         super().__init__()
-        self.eps = eps
+        self.config, self.eps = config, eps
         self.weight = replicated(nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype)), config)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[..., d]`."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return fused(self, rms_norm)(x, self.weight, self.eps)
 
 
 class SDPAttention(MegatronModule):
@@ -144,6 +146,33 @@ class SDPAttention(MegatronModule):
         return causal_attention(query, key, value, self.layer_number, self.cache, self.softmax_scale)
 
 
+class Attention(SelfAttention):
+    """Megatron-core's self-attention, its heads split and rotated in one function."""
+
+    def forward(self, hidden: Tensor, turns: Tensor) -> Tensor:
+        """`[S, B, d]` -> `[S, B, d]` (S/TP rows if sequence-parallel), by the rotation of all S positions."""
+        mixed, _ = self.linear_qkv(hidden)
+        heads = fused(self, rotated_heads)(mixed, turns, self.num_query_groups_per_partition)
+        again = self.checkpoint_core_attention and self.training
+        attend = self._checkpointed_attention_forward if again else self.core_attention
+        return self.linear_proj(attend(*heads, None))[0]
+
+
+class Layer(TransformerLayer):
+    """Pre-norm attention and feed-forward network, each added to the residual stream."""
+
+    def forward(self, hidden_states: Tensor, rotary_pos_emb: Tensor, **_: object) -> tuple[Tensor, None]:
+        """`[S, B, d]` -> `[S, B, d]` (S/TP rows if sequence-parallel); the names are those that the block uses.
+
+        `rotary_pos_emb` is the rotation of all S positions (see `model.attention.rotation`).
+        """
+        attended = self.self_attention(self.input_layernorm(hidden_states), rotary_pos_emb)
+        norm, mlp = self.pre_mlp_layernorm, self.mlp
+        hidden, normed = fused(self, add_rms_norm)(hidden_states, attended, norm.weight, norm.eps)
+        inner = fused(self, swiglu)(*mlp.linear_fc1(normed))
+        return hidden + mlp.linear_fc2(inner)[0], None
+
+
 class Backbone(TransformerBlock):
     """The transformer layers of one pipeline stage, with rotary position embedding inside.
 
@@ -156,9 +185,7 @@ class Backbone(TransformerBlock):
         layers = [_layer_spec()] * get_num_layers_to_build(config, vp_stage=vp_stage)
         spec = TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
         super().__init__(config, spec, pre_process=first, post_process=last, vp_stage=vp_stage)
-        self.rope = RotaryEmbedding(
-            config.kv_channels, rotary_percent=1.0, rotary_base=rope_base, use_cpu_initialization=True
-        )
+        self.rope = RotaryAngles(config.kv_channels, rope_base)
 
     def forward(self, hidden: Tensor | None, cache: KeyValueCache | None = None) -> Tensor:
         """Hidden states `[S, B, d]` -> `[S, B, d]` (S/TP rows if sequence-parallel).
@@ -166,11 +193,12 @@ class Backbone(TransformerBlock):
         `hidden` is None on a stage that is not the first, whose input is set by `set_input_tensor`. With a cache, the
         new positions follow those in it.
         """
-        positions = all_positions(hidden if self.pre_process else self.input_tensor, self.config)
+        given = hidden if self.pre_process else self.input_tensor
+        positions = all_positions(given, self.config)
         for layer in self.layers:
             layer.self_attention.core_attention.cache = cache
-        rotary = cache.rotary(self.rope, positions) if cache else self.rope(positions)
-        out = super().forward(hidden, attention_mask=None, rotary_pos_emb=rotary)
+        turns = rotation(self.rope, positions, cache, given.dtype)
+        out = super().forward(hidden, attention_mask=None, rotary_pos_emb=turns)
         if cache is not None:
             cache.advance(positions)
         return out
@@ -178,7 +206,7 @@ class Backbone(TransformerBlock):
 
 def _layer_spec() -> ModuleSpec:
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=Attention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
@@ -192,7 +220,7 @@ def _layer_spec() -> ModuleSpec:
         module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,

@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calm_core.config.model_config import padded_vocabulary
 from calm_core.model.layers import column, embedding, layer_norm, row
+from calm_core.model.pointwise import add_bias, fused, silu
 from calm_core.model.single_rank import SingleRank
 
 if TYPE_CHECKING:
@@ -40,6 +40,5 @@ class InputCompression(nn.Module):
         chunk = embedded.flatten(2).contiguous()
         if self.embedding_only:
             return chunk
-        expanded, _ = self.expand(chunk)
-        reduced, _ = self.reduce(F.silu(expanded))
-        return self.norm(reduced)
+        inner = fused(self, silu)(*self.expand(chunk))
+        return self.norm(add_bias(*self.reduce(inner)))

@@ -156,6 +156,11 @@ class Load:
     device: str = "cuda"
 
     @property
+    def compiled(self) -> bool:
+        """Whether pointwise work is fused (see `model.pointwise`): what a kernel can compute again is not kept."""
+        return self.layout.compiles(self.device)
+
+    @property
     def rows(self) -> int:
         """Positions of all sequences, S x B."""
         return self.positions * self.micro_batch
@@ -183,7 +188,7 @@ class Load:
 
     def rms_norm(self, width: int) -> int:
         """Bytes that an RMSNorm keeps: its input and, where torch composes it of elementwise kernels (CPU), a copy."""
-        return self.whole(width) * (2 if self.device == "cpu" else 1)
+        return self.whole(width) * (2 if self.device == "cpu" and not self.compiled else 1)
 
 
 @dataclass(frozen=True)
@@ -237,24 +242,24 @@ def pointwise(forward: int, backward: int, kernels: tuple[int, int] = (1, 1)) ->
     return Kernels(kernels[0] if forward else 0, kernels[1] if backward else 0, forward, backward)
 
 
-def product(bias: int = 0, leaf: bool = False) -> Kernels:
+def product(leaf: bool = False) -> Kernels:
     """A product with a weight matrix: one product forward; backward one each for its input, unless a leaf, and weight.
 
-    A bias of an output of `bias` bytes is a kernel of its own, that reads and writes the output; its gradient reads it.
+    A bias that it does not add by itself is counted by what follows (`bias_kernel`).
     """
-    return Kernels(forward=1, backward=1 if leaf else 2) + pointwise(2 * bias, bias)
+    return Kernels(forward=1, backward=1 if leaf else 2)
 
 
-def column_product(load: Load, bias: int = 0) -> Kernels:
+def column_product(load: Load) -> Kernels:
     """The product of a `column` layer, with the messages that gather its input and sum its input's gradient."""
     parallel, gathers = int(load.layout.tensor > 1), int(load.layout.sequence)
-    return product(bias) + Kernels(messages_forward=gathers, messages_backward=parallel + gathers)
+    return product() + Kernels(messages_forward=gathers, messages_backward=parallel + gathers)
 
 
-def row_product(load: Load, bias: int = 0) -> Kernels:
+def row_product(load: Load) -> Kernels:
     """The product of a `row` layer, with the messages that sum its output and gather its output's gradient."""
     parallel, gathers = int(load.layout.tensor > 1), int(load.layout.sequence)
-    return product(bias) + Kernels(messages_forward=parallel, messages_backward=gathers)
+    return product() + Kernels(messages_forward=parallel, messages_backward=gathers)
 
 
 def conversion(load: Load, width: int, backward: int = 1) -> Kernels:
@@ -265,9 +270,26 @@ def conversion(load: Load, width: int, backward: int = 1) -> Kernels:
     return pointwise(moved, moved * backward)
 
 
-def silu_kernel(size: int) -> Kernels:
-    """SiLU of a tensor of `size` bytes."""
-    return pointwise(2 * size, 3 * size)
+def fused(load: Load, forward: int, backward: int, eager: Kernels) -> Kernels:
+    """A function of `model.pointwise`: compiled a kernel each way that moves so many bytes, else those of `eager`."""
+    return pointwise(forward, backward) if load.compiled else eager
+
+
+def bias_kernel(size: int) -> Kernels:
+    """A bias added to an output of `size` bytes; its gradient reads that of the output."""
+    return pointwise(2 * size, size)
+
+
+def silu_kernel(load: Load, size: int, biased: bool = True) -> Kernels:
+    """SiLU of a tensor of `size` bytes, to which a bias may be added before."""
+    eager = pointwise(2 * size, 3 * size)
+    return fused(load, 2 * size, 3 * size, bias_kernel(size) + eager if biased else eager)
+
+
+def swiglu_kernels(load: Load, size: int, biased: bool = True) -> Kernels:
+    """silu(g) * u of `size` bytes; backward its two gradients are joined in one tensor."""
+    eager = pointwise(5 * size, 9 * size, kernels=(2, 3)) + pointwise(0, 4 * size)
+    return fused(load, 3 * size, 5 * size, bias_kernel(2 * size) + eager if biased else eager)
 
 
 def layer_norm_kernel(size: int) -> Kernels:
@@ -276,14 +298,14 @@ def layer_norm_kernel(size: int) -> Kernels:
 
 
 def rms_norm_kernels(load: Load, width: int) -> Kernels:
-    """An RMSNorm of `width` at each own position: a kernel on a GPU, several elementwise ones in float32 on a CPU."""
-    if load.device == "cuda":
+    """An RMSNorm of `width` at each own position: a kernel on a GPU or compiled, else several in float32 on a CPU."""
+    if load.device == "cuda" or load.compiled:
         return pointwise(load.whole(2 * width), load.whole(3 * width))
     copies = (2, 3) if load.width < FLOAT32 else (0, 0)  # to float32 and back
     moved = [
         load.float32(passes * width) + 3 * n * load.whole(width) for passes, n in zip((8, 24), copies, strict=True)
     ]
-    return pointwise(*moved, kernels=(8 + copies[0], 14 + copies[1]))
+    return pointwise(*moved, kernels=(6 + copies[0], 14 + copies[1]))
 
 
 def noise_kernels(load: Load, numbers: int) -> Kernels:

@@ -41,16 +41,24 @@ def embedding(config: "TransformerConfig | SingleRank", rows: int, width: int) -
 
 
 def column(config: "TransformerConfig | SingleRank", inputs: int, outputs: int, bias: bool = True) -> nn.Module:
-    """A linear layer whose outputs are divided among tensor-parallel ranks; it returns them and a bias, None."""
+    """A linear layer whose outputs are divided among tensor-parallel ranks.
+
+    It returns them, and the bias that is still to be added or None: the caller adds it in a kernel with what follows.
+    """
     if isinstance(config, SingleRank):
         return single_rank.Linear(inputs, outputs, config.params_dtype, bias)
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
-    return ColumnParallelLinear(inputs, outputs, config=config, init_method=config.init_method, bias=bias)
+    return ColumnParallelLinear(
+        inputs, outputs, config=config, init_method=config.init_method, bias=bias, skip_bias_add=True
+    )
 
 
 def row(config: "TransformerConfig | SingleRank", inputs: int, outputs: int) -> nn.Module:
-    """A linear layer with bias whose inputs are divided among tensor-parallel ranks, as `column` leaves them."""
+    """A linear layer with bias whose inputs are divided among tensor-parallel ranks, as `column` leaves them.
+
+    As that it returns its outputs and the bias that is still to be added.
+    """
     if isinstance(config, SingleRank):
         return single_rank.Linear(inputs, outputs, config.params_dtype)
     from megatron.core.tensor_parallel.layers import RowParallelLinear
@@ -62,7 +70,7 @@ def row(config: "TransformerConfig | SingleRank", inputs: int, outputs: int) -> 
         init_method=config.init_method,
         bias=True,
         input_is_parallel=True,
-        skip_bias_add=False,
+        skip_bias_add=True,
     )
 
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calm_core.config.model_config import BackboneConfig
-from calm_core.model.attention import causal_attention
+from calm_core.model.attention import RotaryAngles, causal_attention, rotated_heads, rotation
 from calm_core.model.cache import KeyValueCache
+from calm_core.model.pointwise import swiglu
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class SingleRank:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     sequence_parallel: bool = False
+    bias_activation_fusion: bool = False
 
     @classmethod
     def of(cls, backbone: BackboneConfig, dtype: torch.dtype = torch.float32) -> "SingleRank":
@@ -60,28 +62,12 @@ class SingleRankBackbone(nn.Module):
     def forward(self, hidden: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Hidden states `[S, B, d]` -> `[S, B, d]`. With a cache, the positions follow those in it."""
         positions = hidden.shape[0]
-        angles = cache.rotary(self.rope, positions) if cache is not None else self.rope(positions)
-        rotation = angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
+        turns = rotation(self.rope, positions, cache, hidden.dtype)
         for layer in self.layers:
-            hidden = layer(hidden, rotation, cache)
+            hidden = layer(hidden, turns, cache)
         if cache is not None:
             cache.advance(positions)
         return self.final_layernorm(hidden)
-
-
-class RotaryAngles(nn.Module):
-    """The angles by which rotary position embedding turns the pairs of a head's dimensions."""
-
-    def __init__(self, width: int, base: float) -> None:
-        super().__init__()
-        frequencies = 1.0 / (base ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
-        self.register_buffer("frequencies", frequencies, persistent=False)
-
-    def forward(self, positions: int, offset: int = 0) -> Tensor:
-        """Angles `[positions, 1, 1, width]` from position `offset` on; both halves of the width are equal."""
-        numbers = torch.arange(positions, device=self.frequencies.device, dtype=torch.float32) + offset
-        angles = torch.outer(numbers, self.frequencies)
-        return torch.cat([angles, angles], dim=-1)[:, None, None]
 
 
 class Layer(nn.Module):
@@ -94,32 +80,26 @@ class Layer(nn.Module):
         self.pre_mlp_layernorm = _norm(config)
         self.mlp = FeedForward(config, backbone.ffn)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, cache: KeyValueCache | None) -> Tensor:
         """`[S, B, d]` -> `[S, B, d]`."""
-        x = x + self.self_attention(self.input_layernorm(x), rotation, cache)
+        x = x + self.self_attention(self.input_layernorm(x), turns, cache)
         return x + self.mlp(self.pre_mlp_layernorm(x))
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary position embedding.
-
-    In `linear_qkv` the rows of a group lie together: its queries first, then its key and its value.
-    """
+    """Grouped-query self-attention with rotary position embedding; `rotated_heads` has the order of the rows."""
 
     def __init__(self, config: SingleRank, backbone: BackboneConfig, number: int) -> None:
         super().__init__()
         d, self.number = backbone.hidden, number
-        self.width, self.groups = d // backbone.heads, backbone.key_value_heads
-        self.queries = backbone.heads // self.groups  # of a group
-        rows = self.groups * (self.queries + 2) * self.width
+        self.groups = backbone.key_value_heads
+        rows = (backbone.heads + 2 * self.groups) * (d // backbone.heads)
         self.linear_qkv = Linear(d, rows, config.params_dtype, bias=False)
         self.linear_proj = Linear(d, d, config.params_dtype, bias=False)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, cache: KeyValueCache | None) -> Tensor:
         """`[S, B, d]` -> `[S, B, d]`."""
-        grouped = self.linear_qkv(x)[0].unflatten(-1, (self.groups, -1, self.width))
-        query, key, value = (part.flatten(2, 3) for part in grouped.split([self.queries, 1, 1], dim=-2))
-        query, key = _rotated(query, *rotation), _rotated(key, *rotation)
+        query, key, value = rotated_heads(self.linear_qkv(x)[0], turns, self.groups)
         return self.linear_proj(causal_attention(query, key, value, self.number, cache))[0]
 
 
@@ -133,8 +113,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[S, B, d]` -> `[S, B, d]`."""
-        gate, up = self.linear_fc1(x)[0].chunk(2, dim=-1)
-        return self.linear_fc2(F.silu(gate) * up)[0]
+        return self.linear_fc2(swiglu(self.linear_fc1(x)[0]))[0]
 
 
 def embedding(rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:
@@ -144,9 +123,3 @@ def embedding(rows: int, width: int, dtype: torch.dtype) -> nn.Embedding:
 
 def _norm(config: SingleRank) -> nn.RMSNorm:
     return nn.RMSNorm(config.hidden_size, eps=config.layernorm_epsilon, dtype=config.params_dtype)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of `[S, B, heads, width]`; cos and sin `[S, 1, 1, width]`."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -120,7 +120,9 @@ def kernels(shape: ModelShape, load: Load) -> Kernels:
     if side is None:
         return Kernels()
     logits = load.rows // side.every * _learned(shape) * padded_vocabulary(shape.vocabulary) // load.layout.tensor
-    features = of.product(load.whole(side.rank * _learned(shape)) // side.every) if side.rank else Kernels()
+    features = Kernels()
+    if side.rank:
+        features = of.product() + of.bias_kernel(load.whole(side.rank * _learned(shape)) // side.every)
     passes = of.pointwise(13 * FLOAT32 * logits, 6 * FLOAT32 * logits, kernels=(25, 16))
     return features + of.column_product(load) + passes
 

@@ -106,7 +106,7 @@ def kernels(shape: AutoencoderShape, load: Load, outputs: int) -> Kernels:
 
     def block(times: int) -> Kernels:
         whole, wide = load.whole(times * h), load.whole(times * shape.ffn)
-        feed_forward = of.product() * 3 + of.silu_kernel(wide) + of.pointwise(3 * wide, 6 * wide, kernels=(1, 2))
+        feed_forward = of.product() * 3 + of.pointwise(5 * wide, 9 * wide, kernels=(2, 3))
         sums = of.pointwise(3 * whole, 6 * whole, kernels=(1, 2))  # the residual; gradients of the norm's output
         return of.rms_norm_kernels(load, times * h) + feed_forward + sums
 

@@ -14,7 +14,8 @@ def unit_kernels(shape: ModelShape, load: Load) -> list[Kernels]:
         layer += Kernels(
             backward=layer.forward, moved_backward=layer.moved_forward, messages_backward=layer.messages_forward
         )
-    last = head_module(shape.head.kind).kernels(shape, load) + token_loss.kernels(shape, load)
+    mean = Kernels(forward=2)  # of the losses
+    last = head_module(shape.head.kind).kernels(shape, load) + token_loss.kernels(shape, load) + mean
     return [_entrance(shape, load), *[layer] * shape.backbone.layers, last]
 
 
@@ -29,11 +30,11 @@ def _entrance(shape: ModelShape, load: Load) -> Kernels:
     masked = of.pointwise(embedded, embedded, kernels=(7, 2)) if tensor > 1 else Kernels()  # rows of other ranks
     look_up = of.pointwise(2 * embedded, 2 * embedded + table) + of.pointwise(2 * embedded, 0) + masked
     look_up += Kernels(messages_forward=int(tensor > 1), messages_backward=int(load.layout.sequence))
-    rotary = Kernels(forward=4)
+    rotary = Kernels(forward=8 if load.width < FLOAT32 else 7)  # its angles, cosines and sines, once for all layers
     if shape.head.reads_tokens:
         return look_up + rotary
     expanded, reduced = load.split(2 * d), load.whole(d)
-    products = of.column_product(load, bias=expanded) + of.silu_kernel(expanded) + of.row_product(load, bias=reduced)
+    products = of.column_product(load) + of.silu_kernel(load, expanded) + of.row_product(load) + of.bias_kernel(reduced)
     return look_up + rotary + products + of.layer_norm_kernel(reduced)
 
 
@@ -44,34 +45,29 @@ def _layer(shape: ModelShape, load: Load) -> Kernels:
     key_value = d // backbone.heads * backbone.key_value_heads
     whole, query, key = load.whole(d), load.split(d), load.split(key_value)
     joint = query + 2 * key
+    added = of.pointwise(3 * whole, 3 * whole)  # the residual, and backward its two gradients
     attention = (
         of.rms_norm_kernels(load, d)
         + of.column_product(load)
-        + of.pointwise(0, 2 * joint)  # the gradients of queries, keys and values in one tensor
-        + _rotation(load, query)
-        + _rotation(load, key)
+        + of.fused(load, 2 * joint, 2 * joint, _rotated_heads(query, key))
         + of.pointwise(joint + query, 2 * (joint + query))
         + of.row_product(load)
-        + of.pointwise(3 * whole, 3 * whole)  # the residual
     )
     feed_forward = (
-        of.rms_norm_kernels(load, d)
+        of.fused(load, 4 * whole, 4 * whole, added + of.rms_norm_kernels(load, d))
         + of.column_product(load)
-        + of.pointwise(2 * ffn, 0)  # Megatron-core adds an offset of 0 to the up projection
-        + of.silu_kernel(ffn)
-        + of.pointwise(3 * ffn, 6 * ffn, kernels=(1, 2))
-        + of.pointwise(0, 4 * ffn)  # the gradients of both projections in one tensor
+        + of.swiglu_kernels(load, ffn, biased=False)
         + of.row_product(load)
-        + of.pointwise(3 * whole, 3 * whole)
+        + added
     )
     return attention + feed_forward
 
 
-def _rotation(load: Load, size: int) -> Kernels:
-    """The rotary embedding of queries or keys of `size` bytes.
+def _rotated_heads(query: int, key: int) -> Kernels:
+    """The rotation of queries and keys of so many bytes, and a copy of the values.
 
-    Cosines and sines (with bf16 weights converted); half of the features negated, then joined; two products, their sum,
-    and a copy that joins the features that are not rotated, of which there are none.
+    Half of the features negated, then joined; two products and their sum. Backward likewise; the gradients of queries,
+    keys and values are then joined in one tensor.
     """
-    converted = 2 if load.width < FLOAT32 else 0
-    return of.pointwise(12 * size, 14 * size, kernels=(8 + converted, 7))
+    rotation = of.pointwise(10 * (query + key), 10 * (query + key), kernels=(10, 10))
+    return rotation + of.pointwise(2 * key, 2 * (query + 2 * key))

@@ -129,11 +129,10 @@ def _layer(shape: ModelShape, load: Load) -> Activations:
     """One transformer layer with its input.
 
     Kept, whole: the two norms' inputs (see `Load.rms_norm`) and outputs, which the matrices read. Kept by attention,
-    split: the joint output of the matrix, of which the values are a view (d + 2 kv); rotated queries and keys, read by
-    the attention kernel (d + kv); its output, read by the kernel and the next matrix (d); its logarithms of sums of
-    exponentials, float32, one per head. Kept for the rotation: cosines and sines of each position, for queries and for
-    keys. Kept by the feed-forward layer, split: gate and up projection in one tensor (2 ffn), silu(gate), the copy of
-    the up projection that Megatron-core makes, and their product (1 ffn each).
+    split: rotated queries and keys, and the values, read by the attention kernel (d + 2 kv); its output, read by the
+    kernel and the next matrix (d); its logarithms of sums of exponentials, float32, one per head. Kept by the
+    feed-forward layer, split: gate and up projection in one tensor (2 ffn), their product (1 ffn) and, unless compiled,
+    silu(gate) (1 ffn).
 
     Backward, in addition: two gradients of the residual stream and two of the feed-forward width. Recomputation of
     attention drops the logarithms and recomputes its output; full recomputation keeps the input alone.
@@ -142,9 +141,8 @@ def _layer(shape: ModelShape, load: Load) -> Activations:
     d, ffn, head_width = backbone.hidden, backbone.ffn, backbone.hidden // backbone.heads
     key_value = head_width * backbone.key_value_heads
     log_sums = load.rows * backbone.heads * FLOAT32 // load.layout.tensor
-    rotation = 2 * 2 * load.positions * head_width * load.width
-    attention = load.split(d + 2 * key_value) + load.split(d + key_value) + load.split(d) + log_sums + rotation
-    kept = 2 * (load.rms_norm(d) + load.whole(d)) + attention + load.split(5 * ffn)
+    attention = load.split(d + 2 * key_value) + load.split(d) + log_sums
+    kept = 2 * (load.rms_norm(d) + load.whole(d)) + attention + load.split((3 if load.compiled else 4) * ffn)
     backward = 2 * load.whole(d) + 2 * load.split(ffn)
     gathered = load.gathered(d)
     if recompute == "full":

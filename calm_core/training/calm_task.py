@@ -98,7 +98,8 @@ class CalmTask:
         self._columns = needed_columns(self.samples.store, first=topology.first, last=topology.last)
         if self.layout.pipeline > 1:
             topology.say(describe(self.shape, self.samples.positions, self.layout, self.split))
-        config = transformer_config(self.shape.backbone, self.layout, dtype, self.split)
+        compiled = self.layout.compiles(self._device.type)
+        config = transformer_config(self.shape.backbone, self.layout, dtype, self.split, compiled)
         model_parts = [
             CalmModel(config, self.shape, first=first, last=last, vp_stage=index).to(self._device)
             for first, last, index in topology.model_parts

@@ -58,7 +58,7 @@ def test_a_step_of_calm_xl_on_512_gpus_by_hand() -> None:
     assert step.gradients == pytest.approx(alone.gradients - last_backward, abs=2e-3)
     assert step.weights == pytest.approx(2 * parameters * 127 / 128 / 80e9, rel=0.01)
     assert step.matrices == pytest.approx(8.03e15 / 512 / (989e12 * 0.65), rel=0.01)
-    assert 0.06 < step.total < 0.12
+    assert 0.06 < step.total < 0.1
     parts = (step.matrices, step.memory, step.host, step.tensor, step.gradients, step.weights, step.update)
     assert step.total == pytest.approx(sum(parts))
 
@@ -77,7 +77,7 @@ def test_a_pipeline_waits_and_a_slow_host_is_seen() -> None:
     assert two.bubble == pytest.approx(one_pass, rel=0.01)
     assert interleaved.bubble == pytest.approx(two.bubble / 2, rel=0.1)
     slow = replace(H100, launch=1e-3)
-    assert time_of(ParallelConfig(), 1, 1, 1, slow).host > 10 * time_of(ParallelConfig(), 1, 1, 1, H100).total
+    assert time_of(ParallelConfig(), 1, 1, 1, slow).host > 5 * time_of(ParallelConfig(), 1, 1, 1, H100).total
 
 
 def test_on_a_cpu_nothing_overlaps() -> None:

@@ -11,6 +11,7 @@ from calm_core.config.model_config import HeadConfig, ModelShape
 from calm_core.model import costs as of
 from calm_core.model.costs import Activations, HeadCosts, Kernels, Load, target_bytes
 from calm_core.model.layers import column, layer_norm, linear, row
+from calm_core.model.pointwise import add_bias, fused, silu
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -65,6 +66,7 @@ class AdaptiveBlock(nn.Module):
 
     def __init__(self, config: "TransformerConfig") -> None:
         super().__init__()
+        self.config = config
         d = config.hidden_size
         self.norm = layer_norm(config)
         self.modulation = _zero(linear(config, d, 3 * d))
@@ -74,10 +76,20 @@ class AdaptiveBlock(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x `[S, B, N, d]`, modulation `[S, B, N, d]` or `[S, B, 1, d]` -> `[S, B, N, d]`."""
         shift, scale, gate = self.modulation(modulation).chunk(3, dim=-1)
-        inner = self.norm(x) * (1 + scale) + shift
-        inner, _ = self.expand(inner.flatten(1, 2))
-        out, _ = self.reduce(F.silu(inner))
-        return x + gate * out.view_as(x)
+        norm = self.norm
+        inner = fused(self, _modulated_norm)(x, norm.weight, norm.bias, norm.eps, shift, scale)
+        inner = fused(self, silu)(*self.expand(inner.flatten(1, 2)))
+        return fused(self, _gated_sum)(x, gate, *self.reduce(inner))
+
+
+def _modulated_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor, scale: Tensor) -> Tensor:
+    """LN(x) * (1 + scale) + shift, `[S, B, N, d]`."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps) * (1 + scale) + shift
+
+
+def _gated_sum(x: Tensor, gate: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """x + gate * (y + bias): x `[S, B, N, d]`, y `[S, B * N, d]` -> `[S, B, N, d]`."""
+    return x + gate * add_bias(y, bias).view_as(x)
 
 
 def time_features(time: Tensor, features: int) -> Tensor:
@@ -107,24 +119,26 @@ def kernels(shape: ModelShape, load: Load, loss: Kernels) -> Kernels:
     d, blocks = shape.backbone.hidden, shape.head.block_count(shape.backbone.layers)
     n = shape.head.samples
     whole, wide, narrow = load.whole(d), load.whole(n * d), load.split(n * d)
-    modulated = of.pointwise(8 * wide, 6 * wide, kernels=(3, 2))  # LN(x) * (1 + scale) + shift
+    modulated = of.layer_norm_kernel(wide) + of.pointwise(8 * wide, 6 * wide, kernels=(3, 2))
+    gated = of.bias_kernel(wide) + of.pointwise(6 * wide, 6 * wide, kernels=(2, 2))
     block = (
         of.product()
         + of.pointwise(0, 3 * wide)  # the bias's gradient
-        + of.layer_norm_kernel(wide)
-        + modulated
-        + of.column_product(load, bias=narrow)
-        + of.silu_kernel(narrow)
-        + of.row_product(load, bias=wide)
-        + of.pointwise(6 * wide, 9 * wide, kernels=(2, 3))  # x + gate * out
+        + of.fused(load, 4 * wide, 6 * wide, modulated)  # LN(x) * (1 + scale) + shift
+        + of.column_product(load)
+        + of.silu_kernel(load, narrow)
+        + of.row_product(load)
+        + of.fused(load, 4 * wide, 5 * wide, gated)  # x + gate * out
+        + of.pointwise(0, 3 * wide)  # the gradients of x add up
         + of.pointwise(0, 9 * wide, kernels=(0, 2))  # gradients of shift, scale and gate; of the modulation
     )
     draws = of.noise_kernels(load, load.positions * n) + of.noise_kernels(load, load.positions * n * shape.latent) * 2
     latents = of.conversion(load, n * shape.latent, 0) + of.conversion(load, n * shape.latent)
     features = of.pointwise(5 * load.float32(n * TIME_FEATURES), 0, (8, 0)) + of.conversion(load, n * TIME_FEATURES, 0)
-    time = features + of.product(leaf=True) + of.silu_kernel(wide)
+    time = features + of.product(leaf=True) + of.pointwise(2 * wide, 3 * wide)
     condition = of.product() * 2 + of.pointwise(2 * wide + whole, 4 * wide + whole, kernels=(1, 4))
-    ends = of.product(leaf=True) + of.product() * 2 + of.layer_norm_kernel(wide) + modulated + of.silu_kernel(wide)
+    silu = of.pointwise(2 * wide, 3 * wide)
+    ends = of.product(leaf=True) + of.product() * 2 + modulated + silu
     biases = of.pointwise(0, 4 * wide, kernels=(0, 3))
     network = time + condition + block * blocks + ends + biases
     return of.rms_norm_kernels(load, d) + draws + latents + network + loss

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calm_core.config.model_config import HeadConfig, ModelShape
@@ -12,6 +11,7 @@ from calm_core.model.heads.energy_loss import DISTANCES_AT_ONCE, energy_loss
 from calm_core.model.heads.protocol import HeadLoss, Target
 from calm_core.model.layers import all_positions, column, layer_norm, linear, own_positions, row
 from calm_core.model.noise import Noise
+from calm_core.model.pointwise import add_bias, add_layer_norm, fused, fuses, silu, silu_per_position, swiglu
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -44,11 +44,14 @@ class EnergyHead(nn.Module):
         positions, batch, samples, _ = noise.shape
         condition = self.hidden_norm(self.hidden_in(hidden))
         x = self.noise_norm(self.noise_in(noise.to(hidden.dtype).flatten(1, 2)))
-        for block in self.blocks:
-            x = block(x, condition, samples)
-        inner, _ = self.out_expand(self.out_norm(x))
-        out, _ = self.out_reduce(F.silu(inner))
-        return out.view(positions, batch, samples, -1)
+        norms = [*(block.norm for block in self.blocks), self.out_norm]
+        normed = norms[0](x)
+        for block, norm in zip(self.blocks, norms[1:], strict=True):
+            x, normed = fused(self, add_layer_norm)(
+                x, *block(normed, condition, samples), norm.weight, norm.bias, norm.eps
+            )
+        inner = fused(self, silu)(*self.out_expand(normed))
+        return add_bias(*self.out_reduce(inner)).view(positions, batch, samples, -1)
 
     def loss(self, hidden: Tensor, target: Target, noise: Noise) -> HeadLoss:
         """The energy loss of `head.samples` draws against `head.target_samples` draws of the posterior."""
@@ -63,6 +66,7 @@ class EnergyHead(nn.Module):
             own_positions(target.log_std, self.config),
             own_positions(target_noise, self.config),
             beta=head.beta,
+            fuse=fuses(self),
         )
         return HeadLoss(energy.loss, {"to_target": energy.to_target, "between": energy.between})
 
@@ -80,11 +84,13 @@ class ResidualBlock(nn.Module):
 
     W_1 [LN(x), c] = W_1x LN(x) + W_1c c: the second product depends on the position alone, so it is computed once
     per position and not once per sample. Tensor parallelism: W_1 by columns (each half by itself), W_2 by rows, W_3 by
-    columns (g and u each split), W_d by rows; every rank holds the norm whole.
+    columns (g and u each split), W_d by rows; every rank holds the norm whole. The head computes LN(x) and the sum, as
+    the sum of one block and the norm of the next are one function.
     """
 
     def __init__(self, config: "TransformerConfig") -> None:
         super().__init__()
+        self.config = config
         d = config.hidden_size
         self.norm = layer_norm(config)
         self.from_sample = column(config, d, d, bias=False)
@@ -93,20 +99,12 @@ class ResidualBlock(nn.Module):
         self.gate_up = column(config, d, 2 * d)
         self.down = row(config, d, d)
 
-    def forward(self, x: Tensor, condition: Tensor, samples: int) -> Tensor:
-        """x `[S, B * N, d]`, condition `[S, B, d]` -> `[S, B * N, d]`."""
-        from_sample, _ = self.from_sample(self.norm(x))
-        from_condition, _ = self.from_condition(condition)
-        inner = F.silu(_add_per_position(from_sample, from_condition, samples))
-        inner, _ = self.mix(inner)
-        gate, up = self.gate_up(F.silu(inner))[0].chunk(2, dim=-1)
-        out, _ = self.down(F.silu(gate) * up)
-        return x + out
-
-
-def _add_per_position(x: Tensor, condition: Tensor, samples: int) -> Tensor:
-    """`[S, B * N, d]` + `[S, B, d]`, the second repeated for the N samples of each position."""
-    return (x.unflatten(1, (-1, samples)) + condition.unsqueeze(2)).flatten(1, 2)
+    def forward(self, normed: Tensor, condition: Tensor, samples: int) -> tuple[Tensor, Tensor | None]:
+        """LN(x) `[S, B * N, d]` and condition `[S, B, d]` -> W_d(...) `[S, B * N, d]`, and a bias that is not added."""
+        from_sample, _ = self.from_sample(normed)
+        inner = fused(self, silu_per_position)(from_sample, *self.from_condition(condition), samples)
+        inner = fused(self, silu)(*self.mix(inner))
+        return self.down(fused(self, swiglu)(*self.gate_up(inner)))
 
 
 def build(config: "TransformerConfig", shape: ModelShape) -> EnergyHead:
@@ -140,20 +138,22 @@ def kernels(shape: ModelShape, load: Load) -> Kernels:
     d, head = shape.backbone.hidden, shape.head
     n, blocks = head.samples, head.block_count(shape.backbone.layers)
     whole, wide, split, narrow = load.whole(d), load.whole(n * d), load.split(d), load.split(n * d)
+    joined = of.pointwise(2 * narrow + split, narrow + split)  # the halves of W_1; backward sums over the samples
+    summed = of.bias_kernel(wide) + of.pointwise(3 * wide, 3 * wide)  # the residual
     block = (
-        of.layer_norm_kernel(wide)
+        of.column_product(load) * 2
+        + of.fused(
+            load,
+            2 * narrow + split,
+            3 * narrow + split,
+            of.bias_kernel(split) + joined + of.silu_kernel(load, narrow, biased=False),
+        )
+        + of.row_product(load)
+        + of.silu_kernel(load, wide)
         + of.column_product(load)
-        + of.column_product(load, bias=split)
-        + of.pointwise(2 * narrow + split, narrow + split)  # the halves of W_1; backward sums over the samples
-        + of.silu_kernel(narrow)
-        + of.row_product(load, bias=wide)
-        + of.silu_kernel(wide)
-        + of.column_product(load, bias=2 * narrow)
-        + of.silu_kernel(narrow)
-        + of.pointwise(3 * narrow, 6 * narrow, kernels=(1, 2))  # silu(g) * u
-        + of.pointwise(0, 4 * narrow)  # the gradients of g and u in one tensor
-        + of.row_product(load, bias=wide)
-        + of.pointwise(3 * wide, 3 * wide)  # the residual
+        + of.swiglu_kernels(load, narrow)
+        + of.row_product(load)
+        + of.fused(load, 4 * wide, 4 * wide, summed + of.layer_norm_kernel(wide))
         + of.pointwise(0, 3 * whole)  # the gradients of the condition add up
     )
     entrance = (
@@ -170,9 +170,10 @@ def kernels(shape: ModelShape, load: Load) -> Kernels:
     latent = load.whole(n * shape.latent)
     output = (
         of.layer_norm_kernel(wide)
-        + of.column_product(load, bias=narrow)
-        + of.silu_kernel(narrow)
-        + of.row_product(load, bias=latent)
+        + of.column_product(load)
+        + of.silu_kernel(load, narrow)
+        + of.row_product(load)
+        + of.bias_kernel(latent)
     )
     return of.rms_norm_kernels(load, d) + entrance + block * blocks + output + _loss_kernels(shape, load)
 
@@ -181,15 +182,18 @@ def _loss_kernels(shape: ModelShape, load: Load) -> Kernels:
     """Of the target draws and the energy loss, which computes its gradient in the forward pass.
 
     In every slice of the positions the distances to the targets are read or written 16 times, and for each offset
-    between two samples their differences 13 times.
+    between two samples their differences 13 times; compiled, the distances 4 times and the differences never.
     """
     n, m, latent = shape.head.samples, shape.head.target_samples, shape.latent
     distances = load.own_rows * n * m
     slices = -(-distances // DISTANCES_AT_ONCE[load.device])
     pairs = load.own_rows * n * (n - 1) // 2 * latent
-    moved = FLOAT32 * (16 * distances + 13 * pairs) + 24 * load.float32(n * latent)
+    if load.compiled:
+        moved, started = FLOAT32 * 4 * distances + 12 * load.float32(n * latent), (5 + 10 * slices, 4)
+    else:
+        moved = FLOAT32 * (16 * distances + 13 * pairs) + 24 * load.float32(n * latent)
+        started = 5 + slices * (30 + 14 * (n - 1)), 4
     draws = -(-load.positions // shape.head.target_group) * m * latent
-    started = 5 + slices * (30 + 14 * (n - 1)), 4
     loss = of.pointwise(moved, 2 * load.float32(n * latent), kernels=started)
     return of.noise_kernels(load, draws) + of.conversion(load, n * latent) + loss
 
@@ -206,8 +210,8 @@ def activations(shape: ModelShape, load: Load) -> Activations:
       output network's first matrix;
     - in each block, d wide and whole: its input x, read by LN; LN(x), read by W_1x; the output of W_2, read by SiLU;
       and the result, read by W_3;
-    - in each block, d wide and split: the sum of W_1's halves, read by SiLU; the result, read by W_2; g, u and silu(g),
-      read by SiLU and the product; and the product, read by W_d;
+    - in each block, d wide and split: the sum of W_1's halves, read by SiLU; the result, read by W_2; g, u and, unless
+      compiled, silu(g), read by SiLU and the product; and the product, read by W_d;
     - in the output network, d wide and split: the hidden layer before and after SiLU;
     - the gradient of the sample in float32, which the loss computes in its forward pass.
 
@@ -219,7 +223,8 @@ def activations(shape: ModelShape, load: Load) -> Activations:
     n, blocks = head.samples, head.block_count(shape.backbone.layers)
     per_position = load.rms_norm(d) + 3 * load.whole(d)
     noise = load.whole(n * head.noise) if load.width < FLOAT32 else load.rows * n * head.noise * FLOAT32
-    per_sample = (3 + 4 * blocks) * load.whole(n * d) + (2 + 6 * blocks) * load.split(n * d)
+    split = 2 + (5 if load.compiled else 6) * blocks
+    per_sample = (3 + 4 * blocks) * load.whole(n * d) + split * load.split(n * d)
     gradient = load.float32(n * latent)
     groups = load.micro_batch * -(-load.positions // head.target_group)
     draws = groups * head.target_samples * latent * FLOAT32

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from calm_core.model import pointwise
+
 # Distances between samples and targets held at once, by device: few calls that fit a CPU's cache or occupy a GPU.
 DISTANCES_AT_ONCE = {"cpu": 2**19, "cuda": 2**25}
 
@@ -26,6 +28,7 @@ def energy_loss(
     target_noise: Tensor,
     beta: float = 1.0,
     slice_size: int | None = None,
+    fuse: bool = False,
 ) -> EnergyLoss:
     """Energy loss of head samples against draws of the target chunk's posterior (paper, section 3).
 
@@ -44,6 +47,7 @@ def energy_loss(
         target_noise: standard normal draws, `[G, B, M, l]`.
         beta: exponent of the distances, 0 < beta < 2.
         slice_size: distances between samples and targets held at once; by default `DISTANCES_AT_ONCE` of the device.
+        fuse: compile the terms of a slice (see `model.pointwise`).
 
     Returns:
         Loss and terms, `[S, B]`, float64 for float64 samples and float32 otherwise.
@@ -53,7 +57,7 @@ def energy_loss(
     """
     _check(samples, mean, log_std, target_noise, beta)
     slice_size = slice_size or DISTANCES_AT_ONCE["cpu" if samples.device.type == "cpu" else "cuda"]
-    arguments = (mean.detach(), log_std.detach(), target_noise.detach(), beta, slice_size)
+    arguments = (mean.detach(), log_std.detach(), target_noise.detach(), beta, slice_size, fuse)
     if torch.is_grad_enabled() and samples.requires_grad:
         return EnergyLoss(*_WithGradient.apply(samples, *arguments))
     return _in_slices(samples.detach(), *arguments, gradient=None)
@@ -75,7 +79,7 @@ class _WithGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_loss[..., None, None]).to(ctx.dtype), None, None, None, None, None
+        return (gradient * grad_loss[..., None, None]).to(ctx.dtype), *[None] * 6
 
 
 def _in_slices(
@@ -85,9 +89,11 @@ def _in_slices(
     target_noise: Tensor,
     beta: float,
     slice_size: int,
+    fuse: bool,
     gradient: Tensor | None,
 ) -> EnergyLoss:
     """The loss of all positions; writes the gradient of each position's loss into `gradient` if given."""
+    of_samples, of_target = (pointwise.compiled(f) if fuse else f for f in (_between, _to_target))
     positions, batch, count, _ = samples.shape
     runs, _, draws, _ = target_noise.shape
     width = -(-positions // runs)
@@ -105,8 +111,8 @@ def _in_slices(
                 x = samples[here].to(to_target.dtype)
                 target = mean[here].to(x.dtype), log_std[here].to(x.dtype), target_noise[run, here[1]].to(x.dtype)
                 into = None if gradient is None else gradient[here]
-                between[here] = _between(x, beta, into)
-                to_target[here] = _to_target(x, *target, beta, into)
+                between[here] = of_samples(x, beta, into)
+                to_target[here] = of_target(x, *target, beta, into)
     return EnergyLoss(2 * to_target - between, to_target, between)
 
 
