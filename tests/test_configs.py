@@ -26,7 +26,7 @@ def load(name: str) -> Experiment:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_it_can_be_planned(path: Path, capsys: pytest.CaptureFixture) -> None:
     experiment = config.load(Experiment, path, [])
-    plan = plan_autoencoder if path.stem == "autoencoder" else plan_calm
+    plan = plan_autoencoder if path.stem.startswith("autoencoder") else plan_calm
     assert plan(experiment, ("data", "plan")) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"run: {experiment.run}\nseed: 0\ndata:\n")

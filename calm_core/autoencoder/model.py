@@ -1,5 +1,6 @@
 """The autoencoder: K tokens to one latent vector and back (paper, section 2); each chunk by itself."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ CHUNKS_AT_ONCE = 4096  # chunks decoded at a time, to bound the memory of their 
 # Of the initial embedding beside matrices of 1 / sqrt(inputs). The embedding is also the output layer: it must tell
 # tokens apart to the encoder without making the first logits large.
 EMBEDDING_STD = 0.2
+INITIAL_SIGMA = 0.3  # of the posterior of a mirrored autoencoder: near that of a trained one
 DROPPED_TOKEN = 0  # the id that replaces a dropped token; `pad` in tokenizers trained here
 
 
@@ -64,6 +66,23 @@ class Autoencoder(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=config.init_std or EMBEDDING_STD)
+        if config.init == "mirror":
+            self._mirror()
+
+    @torch.no_grad()
+    def _mirror(self) -> None:
+        """Start the decoder as the transpose of the encoder, and every block as the identity.
+
+        A latent is then a random projection of its tokens' embeddings. Its transpose brings back the sum of each
+        embedding, shortened, and of noise that has no preferred direction: the nearest row of the table is often right.
+        """
+        for block in filter(lambda module: isinstance(module, SwigluBlock), self.modules()):
+            nn.init.zeros_(block.down.weight)
+        mean, log_std = self.encoder_posterior.weight.chunk(2)
+        self.decoder_split.weight.copy_(self.encoder_join.weight.T)
+        self.decoder_input.weight.copy_(mean.T)
+        nn.init.zeros_(log_std)
+        nn.init.constant_(self.encoder_posterior.bias.chunk(2)[1], math.log(INITIAL_SIGMA))
 
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens `[..., K]` -> posterior mean and log standard deviation, `[..., l]` each."""

@@ -35,6 +35,12 @@ class AutoencoderConfig:
         belongs_to="training",
         at_least=0,
     )
+    init: Literal["normal", "mirror"] = option(
+        "normal",
+        "mirror: the decoder starts as the encoder's transpose, each block as the identity: many tokens are rebuilt at "
+        "once; normal: as in the paper",
+        belongs_to="training",
+    )
     sampled_output: int = option(
         0,
         "tokens whose logits training computes for a sample: its own and random others; 0 means all V, as in the paper",

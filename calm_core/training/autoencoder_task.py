@@ -79,7 +79,7 @@ class AutoencoderTask:
         self.samples = TrainingSamples(train, positions * k, seed)
         self.tokens_per_sample = positions * k
         shape = {**asdict(config), "vocab_size": self.vocab_size, "k": k}
-        del shape["sampled_output"]  # how the loss is computed: it may change when a run resumes
+        del shape["init"], shape["sampled_output"]  # a run may resume with others; older checkpoints do not have them
         sizes = AutoencoderShape(self.vocab_size, k, config.hidden, config.ffn_width, config.latent)
         outputs = config.outputs(self.vocab_size, self.tokens_per_sample)
         self.flops_per_sample = float(positions * flops.autoencoder_training(sizes, outputs))

@@ -169,6 +169,18 @@ def test_it_learns_its_chunks(k):
     assert (rebuilt == tokens).float().mean() > 0.9
 
 
+def test_a_mirrored_autoencoder_rebuilds_many_tokens_before_it_is_trained():
+    tokens = random_chunks(8, 16, vocab_size=500)
+    rebuilt = {}
+    for init in ("normal", "mirror"):
+        model = small(vocab_size=500, hidden=256, latent=128, init_std=0, init=init)
+        mean, log_std = model.encode(tokens)
+        rebuilt[init] = (model.decode_tokens(mean) == tokens).float().mean()
+    assert rebuilt["normal"] < 0.02
+    assert rebuilt["mirror"] > 0.8
+    torch.testing.assert_close(log_std.exp(), torch.full_like(mean, 0.3))
+
+
 def test_a_chunk_is_encoded_by_itself_and_in_order():
     model, tokens = small(), random_chunks(2, 3)
     mean, _ = model.encode(tokens)
