@@ -2,15 +2,13 @@
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-
-from calm_core.autoencoder.artefact import load_autoencoder
 from calm_core.config import command
-from calm_core.data.store import ChunkStore
-from calm_core.data.verification import side_by_side, statistics
-from calm_core.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from calm_core.data.store import ChunkStore
+    from calm_core.tokenizer import Tokenizer
 
 
 def inspect() -> None:
@@ -23,6 +21,9 @@ def inspect() -> None:
     parser.add_argument("--start", type=int, default=0, help="first chunk of text to show")
     parser.add_argument("--chunks", type=int, default=64, help="chunks of text to show")
     arguments = parser.parse_args()
+    from calm_core.data.store import ChunkStore
+    from calm_core.tokenizer import load_tokenizer
+
     store = ChunkStore(arguments.store, arguments.split)
     print_statistics(store)
     if arguments.tokenizer:
@@ -30,8 +31,10 @@ def inspect() -> None:
         print_text(store, arguments.start, arguments.chunks, tokenizer, arguments.autoencoder)
 
 
-def print_statistics(store: ChunkStore) -> None:
+def print_statistics(store: "ChunkStore") -> None:
     """Counts of the whole split, and statistics of its first rows."""
+    from calm_core.data.verification import statistics
+
     size = sum(shard["bytes"] for shard in store.shards)
     found = statistics(store)
     lengths, sigma = found["document_chunks"], found["sigma"]
@@ -47,8 +50,9 @@ def print_statistics(store: ChunkStore) -> None:
     print(f"dimensions  {store.latent}, {found['flat_dimensions']} of them nearly constant")
 
 
-@torch.no_grad()
-def print_text(store: ChunkStore, start: int, count: int, tokenizer: Tokenizer, autoencoder_path: Path | None) -> None:
+def print_text(
+    store: "ChunkStore", start: int, count: int, tokenizer: "Tokenizer", autoencoder_path: Path | None
+) -> None:
     """The text of some chunks; with an autoencoder, beside its reconstruction from their means, and its accuracy."""
     start = min(max(0, start), len(store) - 1)
     rows = store.read(start, min(count, len(store) - start), ("tokens", "mean"))
@@ -56,9 +60,16 @@ def print_text(store: ChunkStore, start: int, count: int, tokenizer: Tokenizer, 
     if not autoencoder_path:
         print(tokenizer.decode(rows["tokens"].reshape(-1).tolist()))
         return
+    import numpy as np
+    import torch
+
+    from calm_core.autoencoder.artefact import load_autoencoder
+    from calm_core.data.verification import side_by_side
+
     autoencoder = load_autoencoder(autoencoder_path)
     store.require(autoencoder.k, autoencoder.content_hash)
-    rebuilt = autoencoder.decode_tokens(torch.from_numpy(rows["mean"].astype(np.float32))).numpy()
+    with torch.inference_mode():
+        rebuilt = autoencoder.decode_tokens(torch.from_numpy(rows["mean"].astype(np.float32))).numpy()
     texts = [[tokenizer.decode(chunk.tolist()) for chunk in chunks] for chunks in (rows["tokens"], rebuilt)]
     print(*side_by_side(*texts, shutil.get_terminal_size().columns), sep="\n")
     print(f"\nrebuilt: {np.mean(rebuilt == rows['tokens']):.2%} of these tokens")

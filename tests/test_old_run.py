@@ -27,9 +27,13 @@ def old_run(tmp_path: Path) -> Path:
     return Path(shutil.copytree(ROOT / "tests" / "fixtures" / "old_run", tmp_path / "run"))
 
 
-def test_it_trains_on_as_it_would_have(old_run: Path) -> None:
+def test_it_trains_on_as_it_would_have(old_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     changes = [f"run={old_run}", "training.steps=26", "training.eval_every=0", "samples.while_training=false"]
     assert run_calm(config.load(Experiment, old_run / "config.yaml", changes)) == ExitCode.OK
+    out, err = capfd.readouterr()
+    assert "was None" not in out  # keys that its version did not have are as they were
+    assert "resume: training.steps was 24, is now 26" in out
+    assert not err
     steps = {record["step"]: record for record in read_metrics(old_run / "calm" / "metrics.jsonl", "train")}
     assert sorted(steps) == list(range(1, 27))
     for step in (25, 26):

@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,16 @@ def test_there_are_commands_to_check():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_each_script_has_help(script, said):
     assert "usage:" in said([script, "--help"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_does_not_wait_for_torch(script):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / script), "--help"], capture_output=True, text=True, check=True
+    )
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "calm_core.config.command" in loaded or "calm_core.config" in loaded
+    assert not loaded & {"torch", "matplotlib", "scipy", "transformers", "megatron", "deepspeed"}
 
 
 def reads_a_configuration(command: list[str]) -> bool:

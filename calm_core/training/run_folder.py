@@ -7,6 +7,7 @@ from typing import Any
 
 from calm_core import config
 from calm_core.checkpoint.folder import Checkpoint
+from calm_core.config.experiment import Experiment
 from calm_core.errors import UserError
 from calm_core.io import file_lock
 
@@ -55,7 +56,8 @@ def check_same_run(
     """Compare a run about to resume with the checkpoint it resumes from.
 
     Returns:
-        (key, old value, new value) of each setting that has changed and may change.
+        (key, old value, new value) of each setting that has changed and may change; a key that the checkpoint's version
+        did not have has changed where it is not the default.
 
     Raises:
         UserError: if the model's shape, the data or the seed differ: then it is another run.
@@ -67,4 +69,7 @@ def check_same_run(
             f"{checkpoint.path} belongs to another run: {key} was {old} and is now {new}; restore it, choose another "
             "`run` folder, or start from these weights by training.init_from."
         )
-    return config.differences(checkpoint.state["config"], resolved)
+    known = dict(config.flatten(checkpoint.state["config"]))
+    usual = dict(config.flatten(config.to_dict(Experiment())))
+    changes = config.differences(checkpoint.state["config"], resolved)
+    return [change for change in changes if change[0] in known or change[2] != usual.get(change[0])]
