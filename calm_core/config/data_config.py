@@ -83,7 +83,7 @@ class DataConfig:
     )
     latents: Literal["stored", "encode"] = option(
         "stored",
-        "stored: train on data.chunks; encode: on data.tokens, the autoencoder runs in the loader",
+        "stored: train on data.chunks; encode: on data.tokens, the autoencoder runs in each step",
         belongs_to="chunks",
     )
     verify: Verify = option(

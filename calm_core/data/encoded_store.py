@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from calm_core.autoencoder.folded_encoder import FoldedEncoder
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.config.data_config import Verify
-from calm_core.data.chunks import encoded, require_tokenizer, source_of_chunks
+from calm_core.data.chunks import ENCODED_AT_ONCE, encoded, require_tokenizer, source_of_chunks
 from calm_core.data.store import ALL, TokenStore
 from calm_core.manifest import source_hash
 
@@ -18,8 +20,11 @@ from calm_core.manifest import source_hash
 class EncodedStore(TokenStore):
     """One split of a token store, its documents packed into chunks; a row is a chunk, with the columns of `ChunkStore`.
 
-    The encoder is built on the autoencoder's device when the first latent is read.
+    The encoder is built on the autoencoder's device when the first latent is read. A training run reads the tokens
+    alone, in a thread beside the step, and has them encoded in the step.
     """
+
+    read_columns = ("tokens",)
 
     def __init__(
         self,
@@ -71,6 +76,16 @@ class EncodedStore(TokenStore):
             columns |= zip(("mean", "log_std"), encoded(self._encoder(), tokens), strict=True)
         for name, target in out.items():
             target[:] = columns[name]
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Chunks `[..., K]` on the autoencoder's device -> their columns mean and log_std there, `[..., l]` float16.
+
+        What is beyond the range of float16 becomes infinite.
+        """
+        pieces = tokens.reshape(-1, self.k).split(ENCODED_AT_ONCE)
+        columns = zip(*(self._encoder().encode(piece) for piece in pieces), strict=True)
+        mean, log_std = (torch.cat(column).half().view(*tokens.shape[:-1], self.latent) for column in columns)
+        return mean, log_std
 
     def document_ids(self, start: int, count: int) -> np.ndarray:
         """The documents that rows [start, start + count) begin in: int64 `[count]`, unique within the split."""

@@ -1,9 +1,9 @@
 """Stores: Arrow shards whose columns are memory-mapped arrays, and a split of them as one axis of rows."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ AUTO_FULL_BYTES = 4 << 30  # a store up to this size is read whole each time it 
 
 ALL = slice(None)
 
-OPEN_SHARDS = 1024  # a process may map 65,530 files (vm.max_map_count); a large corpus has more shards
+OPEN_SHARDS = 4096  # a process may map 65,530 files (vm.max_map_count); a large corpus, or a blend, has more shards
 
 
 def write_shard(path: Path, columns: Mapping[str, pa.Array], metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -114,10 +114,22 @@ class ShardView:
 
     columns: Mapping[str, np.ndarray]
     """Arrays over the rows of the flat axis: `[rows]` or `[rows, width]`."""
-    names: pa.StringArray
-    """The documents' names."""
-    offsets: np.ndarray
-    """`[documents + 1]`: the first row that begins in each document, and the number of rows."""
+    open_documents: Callable[[], tuple[pa.StringArray, np.ndarray]]
+    """What reads `names` and `offsets`, which training does not need."""
+
+    @cached_property
+    def _documents(self) -> tuple[pa.StringArray, np.ndarray]:
+        return self.open_documents()
+
+    @property
+    def names(self) -> pa.StringArray:
+        """The documents' names."""
+        return self._documents[0]
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """`[documents + 1]`: the first row that begins in each document, and the number of rows."""
+        return self._documents[1]
 
     def document_of(self, rows: np.ndarray) -> np.ndarray:
         """The indices in `names` of the documents that these rows of the shard begin in."""
@@ -201,6 +213,11 @@ class Store:
     def document_count(self) -> int:
         """The number of documents in the split."""
         return self._first_documents[-1]
+
+    @property
+    def read_columns(self) -> Sequence[str]:
+        """The columns that are on disk."""
+        return list(self.columns)
 
     @property
     def columns(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
@@ -292,8 +309,7 @@ class TokenStore(Store):
         # The list's own values and offsets: the shard is whole, so its column starts at offset 0.
         return ShardView(
             columns={"tokens": tokens.values.to_numpy(zero_copy_only=True)},
-            names=batch.column("document"),
-            offsets=tokens.offsets.to_numpy(zero_copy_only=True),
+            open_documents=lambda: (batch.column("document"), tokens.offsets.to_numpy(zero_copy_only=True)),
         )
 
 
@@ -351,11 +367,10 @@ class ChunkStore(Store):
             )
 
     def _open(self, index: int) -> ShardView:
+        def documents() -> tuple[pa.StringArray, np.ndarray]:
+            sidecar = read_shard(self.folder / self.shards[index]["sidecar"]["file"])
+            return sidecar.column("document"), np.append(0, np.cumsum(sidecar.column("chunks").to_numpy()))
+
         batch = read_shard(self.folder / self.shards[index]["file"])
-        sidecar = read_shard(self.folder / self.shards[index]["sidecar"]["file"])
         names = [name for name in batch.schema.names if name != "document"]
-        return ShardView(
-            columns={name: rows_of(batch.column(name)) for name in names},
-            names=sidecar.column("document"),
-            offsets=np.append(0, np.cumsum(sidecar.column("chunks").to_numpy())),
-        )
+        return ShardView({name: rows_of(batch.column(name)) for name in names}, documents)

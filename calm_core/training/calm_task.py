@@ -27,7 +27,7 @@ from calm_core.inference.generate import continue_prompts
 from calm_core.inference.load_model import Loaded
 from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
-from calm_core.model.heads.protocol import HeadLoss
+from calm_core.model.heads.protocol import HeadLoss, Target
 from calm_core.model.layers import own_positions
 from calm_core.model.noise import SampleNoise
 from calm_core.model.parameters import initialize
@@ -89,13 +89,15 @@ class CalmTask:
         self._prompts, self._tokenizer = samples, tokenizer
         self._learns_tokens = True
         self._device = torch.device("cpu")
-        self._columns = list(train.first.columns)
+        self._columns = train.first.read_columns
 
     def build(self, topology: Topology, dtype: torch.dtype) -> list[MegatronModule]:
         """This rank's parts of the network; the initial weights depend on the seed alone."""
         self._held_out.micro_batches(topology)  # refuses too few windows for these ranks
         self._device = topology.device
-        self._columns = needed_columns(self.samples.store, first=topology.first, last=topology.last)
+        store = self.samples.store
+        needed = needed_columns(store, first=topology.first, last=topology.last)
+        self._columns = [name for name in store.read_columns if name in needed]
         if self.layout.pipeline > 1:
             topology.say(describe(self.shape, self.samples.positions, self.layout, self.split))
         compiled = self.layout.compiles(self._device.type)
@@ -151,12 +153,20 @@ class CalmTask:
         batch = next(micro_batches)
         noise = SampleNoise(self.seed, batch.samples, self._device)
         inputs = batch.inputs(self._device) if model.first else None
-        target = batch.target(self._device) if model.last else None
+        target = self._target(batch) if model.last else None
         output = model(inputs, target, noise, self._learns_tokens)
         if not model.last:
             return output, partial(_mean_loss, weights=None)
         weights = position_weights(target.tokens, self.samples.store.padding)
         return output, partial(_mean_loss, weights=own_positions(weights, model.config))
+
+    def _target(self, batch: ChunkBatch) -> Target:
+        """What the batch predicts, encoded here where its store holds tokens alone."""
+        target = batch.target(self._device)
+        if target.mean is not None or not self.shape.latent:
+            return target
+        mean, log_std = self.samples.store.encode(target.tokens)
+        return Target(target.tokens, mean.float(), log_std.float())
 
     def texts(self, engine: Engine) -> list[dict[str, Any]]:
         """The continuations of the configured prompts, if there is a tokenizer."""

@@ -1,12 +1,24 @@
+from functools import partial
+from pathlib import Path
+from threading import Thread, current_thread, main_thread
+
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
+from calm_core.autoencoder.folded_encoder import FoldedEncoder
+from calm_core.autoencoder.model import Autoencoder
 from calm_core.config.data_config import DataConfig
-from calm_core.config.experiment import Experiment
+from calm_core.config.experiment import EvaluationConfig, Experiment, SamplesConfig
+from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
+from calm_core.config.parallel_config import ParallelConfig
 from calm_core.data.dataset import Blend, TrainingSamples, chunk_rows, read_batch
 from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.store import ChunkStore
 from calm_core.errors import UserError
+from calm_core.training.batch_loader import Loader
+from calm_core.training.calm_task import CalmTask
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
@@ -58,3 +70,32 @@ def test_what_does_not_fit_is_refused(tokens, autoencoder):
         EncodedStore(tokens, "train", autoencoder)
     with pytest.raises(UserError, match=r"set data\.packing=pack"):
         DataConfig(latents="encode", packing="align")
+
+
+def test_a_training_run_reads_tokens_in_the_thread_and_has_them_encoded_in_the_step(
+    tokens: Path, built_chunks: Path, autoencoder: Autoencoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that another thread calls would wait for the step on the device, and the step for it."""
+    threads: list[Thread] = []
+    encode = FoldedEncoder.encode
+
+    def watched(encoder: FoldedEncoder, chunks: Tensor) -> tuple[Tensor, Tensor]:
+        threads.append(current_thread())
+        return encode(encoder, chunks)
+
+    monkeypatch.setattr(FoldedEncoder, "encode", watched)
+    shape = ModelShape(BackboneConfig(layers=1, hidden=8, ffn=8, heads=1), HeadConfig(noise=4), 400, 4, 8)
+    targets = []
+    for kind in (partial(EncodedStore, tokens, autoencoder=autoencoder), partial(ChunkStore, built_chunks)):
+        train, held_out = kind(split="train"), kind(split="held_out")
+        rest = (train.token_counts(), EvaluationConfig(windows=4), SamplesConfig())
+        task = CalmTask(shape, ParallelConfig(), 7, 0, Blend.of(train), held_out, autoencoder, *rest)
+        with Loader(task.load, lambda start: [np.arange(5)], 0, 5, 1, torch.device("cpu")) as loader:
+            [batch], _ = loader.next()
+        targets.append(task._target(batch))
+    assert set(threads) == {main_thread()}
+    encoded, stored = targets
+    assert torch.equal(encoded.tokens, stored.tokens)
+    for found, wanted in zip((encoded.mean, encoded.log_std), (stored.mean, stored.log_std), strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, wanted, rtol=2**-10, atol=1e-6)

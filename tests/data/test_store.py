@@ -17,7 +17,7 @@ from calm_core.data.corpus import Tally, documents, records, sources
 from calm_core.data.dataset import Windows, read_batch
 from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.split import Split
-from calm_core.data.store import ChunkStore, TokenStore, verify_shards
+from calm_core.data.store import ChunkStore, TokenStore, read_shard, verify_shards
 from calm_core.data.tokens import build_tokens
 from calm_core.data.verification import faults
 from calm_core.errors import UserError
@@ -154,6 +154,17 @@ def test_a_chunk_belongs_to_the_document_of_its_first_token(tokens, chunks):
     assert np.array_equal(store.document_ids(0, len(store)), ids)
     assert store.document(0) == token_store.document(0)
     assert store.document_count == token_store.document_count
+
+
+def test_reading_rows_opens_no_file_of_documents(built_chunks, monkeypatch):
+    opened = []
+    monkeypatch.setattr("calm_core.data.store.read_shard", lambda path: opened.append(path.name) or read_shard(path))
+    store = ChunkStore(built_chunks, "train")
+    store.read(0, len(store), store.columns)
+    assert opened == [shard["file"] for shard in store.shards]
+    store.document(0)
+    store.document(0)
+    assert opened[len(store.shards) :] == [store.shards[0]["sidecar"]["file"]]
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, 8, 64])
