@@ -222,12 +222,13 @@ class ChunkBatch:
 
     def inputs(self, device: torch.device) -> Tensor:
         """`[B, S, K]`: every chunk but the last."""
-        return self.tokens[:, :-1].to(device, non_blocking=True)
+        return self.tokens.to(device, non_blocking=True)[:, :-1]
 
     def target(self, device: torch.device) -> Target:
         """Every chunk but the first, positions leading: `[S, B, ...]`."""
         latents = (self.mean, self.log_std) if self.mean is not None else ()
-        tokens, *latents = (x[:, 1:].transpose(0, 1).to(device, non_blocking=True) for x in (self.tokens, *latents))
+        # Rearranged on the device: on the host it would be a copy.
+        tokens, *latents = (x.to(device, non_blocking=True)[:, 1:].transpose(0, 1) for x in (self.tokens, *latents))
         return Target(tokens, *(x.float() for x in latents))
 
 

@@ -176,7 +176,8 @@ def open_loader(task: Task, config: TrainingConfig, topology: Topology, progress
     def plan(consumed: int) -> list[Any]:
         return step_samples(consumed, count, config.micro_batch, topology.data_rank, topology.data_size)
 
-    return Loader(task.load, plan, progress.consumed, config.global_batch, config.steps - progress.step)
+    remaining = config.steps - progress.step
+    return Loader(task.load, plan, progress.consumed, config.global_batch, remaining, topology.device)
 
 
 def check_skipped(progress: RunProgress, engine: Engine, config: TrainingConfig) -> None:

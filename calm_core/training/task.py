@@ -49,7 +49,10 @@ class Task(Protocol):
         ...
 
     def load(self, samples: np.ndarray) -> Any:
-        """The micro-batch of the samples with these global indices, on the host (called from a loader thread)."""
+        """The micro-batch of the samples with these global indices: a dataclass with tensors on the host.
+
+        Called from a loader thread: it runs no model.
+        """
         ...
 
     def require(self, samples: int) -> None:
