@@ -1,7 +1,7 @@
 """The machine: its peak, its memory, which implementations are active, and deterministic algorithms."""
 
-import importlib.util
 import os
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -11,17 +11,24 @@ from functools import cache
 import psutil
 import torch
 
+from calm_core.config.parallel_config import ParallelConfig
 from calm_core.errors import UserError
 
-# Dense bf16 peak in FLOP/s, by the vendor's data sheets.
+# Dense bf16 peak in FLOP/s by the vendor's data sheets, for devices whose name has these words: the first that fits.
 _BF16_PEAKS = {
     "GB200": 2500e12,
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "GH200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
+    "L40S": 362e12,
     "L40": 181e12,
+    "L4": 121e12,
+    "A10G": 70e12,
     "A10": 125e12,
 }
 
@@ -32,15 +39,20 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     For a known GPU it is the bf16 peak of its data sheet; anything else is measured by a large matrix product.
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for part, peak in _BF16_PEAKS.items():
-            if part in name:
-                return peak, f"data sheet of {part}"
-    return _measured_peak(device, dtype), "measured matrix product"
+        model = known_model(torch.cuda.get_device_name(device))
+        if model:
+            return _BF16_PEAKS[model], f"data sheet of {model}"
+    return _measured_peak(device, dtype, 8192 if device.type == "cuda" else 1024), "measured matrix product"
+
+
+def known_model(name: str) -> str | None:
+    """The model of a GPU with this device name, as the table of peaks has it."""
+    words = set(re.split(r"[ -]", name))
+    return next((model for model in _BF16_PEAKS if words.issuperset(model.split())), None)
 
 
 @cache
-def _measured_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
+def _measured_peak(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 0.3) -> float:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -71,15 +83,15 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def backends(device: torch.device) -> str:
-    """Which implementation of norms, attention and Adam is active, and which optional packages were found."""
-    found = [n for n in ("apex", "transformer_engine") if importlib.util.find_spec(n) is not None]
-    attention = (
-        "scaled_dot_product_attention (FlashAttention)" if device.type == "cuda" else "scaled_dot_product_attention"
-    )
+def backends(device: torch.device, layout: ParallelConfig) -> str:
+    """Which implementation of attention, pointwise work and Adam is active."""
+    attention, pointwise = "", "compiled" if layout.compiles(device.type) else "eager"
+    if device.type == "cuda":
+        kernels = {"cuDNN": torch.backends.cuda.cudnn_sdp_enabled(), "Flash": torch.backends.cuda.flash_sdp_enabled()}
+        attention = f" (of {' and '.join(name for name, enabled in kernels.items() if enabled) or 'math'}, by shape)"
     return (
-        f"norms: torch rms_norm; attention: torch {attention}; Adam: torch fused AdamW under DeepSpeed ZeRO-1; "
-        f"optional packages found: {', '.join(found) or 'none'}"
+        f"attention: torch scaled_dot_product_attention{attention}; norms and activations: torch, {pointwise} in the "
+        "CALM network; Adam: torch fused AdamW under DeepSpeed ZeRO-1"
     )
 
 
@@ -112,17 +124,20 @@ def deterministic(wanted: bool) -> Iterator[None]:
     A CPU with a fixed number of threads always does. On a GPU attention, embeddings and cuBLAS add in varying order.
     Must be entered before the first matrix product on the GPU, because cuBLAS reads its setting once. An operation that
     has no deterministic form raises an error: with `warn_only` PyTorch would run attention's non-deterministic backward
-    without a word.
+    without a word. Compiled kernels take their block sizes, and so the order of their sums, by rule and not by trial.
     """
     if not wanted:
         yield
         return
+    from torch._inductor import config as compiler  # takes a second
+
     os.environ.update({name: value for name, value in _CUBLAS.items() if name not in os.environ})
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # every buffer here is written before it is read
     torch.use_deterministic_algorithms(True)
     try:
-        yield
+        with compiler.patch(deterministic=True):
+            yield
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]

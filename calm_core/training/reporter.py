@@ -80,7 +80,7 @@ class Reporter:
             beginning = {"event": "start", "samples": start.consumed, **where, **self._layout()}
             self._log.write(start.step, "event", beginning)
             print(self._start_line(parameters))
-            print(backends(self._topology.device))
+            print(backends(self._topology.device, self._topology.layout))
             print(f"peak: {self._peak / 1e12:.3g} TFLOP/s over {self._topology.world} ranks ({source})", flush=True)
         self._reached = start.step
         self._window = Window()

@@ -2,16 +2,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from calm_core.config.parallel_config import ParallelConfig
 from calm_core.errors import UserError
-from calm_core.training.hardware import deterministic, explain_out_of_memory
+from calm_core.training.hardware import backends, deterministic, explain_out_of_memory, known_model
 
 
 def test_it_is_on_within_the_block_alone() -> None:
+    from torch._inductor import config as compiler
+
     assert not torch.are_deterministic_algorithms_enabled()
     with deterministic(True):
+        assert compiler.deterministic
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()  # attention's backward would not be
     assert not torch.are_deterministic_algorithms_enabled()
+    assert not compiler.deterministic
     with deterministic(False):
         assert not torch.are_deterministic_algorithms_enabled()
 
@@ -39,3 +44,30 @@ def test_out_of_memory_names_the_key_to_lower() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
     with pytest.raises(RuntimeError, match="another failure"), explain_out_of_memory("training"):
         raise RuntimeError("another failure")
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", "A100"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L4", "L4"),
+        ("Tesla T4", None),
+    ],
+)
+def test_cards_of_one_name_have_their_own_peaks(name: str, model: str | None) -> None:
+    assert known_model(name) == model
+
+
+def test_the_log_says_whether_training_compiles() -> None:
+    cpu = torch.device("cpu")
+    assert "torch, eager" in backends(cpu, ParallelConfig())
+    assert "torch, compiled" in backends(cpu, ParallelConfig(compile="always"))
