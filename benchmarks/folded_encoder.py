@@ -12,8 +12,7 @@ import time
 
 import torch
 
-from calm_core.autoencoder.folded_encoder import FoldedEncoder
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, FoldedEncoder
 from calm_core.config.model_config import AutoencoderConfig
 from calm_core.data.chunks import ENCODED_AT_ONCE
 

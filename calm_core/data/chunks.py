@@ -17,8 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from calm_core.autoencoder.folded_encoder import FoldedEncoder
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, FoldedEncoder
 from calm_core.config.data_config import Packing, Verify
 from calm_core.data.builder import ALL, ArrayTask, StoreBuilder, carry_out, shard_name
 from calm_core.data.store import TokenStore, list_column, write_shard

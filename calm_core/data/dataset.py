@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calm_core.autoencoder.folded_encoder import FoldedEncoder
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, FoldedEncoder
 from calm_core.config.data_config import DataConfig, StoreShare, weights_of
 from calm_core.config.experiment import Paths
 from calm_core.data.encoded_store import EncodedStore

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calm_core.autoencoder.folded_encoder import FoldedEncoder
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, FoldedEncoder
 from calm_core.config.data_config import Verify
 from calm_core.data.chunks import ENCODED_AT_ONCE, encoded, require_tokenizer, source_of_chunks
 from calm_core.data.store import ALL, TokenStore

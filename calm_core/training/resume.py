@@ -10,8 +10,7 @@ from calm_core.checkpoint.folder import Checkpoint, DamagedError, list_checkpoin
 from calm_core.config.training_config import ScheduleConfig, TrainingConfig
 from calm_core.distributed.collectives import on_first_rank
 from calm_core.distributed.engine import Engine
-from calm_core.distributed.optimizer import decay_start, learning_rate_factor
-from calm_core.distributed.spikes import UpdateHistory
+from calm_core.distributed.optimizer import UpdateHistory, decay_start, learning_rate_factor
 from calm_core.distributed.topology import Topology, choose_dtype
 from calm_core.errors import UserError
 from calm_core.training.run_folder import RunFolder, check_same_run

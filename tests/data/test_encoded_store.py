@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calm_core.autoencoder.folded_encoder import FoldedEncoder
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, FoldedEncoder
 from calm_core.config.data_config import DataConfig
 from calm_core.config.experiment import EvaluationConfig, Experiment, SamplesConfig
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from calm_core.config.training_config import OptimizerConfig
 from calm_core.distributed.engine import Engine, Pass
-from calm_core.distributed.spikes import Verdict
+from calm_core.distributed.optimizer import Verdict
 from calm_core.distributed.topology import Topology
 
 SHAPE = Pass(positions=3, micro_batch=2)
