@@ -1,4 +1,7 @@
-"""Every command of the README and of docs names a script that is there and takes these arguments."""
+"""Every command of the README and of docs names a script that is there and takes these arguments.
+
+Those with a configuration are run as far as their plan; `NOT_RUN` says why others are not run.
+"""
 
 import re
 import runpy
@@ -6,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,13 +19,18 @@ from calm_core.data import builder as share
 
 PAGES = {page: page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
 TEXT = "\n".join(PAGES.values())
-BLOCKS = re.findall(r"^```\w*\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for block in BLOCKS
-    for line in block.splitlines()
-    if line.startswith(("python ", "torchrun "))
-]
+BLOCKS = re.findall(r"^```\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)  # those of a language are no commands
+
+NOT_RUN = {
+    "make": "its targets are looked up; CI runs them",
+    "sbatch": "tests/slurm submits jobs",
+    "launchers/pipeline.sh": "tests/slurm runs it",
+    "launchers/status.sh": "tests/slurm runs it",
+    "python": "the tools among them need the run of the demo, which tests/end_to_end/test_demo.py makes",
+}
+LINES = [line for block in BLOCKS for line in block.splitlines() if block.startswith((*NOT_RUN, "torchrun"))]
+LINES = [words for line in LINES if (words := shlex.split(line, comments=True))]
+COMMANDS = [line for line in LINES if line[:1] in (["python"], ["torchrun"]) and line[1] != "-m"]
 COMMANDS = [list(command) for command in dict.fromkeys(map(tuple, COMMANDS))]
 SCRIPTS = sorted({next(word for word in command if word.endswith(".py")) for command in COMMANDS})
 
@@ -74,6 +83,13 @@ def test_each_command_with_a_configuration_can_be_planned(command, said, tmp_pat
     run = [] if any(word.startswith("run=") for word in arguments) else [f"run={tmp_path / 'run'}"]
     assert said([*arguments, *run, "--dry-run"])
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_each_command_is_run_or_is_known_not_to_be():
+    assert {line[0] for line in LINES} <= {*NOT_RUN, "torchrun"}
+    for command in LINES:
+        if command[1:2] == ["-m"]:
+            assert find_spec(command[2]), command
 
 
 def test_options_of_tools_are_known():
