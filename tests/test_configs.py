@@ -34,7 +34,7 @@ def test_it_can_be_planned(path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_the_plan_of_the_largest_model(capsys: pytest.CaptureFixture) -> None:
-    experiment = config.load(Experiment, ROOT / "configs" / "calm_xl.yaml", ["plan.world=512"])
+    experiment = config.load(Experiment, ROOT / "configs" / "calm_xl.yaml", ["plan.world=512", "plan.price=2"])
     plan_calm(experiment, ("plan",))
     text = capsys.readouterr().out
     for line in (
@@ -42,8 +42,19 @@ def test_the_plan_of_the_largest_model(capsys: pytest.CaptureFixture) -> None:
         "ranks: 512 = tensor 2 x pipeline 1 x data 256; each rank is in one of 2 dp, 256 tp, 512 pp groups (checked)",
         "batch: 256 samples a step = 256 data-parallel ranks x 1 a micro-batch x 1 accumulated",
         "work: 2,097,152 tokens a step, 250,000 steps, 524.3B tokens",
+        "a checkpoint is 22 GB",
+        "disk: 230B tokens of text: tokens 920 GB",
+        "chunks with latents 30.4 TB",
     ):
         assert line in text
+    seconds = float(re.search(r"time of a step: (\d+) ms", text)[1]) / 1e3
+    hours, money = (
+        float(re.search(pattern, text)[1].replace(",", "")) for pattern in (r"cost: (\S+) ", r", (\S+) at 2 ")
+    )
+    assert hours == pytest.approx(512 * 250_000 * seconds / 3600, rel=0.1)  # evaluations and checkpoints take little
+    assert money == pytest.approx(2 * hours, abs=2)
+    fastest = text.partition("the fastest layouts that fit")[2].splitlines()[2].split()
+    assert fastest[:3] == ["this", "2", "1"]
 
 
 def test_a_plan_needs_to_know_the_vocabulary(tmp_path: Path) -> None:

@@ -92,11 +92,11 @@ def time_lines(step: StepTime, seconds: float, mfu: float, tokens: int, plan: Pl
 def cost_lines(cost: RunCost, world: int, plan: PlanConfig) -> list[str]:
     """What the run costs, and its checkpoints."""
     parts = {name: getattr(cost, name) for name in ("training", "evaluation", "checkpoints", "start")}
-    money = f", {cost.money:,.0f} at {plan.price:g} an hour (plan.price)" if plan.price else ""
+    money = f", {number(cost.money)} at {plan.price:g} an hour (plan.price)" if plan.price else ""
     listed = " + ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)
     return [
         f"time of the run: {duration(cost.total)} = {listed}",
-        f"cost: {cost.device_hours:,.0f} device-hours on {world} devices{money}; a checkpoint is "
+        f"cost: {number(cost.device_hours)} device-hours on {world} devices{money}; a checkpoint is "
         f"{size(cost.checkpoint_bytes)}, written in {duration(cost.checkpoint_bytes / plan.storage_gbs / 1e9)}",
     ]
 
@@ -145,6 +145,11 @@ def _side_loss(account: Account, training: TrainingConfig) -> list[str]:
         f"token side loss: {token_loss.describe(shape)}; {size / 1e6:.1f}M parameters for training alone, "
         f"{whole / without - 1:+.1%} FLOPs executed"
     ]
+
+
+def number(count: float) -> str:
+    """A number without digits that say nothing."""
+    return f"{count:,.0f}" if count >= 100 else f"{count:.3g}"
 
 
 def size(count: float) -> str:
