@@ -91,7 +91,8 @@ def step_time(
     parameters = flops.autoencoder_parameters(shape)
     passed = stage_pass(machine, load, [unit])
     each = passed + accumulation_pass(machine, load, parameters, TENSORS)
-    return each * micro_batches + update_time(machine, load, parameters, world, passed.total * 2 / 3)
+    table = shape.vocabulary * shape.hidden
+    return each * micro_batches + update_time(machine, load, parameters, table, world, passed.total * 2 / 3)
 
 
 def kernels(shape: AutoencoderShape, load: Load, outputs: int) -> Kernels:

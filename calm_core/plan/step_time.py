@@ -196,17 +196,21 @@ def accumulation_pass(machine: Machine, load: Load, parameters: int, tensors: in
     return StepTime(memory=moved / machine.memory, host=_late(machine, tensors, moved))
 
 
-def update_time(machine: Machine, load: Load, parameters: int, data_size: int, last_backward: float) -> StepTime:
+def update_time(
+    machine: Machine, load: Load, parameters: int, last: int, data_size: int, last_backward: float
+) -> StepTime:
     """What follows the last backward pass: the sum of the gradients, the update, and the gathering of new weights.
 
     Args:
         machine: the rates.
         load: of a rank.
         parameters: of a rank.
+        last: those whose gradients are complete when the backward pass ends, so that nothing hides their sum.
         data_size: data-parallel ranks.
-        last_backward: seconds of the backward pass of the last micro-batch, which hides the sums on a GPU.
+        last_backward: seconds of the backward pass of the last micro-batch, which hides the other sums on a GPU.
     """
     gradients_sent, weights_sent = data_parallel_traffic(parameters, data_size, load.width)
+    last_sent, _ = data_parallel_traffic(last, data_size, load.width)
     link = machine.link(data_size, load.layout.tensor)
     message = machine.message if data_size > 1 else 0.0
     summed, gathered = gradients_sent / link + message, weights_sent / link + message
@@ -214,7 +218,7 @@ def update_time(machine: Machine, load: Load, parameters: int, data_size: int, l
     moved = (FLOAT32 + load.width) * parameters + (8 + 4 + 8 + 30) * parameters // data_size
     kernels = 8 * (2 + parameters // load.layout.reduce_bucket)
     return StepTime(
-        gradients=max(0.0, summed - last_backward) if machine.asynchronous else summed,
+        gradients=max(last_sent / link, summed - last_backward) if machine.asynchronous else summed,
         weights=gathered,
         update=moved / machine.memory + _late(machine, kernels, moved),
     )
@@ -250,11 +254,11 @@ def step_time(
     passes, updates = [], []
     for work, held in zip(works, weights, strict=True):
         whole = sum(held, Weights())
-        parameters = whole.on_rank(layout.tensor)
+        parameters, last = whole.on_rank(layout.tensor), held[0].on_rank(layout.tensor)
         passed = stage_pass(machine, load, work)
         passes.append(passed + accumulation_pass(machine, load, parameters, whole.tensors))
         last_backward = passed.total * 2 / 3
-        updates.append(update_time(machine, load, parameters, data_size, last_backward))
+        updates.append(update_time(machine, load, parameters, last, data_size, last_backward))
     slowest, update = (max(each, key=lambda time: time.total) for each in (passes, updates))
     idle = (stages - 1) / layout.virtual
     hop = pipeline_traffic(shape, load) / machine.link(stages, layout.tensor * data_size) + machine.message
