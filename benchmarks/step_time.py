@@ -29,7 +29,7 @@ from calm_core.distributed.topology import Topology, distributed
 from calm_core.model.costs import Load
 from calm_core.model.noise import SampleNoise
 from calm_core.plan.pipeline_split import pipeline_split
-from calm_core.plan.step_time import Machine, StepTime, stage_pass, step_time, unit_work
+from calm_core.plan.step_time import Machine, StepTime, step_time
 
 POSITIONS, SEQUENCES = 128, 16
 SHAPE = ModelShape(
@@ -72,11 +72,11 @@ def compare_published() -> None:
 
 
 class TimedOperators(TorchDispatchMode):
-    """Attributes: processor seconds of `products` and of `others`, and how many operators of both ran."""
+    """Attributes: processor seconds of `products`, `messages` and `others`, and the `count` of operators that ran."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.products = self.others = 0.0
+        self.products = self.messages = self.others = 0.0
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -85,14 +85,16 @@ class TimedOperators(TorchDispatchMode):
         seconds = time.thread_time() - start
         if str(func).startswith(PRODUCTS):
             self.products += seconds
+        elif str(func).startswith("c10d."):
+            self.messages += seconds
         elif not func.is_view:
             self.others += seconds
         self.count += not func.is_view
         return out
 
 
-def step_of(topology: Topology, micro_batch: int) -> tuple[Callable[[], None], Callable[[], None]]:
-    """One training step, and its passes alone without the update."""
+def step_of(topology: Topology, micro_batch: int) -> Callable[[], None]:
+    """One training step."""
     from calm_core.distributed.engine import Engine, Pass
     from calm_core.model.backbone import transformer_config
     from calm_core.model.calm import CalmModel
@@ -117,24 +119,21 @@ def step_of(topology: Topology, micro_batch: int) -> tuple[Callable[[], None], C
 
     batches = [list(range(micro_batch))] * (SEQUENCES // topology.data_size // micro_batch)
 
-    def passes() -> None:
-        engine.forward_backward(forward_step, batches, Pass(POSITIONS, micro_batch))
-
     def step() -> None:
-        passes()
+        engine.forward_backward(forward_step, batches, Pass(POSITIONS, micro_batch))
         engine.step(1e-3, loss=1.0)
 
-    return step, passes
+    return step
 
 
-def seconds_of(action: Callable[[], None], runs: int) -> float:
-    """Median processor seconds of an action, of the rank that takes most."""
+def seconds_of(action: Callable[[], None], runs: int, clock: Callable[[], float] = time.process_time) -> float:
+    """Median processor seconds of an action, of the rank that takes most; of all its threads by default."""
     measured = []
     action()
     for _ in range(runs):
-        start = time.process_time()
+        start = clock()
         action()
-        measured.append(time.process_time() - start)
+        measured.append(clock() - start)
     slowest = torch.tensor(statistics.median(measured))
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return float(slowest)
@@ -142,24 +141,22 @@ def seconds_of(action: Callable[[], None], runs: int) -> float:
 
 def fitted(topology: Topology, layout: ParallelConfig, micro_batch: int, runs: int) -> Machine:
     """The rates of this machine, from one layout and a message of 16 MiB."""
-    step, passes = step_of(topology, micro_batch)
+    step = step_of(topology, micro_batch)
     step()
     operators = TimedOperators()
     with operators:
-        passes()
-    whole = seconds_of(passes, runs)
-    load = Load(POSITIONS, micro_batch, layout, 4, "cpu")
-    count = SEQUENCES // topology.data_size // micro_batch
-    work = unit_work(SHAPE, load)
-    products = count * sum(unit.forward + unit.backward for unit in work)
-    unit_rates = Machine(1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 2, asynchronous=False)
-    moved = count * stage_pass(unit_rates, load, work).memory
+        step()
+    whole = seconds_of(step, runs, time.thread_time)  # gloo sends in threads of its own
+    # At these rates the plan's seconds are FLOPs and bytes.
+    counts = predicted(
+        Machine(1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 2, asynchronous=False), layout, micro_batch, topology.world
+    )
     message = torch.ones(1 << 22)
     sent = seconds_of(lambda: dist.all_reduce(message), runs)
-    host = max(0.0, whole - operators.products - operators.others) / operators.count
+    host = max(0.0, whole - operators.products - operators.others - operators.messages) / operators.count
     return Machine(
-        matrices=products / operators.products,
-        memory=moved / operators.others,
+        matrices=counts.matrices / operators.products,
+        memory=(counts.memory + counts.update) / operators.others,
         launch=host,
         message=1e-4,
         node=message.nbytes * 2 * (topology.world - 1) / topology.world / sent,
@@ -196,7 +193,7 @@ def main() -> None:
                     f"fitted on {name!r}: {machine.matrices / 1e9:.1f} GFLOP/s, {machine.memory / 1e9:.2f} GB/s, "
                     f"{machine.launch * 1e6:.1f} us a kernel, {machine.node / 1e9:.2f} GB/s sent"
                 )
-            measured = seconds_of(step_of(topology, micro_batch)[0], arguments.runs)
+            measured = seconds_of(step_of(topology, micro_batch), arguments.runs)
             plan = predicted(machine, layout, micro_batch, topology.world)
             found = plan.total - plan.bubble
             topology.say(

@@ -55,7 +55,9 @@ def test_a_step_of_calm_xl_on_512_gpus_by_hand() -> None:
     assert alone.gradients == pytest.approx(4 * parameters * 127 / 128 / 80e9, rel=0.01)  # two devices of a node
     # Two micro-batches, and of the last one the backward pass: two thirds.
     last_backward = (step.matrices + step.memory + step.host + step.tensor) / 2 * 2 / 3
-    assert step.gradients == pytest.approx(alone.gradients - last_backward, abs=2e-3)
+    table = 128_384 * 2560 / 4  # its gradient is complete when nothing is left to hide its sum
+    assert step.gradients > 4 * table * 127 / 128 / 80e9
+    assert step.gradients == pytest.approx(max(alone.gradients - last_backward, 4 * table / 80e9), abs=2e-3)
     assert step.weights == pytest.approx(2 * parameters * 127 / 128 / 80e9, rel=0.01)
     assert step.matrices == pytest.approx(8.03e15 / 512 / (989e12 * 0.65), rel=0.01)
     assert 0.06 < step.total < 0.12
