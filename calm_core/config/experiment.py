@@ -139,7 +139,7 @@ class PlanConfig:
     peak_tflops: float = option(
         989.0, "peak of one device in TFLOP/s: 989 is an H100's in bf16, 312 an A100's", above=0
     )
-    matrix_share: float = option(0.65, "fraction of the peak that large matrix products reach", above=0, at_most=1)
+    matrix_share: float = option(0.6, "fraction of the peak that large matrix products reach", above=0, at_most=1)
     memory_gbs: float = option(2600.0, "GB/s that kernels read and write in a device's memory", above=0)
     launch_us: float = option(10.0, "microseconds of the host for each kernel that it launches", at_least=0)
     collective_us: float = option(20.0, "microseconds that a message takes beside its bytes", at_least=0)

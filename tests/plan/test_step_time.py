@@ -59,7 +59,7 @@ def test_a_step_of_calm_xl_on_512_gpus_by_hand() -> None:
     assert step.gradients > 4 * table * 127 / 128 / 80e9
     assert step.gradients == pytest.approx(max(alone.gradients - last_backward, 4 * table / 80e9), abs=2e-3)
     assert step.weights == pytest.approx(2 * parameters * 127 / 128 / 80e9, rel=0.01)
-    assert step.matrices == pytest.approx(8.03e15 / 512 / (989e12 * 0.65), rel=0.01)
+    assert step.matrices == pytest.approx(8.03e15 / 512 / H100.matrices, rel=0.01)
     assert 0.06 < step.total < 0.12
     parts = (step.matrices, step.memory, step.host, step.tensor, step.gradients, step.weights, step.update)
     assert step.total == pytest.approx(sum(parts))
