@@ -19,7 +19,7 @@ import torch
 
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.config.model_config import AutoencoderConfig
-from calm_core.data.dataset import Blend, TrainingSamples, read_batch
+from calm_core.data.dataset import Blend, ChunkBatch, TrainingSamples, read_batch
 from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.order import SampleOrder
 from calm_core.data.store import ChunkStore, list_column, write_shard
@@ -52,6 +52,7 @@ def main() -> None:
                 report(f"{factor}x", processes, stored, folder, arguments.seconds)
             if factor == 1:
                 report("1x, rows by index", 1, by_index, folder, arguments.seconds)
+                report("1x, shards opened", 1, opened_each_time, folder, arguments.seconds)
                 make_tokens(Path(scratch) / "tokens", arguments.rows * K)
                 report("1x, encoded", 1, encoded, Path(scratch) / "tokens", arguments.seconds)
 
@@ -64,6 +65,7 @@ def report(name: str, processes: int, opener: Callable, folder: Path, seconds: f
     first = found[0]
     print(
         f"{name:>18}, {first['rows']:>10,} rows, {processes} process(es): {tokens / 1e6:6.2f}M tokens/s, "
+        f"{tokens / (POSITIONS * K):6.0f} samples/s, {1e3 * first['cpu']:5.2f} ms CPU a sample, "
         f"{first['bytes_per_token']:6.1f} bytes/token, {tokens * first['bytes_per_token'] / 1e9:5.2f} GB/s, "
         f"start-up {1e3 * first['start_up']:5.1f} ms, memory {first['anonymous']:+5.0f} MiB private",
         flush=True,
@@ -75,7 +77,7 @@ def measure(opener: Callable, folder: Path, seconds: float, seed: int) -> dict[s
     before, start = anonymous_mib(), time.perf_counter()
     load, rows, bytes_per_token = opener(folder, seed)
     load(np.arange(MICRO_BATCH))
-    start_up, start = time.perf_counter() - start, time.perf_counter()
+    start_up, start, cpu = time.perf_counter() - start, time.perf_counter(), time.thread_time()
     windows = min(rows // POSITIONS, 4096)  # at most an epoch: no window twice
     consumed = MICRO_BATCH
     while time.perf_counter() - start < seconds and consumed + MICRO_BATCH <= windows:
@@ -86,6 +88,7 @@ def measure(opener: Callable, folder: Path, seconds: float, seed: int) -> dict[s
         "rows": rows,
         "start_up": start_up,
         "bytes_per_token": bytes_per_token,
+        "cpu": (time.thread_time() - cpu) / max(1, consumed - MICRO_BATCH),
         "tokens_per_second": tokens / (time.perf_counter() - start),
         "anonymous": anonymous_mib() - before,
     }
@@ -96,6 +99,21 @@ def stored(folder: Path, seed: int) -> tuple[Callable, int, float]:
     store = ChunkStore(folder, "train", "size")
     samples = TrainingSamples(Blend.of(store), POSITIONS, seed)
     return lambda chosen: read_batch(samples, chosen, chosen), len(store), BYTES_PER_CHUNK / K
+
+
+def opened_each_time(folder: Path, seed: int) -> tuple[Callable, int, float]:
+    """Stored latents of a corpus with so many shards that no sample finds its own still open."""
+    store = ChunkStore(folder, "train", "size")
+    samples = TrainingSamples(Blend.of(store), POSITIONS, seed)
+
+    def load(chosen: np.ndarray) -> list[ChunkBatch]:
+        batches = []
+        for sample in chosen:
+            store.shard.cache_clear()
+            batches.append(read_batch(samples, sample[None], sample[None]))
+        return batches
+
+    return load, len(store), BYTES_PER_CHUNK / K
 
 
 def by_index(folder: Path, seed: int) -> tuple[Callable, int, float]:
@@ -111,13 +129,17 @@ def by_index(folder: Path, seed: int) -> tuple[Callable, int, float]:
 
 
 def encoded(folder: Path, seed: int) -> tuple[Callable, int, float]:
-    """Latents from an encoder of the paper's size, as a training run with data.latents=encode reads them."""
+    """Tokens, and their latents from an encoder of the paper's size, as a run with data.latents=encode has them."""
     torch.set_num_threads(1)
     autoencoder = Autoencoder(AutoencoderConfig(hidden=HIDDEN, latent=LATENT), VOCABULARY, K).requires_grad_(False)
     autoencoder.tokenizer_hash = "none"
     store = EncodedStore(folder, "train", autoencoder, "size")
     samples = TrainingSamples(Blend.of(store), POSITIONS, seed)
-    return lambda chosen: read_batch(samples, chosen, chosen), len(store), 2.0
+
+    def load(chosen: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        return store.encode(read_batch(samples, chosen, chosen, store.read_columns).tokens)
+
+    return load, len(store), 2.0
 
 
 def make_chunks(folder: Path, rows: int) -> None:
