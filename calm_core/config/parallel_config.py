@@ -18,6 +18,11 @@ class ParallelConfig:
     pipeline: int = option(1, "stages that divide the layers (pipeline parallelism, 1F1B)", at_least=1)
     virtual: int = option(1, "model parts per stage; above 1 the pipeline schedule is interleaved", at_least=1)
     sequence: bool = option(False, "split activations along the sequence between the tensor-parallel ranks")
+    head: Literal["split", "replicated"] = option(
+        "split",
+        "the energy head of sequence-parallel ranks; replicated: each holds it whole, for its own positions, and sends "
+        "its gradients once a step instead of activations",
+    )
     zero: int = option(1, "DeepSpeed ZeRO stage of the optimizer; only 1 is supported")
     recompute: Literal["none", "selective", "full"] = option(
         "none", "activations recomputed in the backward pass: selective recomputes attention, full whole layers"
@@ -41,6 +46,10 @@ class ParallelConfig:
         if self.sequence and self.tensor == 1:
             raise UserError(
                 "parallel.sequence=true needs parallel.tensor of at least 2: it splits between tensor-parallel ranks."
+            )
+        if self.head == "replicated" and not self.sequence:
+            raise UserError(
+                "parallel.head=replicated needs parallel.sequence=true: without it every rank has all positions."
             )
         if self.virtual > 1 and self.pipeline == 1:
             raise UserError(

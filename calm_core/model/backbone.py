@@ -1,6 +1,7 @@
 """The causal transformer: Megatron-core's layers with our own norm and attention in the layer specification."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +30,20 @@ from calm_core.model.layers import all_positions, replicated
 from calm_core.model.pointwise import add_rms_norm, fused, rms_norm, swiglu
 
 
+@dataclass
+class ModelConfig(TransformerConfig):
+    """Megatron-core's configuration, and `replicated_head` (see `config.parallel_config`)."""
+
+    replicated_head: bool = False
+
+
 def transformer_config(
     backbone: BackboneConfig,
     parallel: ParallelConfig,
     dtype: torch.dtype = torch.float32,
     split: Sequence[int] = (),
     compiled: bool = False,
-) -> TransformerConfig:
+) -> ModelConfig:
     """The Megatron-core configuration of a model of this shape and layout, weights and activations in `dtype`.
 
     `split` holds the layers of each model part (see `pipeline_split`); a single stage needs none. `compiled` fuses the
@@ -48,7 +56,8 @@ def transformer_config(
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[parallel.recompute]
     interleaved = parallel.virtual > 1
-    return TransformerConfig(
+    return ModelConfig(
+        replicated_head=parallel.head == "replicated",
         num_layers=backbone.layers,
         hidden_size=backbone.hidden,
         ffn_hidden_size=backbone.ffn,

@@ -6,7 +6,7 @@ network itself is. One multiply-add counts as two operations, and only matrix pr
 norms, activation functions and the optimizer are omitted, as is usual in the field.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from calm_core.config.model_config import ModelShape
 from calm_core.config.parallel_config import ParallelConfig
@@ -46,6 +46,11 @@ class Weights:
 
     def __mul__(self, times: int) -> "Weights":
         return Weights(*(getattr(self, field.name) * times for field in fields(self)))
+
+    @property
+    def replicated(self) -> "Weights":
+        """The same, whole on every rank, which sends nothing for them."""
+        return replace(self, split=0, summed_outputs=0, summed_inputs=0)
 
     @property
     def parameters(self) -> int:
@@ -159,6 +164,14 @@ class Load:
     def compiled(self) -> bool:
         """Whether pointwise work is fused (see `model.pointwise`): what a kernel can compute again is not kept."""
         return self.layout.compiles(self.device)
+
+    @property
+    def of_head(self) -> "Load":
+        """The load of the head: replicated, it is that of a single rank with this rank's positions."""
+        if self.layout.head == "split":
+            return self
+        layout = replace(self.layout, tensor=1, sequence=False, head="split")
+        return replace(self, positions=self.positions // self.layout.tensor, layout=layout)
 
     @property
     def rows(self) -> int:

@@ -8,6 +8,7 @@ A parameter that all tensor-parallel ranks hold whole is marked: under sequence 
 gradient from its own positions alone, and the engine sums the gradients of marked parameters over the ranks.
 """
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,7 +47,7 @@ def column(config: "TransformerConfig | SingleRank", inputs: int, outputs: int, 
     It returns them, and the bias that is still to be added or None: the caller adds it in a kernel with what follows.
     """
     if isinstance(config, SingleRank):
-        return single_rank.Linear(inputs, outputs, config.params_dtype, bias)
+        return replicate_all(single_rank.Linear(inputs, outputs, config.params_dtype, bias), config)
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
     return ColumnParallelLinear(
@@ -60,7 +61,7 @@ def row(config: "TransformerConfig | SingleRank", inputs: int, outputs: int) -> 
     As that it returns its outputs and the bias that is still to be added.
     """
     if isinstance(config, SingleRank):
-        return single_rank.Linear(inputs, outputs, config.params_dtype)
+        return replicate_all(single_rank.Linear(inputs, outputs, config.params_dtype), config)
     from megatron.core.tensor_parallel.layers import RowParallelLinear
 
     return RowParallelLinear(
@@ -96,6 +97,13 @@ def replicate_all(module: nn.Module, config: "TransformerConfig | SingleRank") -
     for parameter in module.parameters():
         replicated(parameter, config)
     return module
+
+
+def own_layers(config: "TransformerConfig | SingleRank") -> "TransformerConfig | SingleRank":
+    """The configuration with which a head is whole on each rank and works on its own positions, where `config` asks."""
+    if isinstance(config, SingleRank) or not config.replicated_head:
+        return config
+    return SingleRank(**{field.name: getattr(config, field.name) for field in fields(SingleRank)})
 
 
 def tensor_group(config: "TransformerConfig | SingleRank") -> tuple[dist.ProcessGroup | None, int]:

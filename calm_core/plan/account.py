@@ -136,7 +136,7 @@ def _stage(
         return sum(sum(part) for part in by_part(units, split)[stage :: layout.pipeline])
 
     sent = [sum(passes) for passes in unit_messages(shape, load)]
-    parameters = own(rank_parameters(shape, layout.tensor))
+    parameters = own(rank_parameters(shape, layout))
     gradients_sent, weights_sent = data_parallel_traffic(parameters, data_size, load.width)
     parts = layout.pipeline * layout.virtual
     borders = sum((part > 0) + (part < parts - 1) for part in range(stage, parts, layout.pipeline))

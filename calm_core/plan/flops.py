@@ -9,6 +9,7 @@ Two accountings are kept apart:
 from dataclasses import dataclass
 
 from calm_core.config.model_config import ModelShape
+from calm_core.config.parallel_config import ParallelConfig
 from calm_core.model import token_loss
 from calm_core.model.costs import Weights, column, layer_norm, linear, rms_norm, row, table
 from calm_core.model.heads.protocol import head_module
@@ -72,13 +73,14 @@ def head(shape: ModelShape) -> Weights:
     return head_module(shape.head.kind).costs(shape).weights
 
 
-def unit_weights(shape: ModelShape) -> list[Weights]:
-    """The weights of every unit of the model, in the order of the pipeline.
+def unit_weights(shape: ModelShape, layout: ParallelConfig | None = None) -> list[Weights]:
+    """The weights of every unit of the model, in the order of the pipeline; a `layout` may replicate the head.
 
     The units are the embedding with the compression, each layer, and the final norm with the head and its side loss.
     """
     layers = [layer(shape)] * shape.backbone.layers
-    last = final_norm(shape) + head(shape) + token_loss.weights(shape)
+    own = head(shape).replicated if layout and layout.head == "replicated" else head(shape)
+    last = final_norm(shape) + own + token_loss.weights(shape)
     return [embedding(shape) + compression(shape), *layers, last]
 
 

@@ -15,7 +15,7 @@ def unit_kernels(shape: ModelShape, load: Load) -> list[Kernels]:
             backward=layer.forward, moved_backward=layer.moved_forward, messages_backward=layer.messages_forward
         )
     mean = Kernels(forward=2)  # of the losses
-    last = head_module(shape.head.kind).kernels(shape, load) + token_loss.kernels(shape, load) + mean
+    last = head_module(shape.head.kind).kernels(shape, load.of_head) + token_loss.kernels(shape, load) + mean
     return [_entrance(shape, load), *[layer] * shape.backbone.layers, last]
 
 

@@ -85,6 +85,8 @@ def check_layout(shape: ModelShape, positions: int, layout: ParallelConfig) -> N
             f"parallel.tensor={tensor} does not divide the {backbone.key_value_heads} key/value heads of the model "
             "(model.kv_groups, or model.heads where that is 0): choose a divisor of them."
         )
+    if layout.head == "replicated" and shape.head.kind != "energy":
+        raise UserError(f"parallel.head=replicated is for head.kind=energy, not {shape.head.kind}: set it to split.")
     for name in ("hidden", "ffn"):
         if getattr(backbone, name) % tensor:
             raise UserError(

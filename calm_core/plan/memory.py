@@ -55,14 +55,14 @@ def padded(shape: ModelShape) -> ModelShape:
     return replace(shape, vocabulary=padded_vocabulary(shape.vocabulary))
 
 
-def rank_parameters(shape: ModelShape, tensor: int) -> list[int]:
-    """Parameters of one of `tensor` tensor-parallel ranks, for each unit of `flops.unit_weights`."""
-    return [unit.on_rank(tensor) for unit in flops.unit_weights(padded(shape))]
+def rank_parameters(shape: ModelShape, layout: ParallelConfig) -> list[int]:
+    """Parameters of one of the tensor-parallel ranks, for each unit of `flops.unit_weights`."""
+    return [unit.on_rank(layout.tensor) for unit in flops.unit_weights(padded(shape), layout)]
 
 
 def activations(shape: ModelShape, load: Load) -> list[Activations]:
     """Activations of each unit of `flops.unit_weights`."""
-    head = head_module(shape.head.kind).activations(shape, load)
+    head = head_module(shape.head.kind).activations(shape, load.of_head)
     side = token_loss.activations(shape, load)
     last = Activations(
         head.kept + side.kept, max(head.forward, side.forward), max(head.backward, side.backward), head.gathered

@@ -147,6 +147,7 @@ def unit_messages(shape: ModelShape, load: Load) -> list[tuple[int, int]]:
     """
     entrance, *layers, _ = flops.unit_weights(shape)
     head = head_module(shape.head.kind).costs(shape).training_weights
+    head = head.replicated if load.layout.head == "replicated" else head
     sent = [_sent(load, unit) for unit in (entrance, *layers, head)]
     if load.layout.recompute == "full":  # the second forward pass sends again what the first one did
         sent[1:-1] = [(forward, backward + forward) for forward, backward in sent[1:-1]]
@@ -249,7 +250,7 @@ def step_time(
     """
     layout, stages = load.layout, load.layout.pipeline
     works, weights = (
-        _by_stage(units, split, stages) for units in (unit_work(shape, load), flops.unit_weights(padded(shape)))
+        _by_stage(units, split, stages) for units in (unit_work(shape, load), flops.unit_weights(padded(shape), layout))
     )
     passes, updates = [], []
     for work, held in zip(works, weights, strict=True):

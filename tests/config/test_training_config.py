@@ -24,6 +24,10 @@ def batch(global_batch: int, micro_batch: int, ranks: int, multiple: int = 1) ->
         (lambda: ParallelConfig(zero=3), r"parallel\.zero=3"),
         (lambda: ParallelConfig(zero=0), r"parallel\.zero=0"),
         (lambda: ParallelConfig(sequence=True), r"parallel\.sequence=true needs parallel\.tensor of at least 2"),
+        (
+            lambda: ParallelConfig(tensor=2, head="replicated"),
+            r"parallel\.head=replicated needs parallel\.sequence=true",
+        ),
         (lambda: ParallelConfig(virtual=2), r"set parallel\.pipeline of at least 2"),
         (lambda: ParallelConfig(recompute="some"), r"parallel\.recompute='some' is unknown: choose none"),
         (lambda: ParallelConfig(tensor=2, pipeline=3).data_parallel(8), "8 ranks .* start a multiple of 6"),

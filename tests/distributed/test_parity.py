@@ -31,7 +31,11 @@ GROUPS = {
     "two": (
         2,
         [
-            *of("energy", "dp tp2 tp2-sp tp2-sp-full pp2 pp2-virtual2 pp2-uneven pp2-all-in-last<tp2-sp"),
+            *of(
+                "energy",
+                "dp tp2 tp2-sp tp2-sp-whole-head tp2<tp2-sp-whole-head tp2-sp-full pp2 pp2-virtual2 pp2-uneven",
+            ),
+            *of("energy", "pp2-all-in-last<tp2-sp"),
             *of("softmax", "tp2-sp pp2"),
             *of("diffusion", "tp2-sp pp2"),
             *of("flow", "tp2-sp pp2"),
@@ -51,7 +55,10 @@ GROUPS = {
     "more of two": (
         2,
         [
-            *of("energy", "tp2-sp tp2-sp-selective dp pp2-virtual2 dp<pp2-virtual2 tp2<dp tp2-sp<dp"),
+            *of(
+                "energy",
+                "tp2-sp tp2-sp-selective tp2-sp-full-compiled dp pp2-virtual2 dp<pp2-virtual2 tp2<dp tp2-sp<dp",
+            ),
             *of("softmax", "dp tp2 tp2-sp tp2-sp-selective tp2-sp-full pp2-virtual2 pp2-uneven"),
             *of("softmax", "pp2-all-in-first<tp2-sp tp2<dp"),
             *of("energy@padded", "dp tp2-sp pp2"),

@@ -25,7 +25,11 @@ from calm_core.plan.step_time import unit_work
 S, B = 32, 2
 PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm")
 NO_KERNEL = ("aten._unsafe_view", "aten.promote_types", "aten.empty", "aten.new_empty", "aten.detach", "c10d.")
-LAYOUTS = {"tp2": ParallelConfig(tensor=2), "tp2-sp": ParallelConfig(tensor=2, sequence=True)}
+LAYOUTS = {
+    "tp2": ParallelConfig(tensor=2),
+    "tp2-sp": ParallelConfig(tensor=2, sequence=True),
+    "tp2-sp-whole-head": ParallelConfig(tensor=2, sequence=True, head="replicated"),
+}
 
 
 class CountedKernels(TorchDispatchMode):

@@ -56,6 +56,8 @@ LAYOUTS: dict[str, tuple[ParallelConfig, int]] = {
     "dp8": (ParallelConfig(), 1),
     "tp2": (ParallelConfig(tensor=2), 4),
     "tp2-sp": (ParallelConfig(tensor=2, sequence=True), 2),
+    "tp2-sp-whole-head": (ParallelConfig(tensor=2, sequence=True, head="replicated"), 2),
+    "tp2-sp-full-compiled": (ParallelConfig(tensor=2, sequence=True, recompute="full", compile="always"), 4),
     "tp2-sp-selective": (ParallelConfig(tensor=2, sequence=True, recompute="selective"), 4),
     "tp2-sp-full": (ParallelConfig(tensor=2, sequence=True, recompute="full"), 4),
     "pp2": (ParallelConfig(pipeline=2), 2),

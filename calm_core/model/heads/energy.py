@@ -9,7 +9,7 @@ from calm_core.model import costs as of
 from calm_core.model.costs import FLOAT32, Activations, HeadCosts, Kernels, Load, target_bytes
 from calm_core.model.heads.energy_loss import DISTANCES_AT_ONCE, energy_loss
 from calm_core.model.heads.protocol import HeadLoss, Target
-from calm_core.model.layers import all_positions, column, layer_norm, linear, own_positions, row
+from calm_core.model.layers import all_positions, column, layer_norm, linear, own_layers, own_positions, row
 from calm_core.model.noise import Noise
 from calm_core.model.pointwise import add_bias, add_layer_norm, fused, fuses, silu, silu_per_position, swiglu
 
@@ -109,7 +109,7 @@ class ResidualBlock(nn.Module):
 
 def build(config: "TransformerConfig", shape: ModelShape) -> EnergyHead:
     """The head of a model of this shape."""
-    return EnergyHead(config, shape.head, shape.latent)
+    return EnergyHead(own_layers(config), shape.head, shape.latent)
 
 
 def costs(shape: ModelShape) -> HeadCosts:
