@@ -91,22 +91,19 @@ def _every(x: Tensor, every: int, offset: Tensor) -> Tensor:
     return torch.arange(0, len(x), every, device=offset.device).unsqueeze(1) + offset
 
 
-def weights(shape: ModelShape) -> Weights:
-    """The parameters; none without a token loss."""
+def weights(shape: ModelShape, uses: int = 1) -> Weights:
+    """The parameters, of which the matrix that all tokens share counts `uses` times; none without a token loss."""
     if shape.token_loss is None:
         return Weights()
     d, rank = shape.backbone.hidden, shape.token_loss.rank
     if not rank:
         return of.column(d, shape.vocabulary, bias=False) * _predicted(shape)
-    return of.linear(d, _predicted(shape) * rank) + of.column(rank, shape.vocabulary, bias=False)
+    return of.linear(d, _predicted(shape) * rank) + of.column(rank, shape.vocabulary, bias=False) * uses
 
 
 def applied(shape: ModelShape) -> Weights:
     """The weights as they are applied at a position that learns (one of `every`)."""
-    if shape.token_loss is None or not shape.token_loss.rank:
-        return weights(shape)
-    d, rank = shape.backbone.hidden, shape.token_loss.rank
-    return of.linear(d, _predicted(shape) * rank) + of.column(rank, shape.vocabulary, bias=False) * _learned(shape)
+    return weights(shape, _learned(shape)) if shape.token_loss else Weights()
 
 
 def training_flops(shape: ModelShape, positions: int) -> int:
