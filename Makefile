@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow lint clean-demo
+.PHONY: help env demo docs test test-slow lint clean-demo
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ $(STAMP): requirements.txt pyproject.toml
 
 demo: env ## from the packaged corpus to generated text, in minutes
 	$(BIN)/python pretrain/pipeline.py configs/demo.yaml
+
+docs: env ## the pages of the library, from its docstrings: build/api
+	$(BIN)/python tests/helpers/api_pages.py build/api
 
 lint: env ## check style and format
 	$(BIN)/ruff check .
