@@ -32,7 +32,7 @@ SHAPE = ModelShape(
 )
 
 
-def ours(topology: Topology, dtype: torch.dtype, micro_batch: int) -> Callable[[], None]:
+def ours(topology: Topology, dtype: torch.dtype, micro_batch: int, compiled: bool) -> Callable[[], None]:
     """One step of the product: schedule, head, energy loss, ZeRO-1 AdamW."""
     from calm_core.distributed.engine import Engine, Pass
     from calm_core.model.backbone import transformer_config
@@ -40,7 +40,7 @@ def ours(topology: Topology, dtype: torch.dtype, micro_batch: int) -> Callable[[
     from calm_core.model.heads.protocol import Target
     from calm_core.model.parameters import initialize
 
-    model = CalmModel(transformer_config(SHAPE.backbone, ParallelConfig(), dtype), SHAPE)
+    model = CalmModel(transformer_config(SHAPE.backbone, ParallelConfig(), dtype, compiled=compiled), SHAPE)
     initialize([model], 0.02, seed=0)
     engine = Engine([model.to(topology.device)], OptimizerConfig(), topology)
     tokens, mean, log_std = (x.to(topology.device) for x in data())
@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--micro-batch", type=int, default=SEQUENCES)
     parser.add_argument("--precision", choices=("fp32", "bf16", "auto"), default="auto")
+    parser.add_argument("--compile", action="store_true", help="also with parallel.compile=always")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -184,15 +185,18 @@ def main() -> None:
 
         dtype = choose_dtype(arguments.precision, topology)
         peak, source = peak_flops(topology.device, dtype)
-        steps = {"plain": plain(topology, dtype), "ours": ours(topology, dtype, arguments.micro_batch)}
+        steps = {"plain": plain(topology, dtype), "ours": ours(topology, dtype, arguments.micro_batch, compiled=False)}
+        if arguments.compile:
+            steps["compiled"] = ours(topology, dtype, arguments.micro_batch, compiled=True)
         seconds = interleaved(steps, arguments.runs)
         tokens = SEQUENCES * POSITIONS * SHAPE.k
         work = SEQUENCES * flops.executed_training(SHAPE, POSITIONS)
         print(f"{dtype}, {arguments.threads} threads, peak {peak / 1e9:.0f} GFLOP/s ({source})")
         for name, duration in seconds.items():
             rate, share = tokens / duration, flops.utilisation(work, duration, peak)
-            print(f"{name:<6} {duration * 1e3:8.1f} ms  {rate:9.0f} tokens/s  {share:6.1%} of peak")
-        print(f"ours is {seconds['plain'] / seconds['ours']:.2f} times as fast as the plain form")
+            print(f"{name:<8} {duration * 1e3:8.1f} ms  {rate:9.0f} tokens/s  {share:6.1%} of peak")
+        for name in list(seconds)[1:]:
+            print(f"{name} is {seconds['plain'] / seconds[name]:.2f} times as fast as the plain form")
         if arguments.profile:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
                 steps["ours"]()
