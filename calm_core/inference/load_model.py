@@ -118,11 +118,14 @@ def experiment_of(checkpoint: Checkpoint) -> Experiment:
 
 
 def document_format(checkpoint: Checkpoint) -> DocumentFormat:
-    """How documents stand in the data of a checkpoint: as its stores say, or where they are gone, its configuration."""
+    """How documents stand in the data of a checkpoint."""
     experiment = experiment_of(checkpoint)
-    data, paths = experiment.data, experiment.paths
-    eos, packing, identity = data.eos, data.packing, checkpoint.state["identity"]
-    tokens = identity["data"]
+    return documents_of_data(experiment.data, experiment.paths, checkpoint.state["identity"]["data"])
+
+
+def documents_of_data(data: DataConfig, paths: Paths, identity: Any) -> DocumentFormat:
+    """How documents stand in the data of this identity: as its stores say, or where they are gone, as `data` says."""
+    eos, packing, tokens = data.eos, data.packing, identity
     if (paths.chunks / MANIFEST).exists():
         chunks = read_manifest(paths.chunks, "chunks")
         if source_hash(chunks["made_from"]) == tokens:

@@ -25,6 +25,7 @@ from calm_core.evaluation.evaluate import evaluate
 from calm_core.evaluation.held_out import HeldOut, scored_offsets
 from calm_core.inference.generate import continue_prompts
 from calm_core.inference.load_model import Loaded
+from calm_core.inference.prompts import DocumentFormat
 from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
 from calm_core.model.heads.protocol import HeadLoss, Target
@@ -58,6 +59,7 @@ class CalmTask:
         token_counts: np.ndarray,
         evaluation: EvaluationConfig,
         samples: SamplesConfig,
+        documents: DocumentFormat,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         check_layout(shape, positions, layout)
@@ -86,7 +88,7 @@ class CalmTask:
             seed,
             evaluation,
         )
-        self._prompts, self._tokenizer = samples, tokenizer
+        self._prompts, self._tokenizer, self._documents = samples, tokenizer, documents
         self._learns_tokens = True
         self._device = torch.device("cpu")
         self._columns = train.first.read_columns
@@ -173,7 +175,7 @@ class CalmTask:
         if self._tokenizer is None or engine.topology.rank:
             return []
         model = engine.model_parts[0].eval()
-        loaded = Loaded(model, self._held_out.autoencoder, self._tokenizer, self.samples.positions)
+        loaded = Loaded(model, self._held_out.autoencoder, self._tokenizer, self.samples.positions, self._documents)
         records = continue_prompts(loaded, self._prompts, self.seed)
         model.train()
         return [{name: record[name] for name in ("temperature", "prompt", "text")} for record in records]

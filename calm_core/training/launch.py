@@ -97,10 +97,11 @@ def calm_task(
     experiment: Experiment, rows: tuple[Blend, Store, Autoencoder | None], device: torch.device
 ) -> "CalmTask":
     """The task of training CALM on the rows that `calm_rows` opened."""
+    from calm_core.inference.load_model import documents_of_data
     from calm_core.training.calm_task import CalmTask
 
     train, held_out, autoencoder = rows
-    first, samples = train.first, experiment.samples
+    first, samples, paths = train.first, experiment.samples, experiment.paths
     return CalmTask(
         ModelShape(experiment.model, experiment.head, first.vocab_size, first.k, first.latent, experiment.token_loss),
         experiment.parallel,
@@ -112,7 +113,8 @@ def calm_task(
         sum_over_ranks(lambda: first.token_counts(share=own_share()), device),
         experiment.evaluation,
         samples,
-        load_tokenizer(experiment.paths.tokenizer) if samples.while_training else None,
+        documents_of_data(experiment.data, paths, train.identity),
+        load_tokenizer(paths.tokenizer) if samples.while_training else None,
     )
 
 

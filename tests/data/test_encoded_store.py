@@ -16,6 +16,7 @@ from calm_core.data.dataset import Blend, TrainingSamples, chunk_rows, read_batc
 from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.store import ChunkStore
 from calm_core.errors import UserError
+from calm_core.inference.prompts import DocumentFormat
 from calm_core.training.batch_loader import Loader
 from calm_core.training.calm_task import CalmTask
 
@@ -87,7 +88,7 @@ def test_a_training_run_reads_tokens_in_the_thread_and_has_them_encoded_in_the_s
     targets = []
     for kind in (partial(EncodedStore, tokens, autoencoder=autoencoder), partial(ChunkStore, built_chunks)):
         train, held_out = kind(split="train"), kind(split="held_out")
-        rest = (train.token_counts(), EvaluationConfig(windows=4), SamplesConfig())
+        rest = (train.token_counts(), EvaluationConfig(windows=4), SamplesConfig(), DocumentFormat())
         task = CalmTask(shape, ParallelConfig(), 7, 0, Blend.of(train), held_out, autoencoder, *rest)
         with Loader(task.load, lambda start: [np.arange(5)], 0, 5, 1, torch.device("cpu")) as loader:
             [batch], _ = loader.next()

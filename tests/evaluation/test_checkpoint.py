@@ -24,10 +24,12 @@ from calm_core.errors import ExitCode, UserError
 from calm_core.evaluation.checkpoint import ScoredText, chunks_of_text, evaluate_checkpoint, tokens_of_text
 from calm_core.evaluation.tables import checkpoint_table
 from calm_core.inference.load_model import Loaded, find_checkpoint
+from calm_core.inference.prompts import DocumentFormat
 from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
 from calm_core.model.parameters import initialize
 from calm_core.tokenizer import load_tokenizer
+from calm_core.training import calm_task
 from calm_core.training.launch import run_calm
 from calm_core.training.run_log import read_metrics
 
@@ -102,7 +104,11 @@ def test_what_does_not_compare_is_refused(runs: dict[str, Path]) -> None:
 
 
 def test_padded_documents_are_scored_under_a_name_of_their_own(
-    runs: dict[str, Path], tiny_experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Path],
+    tiny_experiment: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Windows of documents that each begin a chunk begin at other tokens, of a text too."""
     frozen, tokens = (tiny_experiment / name for name in ("autoencoder/frozen", "tokens"))
@@ -110,9 +116,13 @@ def test_padded_documents_are_scored_under_a_name_of_their_own(
     changes = [f"run={tmp_path}", f"data.autoencoder={frozen}", f"data.tokens={tokens}", "data.packing=align"]
     changes += [f"data.tokenizer={tiny_experiment / 'tokenizer' / 'tokenizer.model'}"]
     changes += ["training.steps=1", "evaluation.windows=2"]
+    changes += ["samples.while_training=true", "samples.prompts=[tone]", "samples.max_tokens=9"]
+    formats: list[DocumentFormat] = []
+    monkeypatch.setattr(calm_task, "continue_prompts", lambda loaded, *_: formats.append(loaded.documents) or [])
     assert run_calm(config.load(Experiment, tiny_experiment / "config.yaml", changes)) == ExitCode.OK
     [trained] = read_metrics(tmp_path / "calm" / "metrics.jsonl", "eval")
     assert trained["measure"] == "brier_lm@ctx128/stride4/align4"
+    assert formats == [DocumentFormat(packing="align")]  # of the texts while training
     evaluate(tmp_path, "--windows", 2)
     assert "brier_lm@ctx128/stride4/align4: " in capsys.readouterr().out
     for source in ([], ["--text", tiny_experiment / "corpus" / "1.txt"]):
