@@ -2,8 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Two files of tests at a time: the tests of a file share what its fixtures have made.
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+# Two files of tests at a time, the longest first: the tests of a file share what its fixtures have made.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo docs test test-slow lint clean-demo

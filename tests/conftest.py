@@ -46,6 +46,15 @@ hypothesis.settings.load_profile("calm")
 torch.set_num_threads(1)  # as ranks have; the matrices of the tests are small
 
 
+LONGEST = ("end_to_end", "slurm", "distributed", "scaling")  # folders whose files take minutes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest run first, so that at the end no process has one left while the others are idle."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.parent.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="module")
 def topology() -> Iterator[Topology]:
     """A world of one rank, for as long as the tests of a file run."""
