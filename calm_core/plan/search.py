@@ -83,30 +83,39 @@ def fits(found: Account, plan: PlanConfig) -> bool:
 
 
 def candidates(shape: ModelShape, training: TrainingConfig, plan: PlanConfig, world: int) -> list[Candidate]:
-    """For each layout of tensor and pipeline parallelism its fastest micro-batch that fits, the fastest layout first.
+    """For each size of tensor and pipeline parallelism what is fastest of all that fits, the fastest size first.
 
-    Layers are recomputed only where nothing fits otherwise.
+    The choice is of the micro-batch and of `parallel.head`. Layers are recomputed only where nothing fits otherwise.
     """
     found = []
-    for layout in _layouts(shape, training.positions, plan, world):
+    for layouts in _layouts(shape, training.positions, plan, world):
         for recompute in ("none", "full"):
-            fitting = list(_fitting(shape, training, replace(layout, recompute=recompute), plan, world))
+            fitting = [
+                candidate
+                for layout in layouts
+                for candidate in _fitting(shape, training, replace(layout, recompute=recompute), plan, world)
+            ]
             if fitting:
                 found.append(min(fitting, key=lambda each: (each.account.step.total, each.account.peak_memory)))
                 break
     return sorted(found, key=lambda each: each.account.step.total)
 
 
-def _layouts(shape: ModelShape, positions: int, plan: PlanConfig, world: int) -> Iterator[ParallelConfig]:
-    """Layouts whose tensor-parallel group is within a node, with sequence parallelism where it is possible."""
+def _layouts(shape: ModelShape, positions: int, plan: PlanConfig, world: int) -> Iterator[list[ParallelConfig]]:
+    """Layouts whose tensor-parallel group is within a node, with sequence parallelism where it is possible.
+
+    Those of a size differ in `parallel.head`.
+    """
     for tensor in _powers(min(world, plan.node_devices)):
         for pipeline in _powers(min(world // tensor, shape.backbone.layers)):
             if world % (tensor * pipeline):
                 continue
             for sequence in (True, False) if tensor > 1 else (False,):
-                layout = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence)
-                if _possible(shape, positions, layout):
-                    yield layout
+                split = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence=sequence)
+                layouts = [split, replace(split, head="replicated")] if sequence else [split]
+                possible = [layout for layout in layouts if _possible(shape, positions, layout)]
+                if possible:
+                    yield possible
                     break
 
 

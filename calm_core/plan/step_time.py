@@ -77,7 +77,7 @@ class StepTime:
         matrices: matrix products.
         memory: kernels that are bound by memory.
         host: launches that the device waits for.
-        tensor: messages of the tensor-parallel group that nothing hides.
+        tensor: messages of the tensor-parallel group that nothing hides, with the sum of a replicated head's gradients.
         bubble: waiting for other pipeline stages.
         borders: messages between pipeline stages.
         gradients: sum of the gradients over the data-parallel group, as far as nothing hides it.
@@ -198,7 +198,13 @@ def accumulation_pass(machine: Machine, load: Load, parameters: int, tensors: in
 
 
 def update_time(
-    machine: Machine, load: Load, parameters: int, last: int, data_size: int, last_backward: float
+    machine: Machine,
+    load: Load,
+    parameters: int,
+    last: int,
+    data_size: int,
+    last_backward: float,
+    replicated: int = 0,
 ) -> StepTime:
     """What follows the last backward pass: the sum of the gradients, the update, and the gathering of new weights.
 
@@ -209,16 +215,18 @@ def update_time(
         last: those whose gradients are complete when the backward pass ends, so that nothing hides their sum.
         data_size: data-parallel ranks.
         last_backward: seconds of the backward pass of the last micro-batch, which hides the other sums on a GPU.
+        replicated: parameters whose gradients the tensor-parallel ranks sum first, each having its own positions.
     """
     gradients_sent, weights_sent = data_parallel_traffic(parameters, data_size, load.width)
-    last_sent, _ = data_parallel_traffic(last, data_size, load.width)
-    link = machine.link(data_size, load.layout.tensor)
+    last_sent, _ = data_parallel_traffic(last + replicated, data_size, load.width)
+    link, tensor = machine.link(data_size, load.layout.tensor), load.layout.tensor
     message = machine.message if data_size > 1 else 0.0
     summed, gathered = gradients_sent / link + message, weights_sent / link + message
     # Gradients are zeroed and weights written whole; scaling, norm, clipping and Adam are those of the rank's own part.
     moved = (FLOAT32 + load.width) * parameters + (8 + 4 + 8 + 30) * parameters // data_size
     kernels = 8 * (2 + parameters // load.layout.reduce_bucket)
     return StepTime(
+        tensor=2 * FLOAT32 * replicated * (tensor - 1) / tensor / machine.link(tensor, 1),
         gradients=max(last_sent / link, summed - last_backward) if machine.asynchronous else summed,
         weights=gathered,
         update=moved / machine.memory + _late(machine, kernels, moved),
@@ -253,13 +261,14 @@ def step_time(
         _by_stage(units, split, stages) for units in (unit_work(shape, load), flops.unit_weights(padded(shape), layout))
     )
     passes, updates = [], []
-    for work, held in zip(works, weights, strict=True):
+    for stage, (work, held) in enumerate(zip(works, weights, strict=True)):
+        replicated = flops.head(shape).parameters if layout.head == "replicated" and stage == stages - 1 else 0
         whole = sum(held, Weights())
         parameters, last = whole.on_rank(layout.tensor), held[0].on_rank(layout.tensor)
         passed = stage_pass(machine, load, work)
         passes.append(passed + accumulation_pass(machine, load, parameters, whole.tensors))
         last_backward = passed.total * 2 / 3
-        updates.append(update_time(machine, load, parameters, last, data_size, last_backward))
+        updates.append(update_time(machine, load, parameters, last, data_size, last_backward, replicated))
     slowest, update = (max(each, key=lambda time: time.total) for each in (passes, updates))
     idle = (stages - 1) / layout.virtual
     hop = pipeline_traffic(shape, load) / machine.link(stages, layout.tensor * data_size) + machine.message

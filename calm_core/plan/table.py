@@ -113,16 +113,17 @@ def _layouts(candidates: Sequence[Candidate], layout: ParallelConfig, training: 
     """The fastest layouts that fit; the configured one is marked."""
     if len(candidates) < 2:
         return []
-    rows = [["", "tensor", "pipeline", "sequence", "recompute", "micro-batch", "GiB", "ms a step", "MFU"]]
+    rows = [["", "tensor", "pipeline", "sequence", "head", "recompute", "micro-batch", "GiB", "ms a step", "MFU"]]
     for each in candidates[:SHOWN]:
         own, found = each.layout, each.account
         same = (own.tensor, own.pipeline, each.micro_batch) == (layout.tensor, layout.pipeline, training.micro_batch)
         rows.append(
             [
-                "this" if same and own.sequence == layout.sequence else "",
+                "this" if same and (own.sequence, own.head) == (layout.sequence, layout.head) else "",
                 str(own.tensor),
                 str(own.pipeline),
                 str(own.sequence).lower(),
+                own.head,
                 own.recompute,
                 str(each.micro_batch),
                 f"{found.peak_memory / GIB:.3g}",

@@ -47,6 +47,13 @@ def test_the_search_finds_the_fastest_of_what_fits() -> None:
     assert [each.account.step.total for each in found] == sorted(each.account.step.total for each in found)
     assert all(each.account.peak_memory <= USED * 80 * GIB for each in found)
     assert (found[0].layout.tensor, found[0].layout.pipeline) == (1, 1)
+    divided = [each for each in found if each.layout.sequence]
+    assert {each.layout.head for each in divided} >= {"replicated"}  # at 8 ranks of a node, its messages cost more
+    for each in divided:
+        other = replace(each.layout, head="split" if each.layout.head == "replicated" else "replicated")
+        training = replace(AUTO, micro_batch=each.micro_batch)
+        rival = account(CALM_M, training, other, PLAN, 8)
+        assert each.account.step.total <= rival.step.total or rival.peak_memory > USED * 80 * GIB
     small = candidates(CALM_M, AUTO, replace(PLAN, device_memory_gib=6.0), 8)
     assert small
     assert small[0].account.step.total >= found[0].account.step.total
