@@ -10,6 +10,7 @@ from typing import Any
 
 from calm_core import config as configuration
 from calm_core.config.experiment import Experiment
+from calm_core.config.model_config import HeadConfig
 from calm_core.config.scaling_config import VariantConfig, VariantsConfig
 from calm_core.evaluation.clustered import interval_factor
 from calm_core.evaluation.tables import table
@@ -67,7 +68,8 @@ def models(config: VariantsConfig) -> list[Model]:
     made: dict[str, Experiment] = {}
     for variant, varied in zip(config.variants, _varied(config), strict=True):
         made_by = str((varied.data, varied.tokenizer, varied.autoencoder, varied.autoencoder_training))
-        data = made.setdefault(made_by, replace(varied, run=str(run / "data" / variant.name)))
+        # With a head that reads latents, whatever the variant's is: others may need the autoencoder and the chunks.
+        data = made.setdefault(made_by, replace(varied, run=str(run / "data" / variant.name), head=HeadConfig()))
         given = {name: str(getattr(data.paths, name)) for name in ("tokenizer", "tokens", "autoencoder", "chunks")}
         experiment = replace(
             varied,

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from calm_core import config
 from calm_core.config.scaling_config import VARIANTS_CONFIG, VariantsConfig
 from calm_core.errors import UserError
 from calm_core.scaling import variants
+from calm_core.workflow.stages import stages
 
 
 @pytest.fixture
@@ -29,6 +31,14 @@ def test_seeds_and_models_of_the_same_settings_share_their_data(shipped: Variant
     assert (first.experiment.seed, again.experiment.seed) == (0, 1)
     assert alone.experiment.token_loss is None
     assert first.experiment.token_loss.weight == 2
+
+
+def test_an_ar_model_that_comes_first_leaves_the_autoencoder_to_the_others(shipped: VariantsConfig) -> None:
+    order = sorted(shipped.variants, key=lambda variant: variant.name != "ar")
+    ar, *_, calm = variants.models(replace(shipped, variants=order))
+    assert ar.name == "ar-0"
+    assert set(variants.DATA) <= {stage.name for stage in stages(ar.data)}
+    assert calm.data.paths.chunks == ar.data.paths.chunks
 
 
 def test_a_setting_that_does_not_exist_is_named(shipped: VariantsConfig, tmp_path: Path) -> None:
