@@ -1,6 +1,6 @@
 """Generation: prompts in, text out, one chunk at a time; and a forecast of what a temperature takes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from calm_core.config.experiment import SamplesConfig
 from calm_core.config.generation_config import GenerationOptions, whole_inverse
 from calm_core.inference.load_model import Loaded
 from calm_core.inference.request import FinishReason, Request, hidden_states, new_requests
-from calm_core.inference.sampler import PILOT, Allowed, ChunkSampler, Sharpness
+from calm_core.inference.sampler import PILOT, Allowed, ChunkSampler, Context, Sharpness
 
 ENOUGH = 0.95  # of the first chunks reach the temperature with the number of draws that is recommended
 
@@ -138,23 +138,24 @@ def expected_calls(loaded: Loaded, prompts: Sequence[str], options: GenerationOp
 
     From `options.samples` draws; infinite where too few of them agree to tell.
     """
-    sampler, k = ChunkSampler(loaded, options), loaded.shape.k
-    estimates = []
-    for request in new_requests(loaded, prompts, options):
-        position, hidden = next(hidden_states(loaded, [request]))
-        estimates.append(sampler.expected_calls(hidden, request.context(position, k), position))
-    return estimates
+    sampler = ChunkSampler(loaded, options)
+    return [sampler.expected_calls(*first) for first in _first_chunks(loaded, prompts, options)]
 
 
 @torch.inference_mode()
 def sharpness(loaded: Loaded, prompts: Sequence[str], options: GenerationOptions) -> list[Sharpness]:
     """How far the batch method can follow T = 1/n at the first chunk of each prompt."""
-    sampler, k = ChunkSampler(loaded, options), loaded.shape.k
-    found = []
+    sampler = ChunkSampler(loaded, options)
+    return [sampler.sharpness(*first) for first in _first_chunks(loaded, prompts, options)]
+
+
+def _first_chunks(
+    loaded: Loaded, prompts: Sequence[str], options: GenerationOptions
+) -> Iterator[tuple[torch.Tensor, Context, int]]:
+    """For each prompt, what its first chunk is sampled from: hidden state, context and position."""
     for request in new_requests(loaded, prompts, options):
         position, hidden = next(hidden_states(loaded, [request]))
-        found.append(sampler.sharpness(hidden, request.context(position, k), position))
-    return found
+        yield hidden, request.context(position, loaded.shape.k), position
 
 
 def forecast(loaded: Loaded, prompts: Sequence[str], options: GenerationOptions) -> str | None:

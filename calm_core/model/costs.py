@@ -7,6 +7,7 @@ norms, activation functions and the optimizer are omitted, as is usual in the fi
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Self
 
 from calm_core.config.model_config import ModelShape
 from calm_core.config.parallel_config import ParallelConfig
@@ -19,8 +20,18 @@ TOKEN = 8  # bytes of a token id, int64
 CUDA_BLOCK = 2**16
 
 
+class Additive:
+    """A dataclass of numbers that add up (`+`) and repeat (`*`) field by field."""
+
+    def __add__(self, more: Self) -> Self:
+        return type(self)(*(getattr(self, field.name) + getattr(more, field.name) for field in fields(self)))
+
+    def __mul__(self, times: int) -> Self:
+        return type(self)(*(getattr(self, field.name) * times for field in fields(self)))
+
+
 @dataclass(frozen=True)
-class Weights:
+class Weights(Additive):
     """The weights of a network applied once to one vector, sorted by what they cost.
 
     Attributes:
@@ -40,12 +51,6 @@ class Weights:
     summed_outputs: int = 0
     summed_inputs: int = 0
     tensors: int = 0
-
-    def __add__(self, more: "Weights") -> "Weights":
-        return Weights(*(getattr(self, field.name) + getattr(more, field.name) for field in fields(self)))
-
-    def __mul__(self, times: int) -> "Weights":
-        return Weights(*(getattr(self, field.name) * times for field in fields(self)))
 
     @property
     def replicated(self) -> "Weights":
@@ -222,7 +227,7 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class Kernels:
+class Kernels(Additive):
     """What a unit of the pipeline executes for one micro-batch beside the arithmetic of its matrix products.
 
     Kernels add up (`+`) and repeat (`*`), so a unit's are written as its forward pass is. A view starts no kernel.
@@ -242,12 +247,6 @@ class Kernels:
     moved_backward: int = 0
     messages_forward: int = 0
     messages_backward: int = 0
-
-    def __add__(self, more: "Kernels") -> "Kernels":
-        return Kernels(*(getattr(self, field.name) + getattr(more, field.name) for field in fields(self)))
-
-    def __mul__(self, times: int) -> "Kernels":
-        return Kernels(*(getattr(self, field.name) * times for field in fields(self)))
 
 
 def pointwise(forward: int, backward: int, kernels: tuple[int, int] = (1, 1)) -> Kernels:

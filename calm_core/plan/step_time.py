@@ -12,7 +12,7 @@ from typing import TypeVar
 from calm_core.config.experiment import PlanConfig
 from calm_core.config.model_config import ModelShape
 from calm_core.model import token_loss
-from calm_core.model.costs import FLOAT32, Kernels, Load, Weights
+from calm_core.model.costs import FLOAT32, Additive, Kernels, Load, Weights
 from calm_core.model.heads.protocol import head_module
 from calm_core.plan import flops
 from calm_core.plan.kernels import unit_kernels
@@ -70,7 +70,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class StepTime:
+class StepTime(Additive):
     """Seconds of a step by cause; they add up to the step.
 
     Attributes:
@@ -99,12 +99,6 @@ class StepTime:
     def total(self) -> float:
         """Of the step."""
         return sum(getattr(self, field.name) for field in fields(self))
-
-    def __add__(self, more: "StepTime") -> "StepTime":
-        return StepTime(*(getattr(self, field.name) + getattr(more, field.name) for field in fields(self)))
-
-    def __mul__(self, times: int) -> "StepTime":
-        return StepTime(*(getattr(self, field.name) * times for field in fields(self)))
 
 
 @dataclass(frozen=True)
