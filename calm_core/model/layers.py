@@ -152,7 +152,11 @@ def vocabulary_logits(
 
     `matrix` is a `column` with a row per token, `x` `[S', B, width]` its input at this rank's own positions.
     """
-    logits, _ = matrix(x)
+    return without_padding(matrix(x)[0], vocabulary, config)
+
+
+def without_padding(logits: Tensor, vocabulary: int, config: "TransformerConfig | SingleRank") -> Tensor:
+    """A float32 copy of this rank's part `[..., V / TP]` of logits, -inf for rows that pad the vocabulary."""
     first = tensor_group(config)[1] * logits.shape[-1]
     padding = torch.arange(first, first + logits.shape[-1], device=logits.device) >= vocabulary
     return logits.float().masked_fill(padding, -torch.inf)

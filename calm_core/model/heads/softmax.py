@@ -18,11 +18,14 @@ from calm_core.model.layers import (
     split_positions,
     tensor_group,
     vocabulary_logits,
+    without_padding,
 )
 from calm_core.model.noise import Noise
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+PROBABILITY_BYTES = 1 << 28  # float64 probabilities that a draw holds at a time; at least those of a position
 
 
 class SoftmaxHead(nn.Module):
@@ -51,9 +54,19 @@ class SoftmaxHead(nn.Module):
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, noise: Noise, samples: int) -> Tensor:
-        """`samples` independent tokens per position, `[S', B, N, 1]`."""
+        """`samples` independent tokens per position, `[S', B, N, 1]`.
+
+        The product is one, since its rounding may depend on its number of rows; what follows it goes by blocks of
+        positions, whose float32 and float64 copies are far larger than the logits in the weights' precision.
+        """
         draws = noise.uniform("softmax/sample", all_positions(hidden, self.config), samples)
-        return own_positions(_draw(self.logits(hidden), draws, *tensor_group(self.config)), self.config).unsqueeze(-1)
+        logits, _ = self.out(hidden)
+        rows = max(1, PROBABILITY_BYTES // (torch.float64.itemsize * logits.shape[-1]))
+        tokens = [
+            _draw(without_padding(part, self.vocabulary, self.config), own, *tensor_group(self.config))
+            for part, own in zip(logits.flatten(0, 1).split(rows), draws.flatten(0, 1).split(rows), strict=True)
+        ]
+        return own_positions(torch.cat(tokens).view_as(draws), self.config).unsqueeze(-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's part of the logits of all positions, float32 `[S, B, V / TP]`; -inf for padding rows."""
@@ -61,16 +74,16 @@ class SoftmaxHead(nn.Module):
 
 
 def _draw(logits: Tensor, draws: Tensor, group: dist.ProcessGroup | None, rank: int) -> Tensor:
-    """Tokens `[S, B, N]` at which the cumulative distribution passes the uniform draws `[S, B, N]`.
+    """Tokens `[n, N]` at which the cumulative distribution passes the uniform draws `[n, N]`.
 
-    No rank of a group has all the logits `[S, B, V / TP]`: each counts how many of its tokens a draw has passed, and
+    No rank of a group has all the logits `[n, V / TP]`: each counts how many of its tokens a draw has passed, and
     the sum of the counts is the token.
     """
     largest = logits.max(dim=-1, keepdim=True).values
     if group is not None:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group)
     # float64: in float32 the sum over a large vocabulary would lose rare tokens to rounding.
-    passed = (logits - largest).double().exp().cumsum(dim=-1)
+    passed = (logits - largest).double().exp_().cumsum_(dim=-1)
     totals = passed[..., -1:].unsqueeze(0)
     if group is not None:
         totals = passed.new_empty(dist.get_world_size(group), *passed.shape[:-1], 1)

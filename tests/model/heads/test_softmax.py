@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_numbers import RecordedNoise
+from live_bytes import LiveBytes, storages
 from torch import Tensor
 
 from calm_core.config.model_config import BackboneConfig
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.distributed.topology import Topology
 from calm_core.model.backbone import transformer_config
+from calm_core.model.heads import softmax
 from calm_core.model.heads.protocol import Target
 from calm_core.model.heads.softmax import SoftmaxHead
 from calm_core.model.noise import SampleNoise
@@ -89,3 +91,30 @@ def test_draws_follow_the_distribution(head: SoftmaxHead, hidden: Tensor) -> Non
     probability = torch.softmax((hidden @ head.out.weight[:V].T).double(), -1)
     deviation = (seen - probability).abs() / (probability * (1 - probability) / 20_000).sqrt().clamp(min=1e-4)
     assert deviation.max() < 5
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_draws_by_blocks_of_positions_are_those_of_all_at_once(
+    head: SoftmaxHead, hidden: Tensor, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = SampleNoise(seed=0, samples=[3, 4], device=torch.device("cpu"))
+    whole = head.sample(hidden, streams, samples=500)
+    monkeypatch.setattr(softmax, "PROBABILITY_BYTES", rows * 8 * len(head.out.weight))
+    assert torch.equal(head.sample(hidden, streams, samples=500), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probabilities_exist_for_a_block_of_positions_at_a_time(
+    topology: Topology, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary, positions, rows = 4096, 200, 5
+    backbone = BackboneConfig(layers=1, hidden=D, ffn=32, heads=2)
+    large = SoftmaxHead(transformer_config(backbone, ParallelConfig(), dtype), vocabulary)
+    torch.nn.init.normal_(large.out.weight)
+    hidden, streams = torch.randn(positions, B, D, dtype=dtype), SampleNoise(0, [3, 4], torch.device("cpu"))
+    monkeypatch.setattr(softmax, "PROBABILITY_BYTES", rows * 8 * vocabulary)
+    older = storages()
+    with LiveBytes(older) as live:
+        large.sample(hidden, streams, samples=3)
+    logits, block = positions * B * vocabulary * dtype.itemsize, rows * 8 * vocabulary
+    assert logits < live.peak < logits + 4 * block
