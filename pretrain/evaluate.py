@@ -80,7 +80,7 @@ def evaluate_autoencoder(arguments: Namespace, scratch: Path) -> None:
     from calm_core.evaluation.autoencoder_health import examine_autoencoder, experiment_of_autoencoder, find_autoencoder
     from calm_core.evaluation.checkpoint import ScoredText, tokens_of_text
     from calm_core.evaluation.tables import autoencoder_table
-    from calm_core.report.curves import plot_noise_curve
+    from calm_core.report.figure import plot_noise_curve
     from calm_core.tokenizer import load_tokenizer
 
     folder = find_autoencoder(arguments.paths[0])

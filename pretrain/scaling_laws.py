@@ -21,7 +21,7 @@ SECTIONS = ("ladder", "grid", "fit", "hardware", "base")
 
 def plan(config: ScalingConfig, dry_run: bool) -> None:
     """Print the table of models and costs."""
-    from calm_core.scaling.study_plan import plan_table
+    from calm_core.scaling.points import plan_table
 
     print(plan_table(config))
 
@@ -52,8 +52,7 @@ def plot(config: ScalingConfig, dry_run: bool) -> None:
     if dry_run:
         print(f"would draw the results of {config.run}")
         return
-    from calm_core.scaling.figures import draw_study
-    from calm_core.scaling.study_report import write_scaling_page
+    from calm_core.scaling.study_report import draw_study, write_scaling_page
 
     print("\n".join(map(str, [*draw_study(config), write_scaling_page(config)])))
 

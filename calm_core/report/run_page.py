@@ -15,8 +15,7 @@ from calm_core.errors import UserError
 from calm_core.io import read_json
 from calm_core.plan import flops
 from calm_core.plan.dry_run import model_shape
-from calm_core.report.curves import STEPS, brier_axis
-from calm_core.report.figure import GREY, Axis, Figure, Trace, curve, curve_with_band
+from calm_core.report.figure import GREY, STEPS, Axis, Figure, Trace, brier_axis, curve, curve_with_band
 from calm_core.report.incidents import ENVELOPE, incidents, shown_time
 from calm_core.report.page import Section, Table, Text, number, write_page
 from calm_core.training.run_log import read_records

@@ -11,7 +11,7 @@ from calm_core.config.experiment import Experiment
 from calm_core.config.scaling_config import CorrelationConfig
 from calm_core.evaluation.tables import table
 from calm_core.io import write_json
-from calm_core.report.curves import plot_correlation
+from calm_core.report.figure import plot_correlation
 from calm_core.training.run_log import read_metrics
 from calm_core.workflow.stages import run_stages
 

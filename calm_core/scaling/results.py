@@ -13,8 +13,7 @@ from calm_core.config.scaling_config import ScalingConfig
 from calm_core.errors import UserError
 from calm_core.io import replacing
 from calm_core.plan import flops
-from calm_core.scaling.points import Point, experiment, family_experiment, points
-from calm_core.scaling.study_plan import autoencoder_flops
+from calm_core.scaling.points import Point, autoencoder_flops, experiment, family_experiment, points
 from calm_core.training.run_folder import RunFolder
 from calm_core.training.run_log import read_metrics
 

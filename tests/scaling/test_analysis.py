@@ -11,10 +11,9 @@ from calm_core.config.scaling_config import ScalingConfig
 from calm_core.io import write_json
 from calm_core.plan import flops
 from calm_core.scaling.analysis import analyse, best_of_budgets, losses
-from calm_core.scaling.figures import draw_study
 from calm_core.scaling.points import model_size, shape_of
 from calm_core.scaling.results import LAWS, Row, results_path, write_results
-from calm_core.scaling.study_report import fit_study, write_scaling_page
+from calm_core.scaling.study_report import draw_study, fit_study, write_scaling_page
 
 
 def test_the_law_behind_the_results_is_found(study: ScalingConfig, rows: list[Row]) -> None:

@@ -14,8 +14,16 @@ from calm_core.errors import UserError
 from calm_core.io import write_json
 from calm_core.manifest import format_version
 from calm_core.plan import flops
-from calm_core.scaling.points import experiment, family_experiment, hours, points, rung, shared_experiment
-from calm_core.scaling.study_plan import autoencoder_flops, plan_table
+from calm_core.scaling.points import (
+    autoencoder_flops,
+    experiment,
+    family_experiment,
+    hours,
+    plan_table,
+    points,
+    rung,
+    shared_experiment,
+)
 from calm_core.scaling.sweep import LAUNCHER
 from calm_core.workflow.stages import find_stage
 

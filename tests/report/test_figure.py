@@ -4,7 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from calm_core.report.curves import plot_brier, plot_loss, plot_noise_curve
+from calm_core.report.figure import plot_brier, plot_loss, plot_noise_curve
 
 TRAIN = [{"step": step, "loss": 10 / step} for step in range(1, 20)] + [{"step": 20, "loss": None}]
 EVALUATIONS = [
