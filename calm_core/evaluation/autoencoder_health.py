@@ -1,6 +1,6 @@
-"""The health of an autoencoder on documents it has not seen."""
+"""The health of an autoencoder: how well it reconstructs its chunks, and statistics of its latent space."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from calm_core import config
 from calm_core.autoencoder.artefact import WEIGHTS
-from calm_core.autoencoder.metrics import autoencoder_metrics, noise_curve
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, kl_divergence
+from calm_core.autoencoder.output_layer import linear_cross_entropy
 from calm_core.config.experiment import Experiment
 from calm_core.data.store import TokenStore
 from calm_core.errors import UserError
@@ -20,6 +20,76 @@ from calm_core.model.noise import stream_seed
 FROZEN = "frozen"
 
 SIGMAS = [step / 10 for step in range(11)]
+
+
+@dataclass(frozen=True)
+class AutoencoderMetrics:
+    """Fractions of tokens reconstructed, and statistics of the latent dimensions, over a set of chunks."""
+
+    token_accuracy: float  # decoding the posterior mean
+    token_accuracy_posterior: float  # decoding a draw of the posterior
+    token_accuracy_noisy: float  # decoding the mean plus normal noise of standard deviation `sigma`
+    sigma: float
+    cross_entropy: float  # nats per token of the whole vocabulary, decoding the draw of the posterior
+    position_accuracy: list[float]  # of the mean, for each of the K positions in the chunk
+    mean_sigma: float  # mean standard deviation of the posterior
+    dimension_sigma: list[float]  # likewise for each of the l dimensions
+    kl: list[float]  # nats, for each of the l dimensions
+    dead_dimensions: int  # whose posterior mean hardly varies with the tokens
+
+
+@torch.no_grad()
+def autoencoder_metrics(
+    model: Autoencoder,
+    tokens: Tensor,
+    generator: torch.Generator | None = None,
+    sigma: float = 0.3,
+    batch: int = 1024,
+) -> AutoencoderMetrics:
+    """Evaluate the model on chunks `tokens [n, K]`, `batch` of them at a time.
+
+    A dimension is dead when the variance of its posterior mean over the chunks is below 0.01, the usual bound for an
+    inactive unit of a variational autoencoder (Burda et al., 2015).
+    """
+    means, log_stds, nats, hits = [], [], 0.0, torch.zeros(3, model.k, dtype=torch.float64)
+    for chunk in tokens.split(batch):
+        mean, log_std = (part.float() for part in model.encode(chunk))
+        draw = torch.randn(2, *mean.shape, generator=generator, device=mean.device)
+        latents = torch.stack([mean, mean + log_std.exp() * draw[0], mean + sigma * draw[1]])
+        hits += (model.decode_tokens(latents) == chunk).sum(1).cpu()
+        hidden = model.decode_hidden(latents[1]).flatten(0, -2)
+        nats += linear_cross_entropy(hidden, model.embedding.weight, chunk.flatten()).item() * len(chunk)
+        means.append(mean)
+        log_stds.append(log_std)
+    mean, log_std = torch.cat(means), torch.cat(log_stds)
+    accuracy = hits / len(tokens)  # [mean | posterior | noisy, K]
+    clean, posterior, noisy = accuracy.mean(1).tolist()
+    return AutoencoderMetrics(
+        token_accuracy=clean,
+        token_accuracy_posterior=posterior,
+        token_accuracy_noisy=noisy,
+        sigma=sigma,
+        cross_entropy=nats / len(tokens),
+        position_accuracy=accuracy[0].tolist(),
+        mean_sigma=log_std.exp().mean().item(),
+        dimension_sigma=log_std.exp().mean(0).tolist(),
+        kl=kl_divergence(mean, log_std).mean(0).tolist(),
+        dead_dimensions=int((mean.var(0, correction=0) < 0.01).sum()),
+    )
+
+
+@torch.no_grad()
+def noise_curve(
+    model: Autoencoder, tokens: Tensor, sigmas: list[float], generator: torch.Generator, batch: int = 1024
+) -> list[float]:
+    """Fraction of the tokens of chunks `[n, K]` reconstructed from the mean plus noise, by its standard deviation."""
+    hits = torch.zeros(len(sigmas), dtype=torch.float64)
+    for chunk in tokens.split(batch):
+        mean = model.encode(chunk)[0].float()
+        draw = torch.randn(mean.shape, generator=generator, device=mean.device)
+        for index, sigma in enumerate(sigmas):
+            hits[index] += (model.decode_tokens(mean + sigma * draw) == chunk).sum().item()
+    return (hits / tokens.numel()).tolist()
 
 
 def evaluate_autoencoder(model: Autoencoder, store: TokenStore, chunks: int, seed: int) -> dict[str, Any]:

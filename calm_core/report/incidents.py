@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from calm_core.io import read_json_lines
 from calm_core.report.page import number
-from calm_core.training.watchdog import hangs
+from calm_core.training.stopping import hangs
 
 Record = Mapping[str, Any]
 

@@ -19,7 +19,7 @@ from calm_core.report.figure import GREY, STEPS, Axis, Figure, Trace, brier_axis
 from calm_core.report.incidents import ENVELOPE, incidents, shown_time
 from calm_core.report.page import Section, Table, Text, number, write_page
 from calm_core.training.run_log import read_records
-from calm_core.training.watchdog import stacks
+from calm_core.training.stopping import stacks
 
 Record = dict[str, Any]
 

@@ -14,8 +14,7 @@ from calm_core.errors import UserError
 from calm_core.io import replacing
 from calm_core.plan import flops
 from calm_core.scaling.points import Point, autoencoder_flops, experiment, family_experiment, points
-from calm_core.training.run_folder import RunFolder
-from calm_core.training.run_log import read_metrics
+from calm_core.training.run_log import RunFolder, read_metrics
 
 LAWS = "laws.json"  # in the folder of the study
 

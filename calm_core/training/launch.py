@@ -39,7 +39,7 @@ def run_autoencoder(experiment: Experiment, write_page: PageWriter | None = None
     with distributed(ParallelConfig()) as topology:
         from calm_core.training.autoencoder_task import AutoencoderTask
         from calm_core.training.loop import train as run
-        from calm_core.training.run_folder import RunFolder
+        from calm_core.training.run_log import RunFolder
 
         train, held_out = opened_together(partial(token_rows, data, paths))
         shape = autoencoder_shape(experiment.autoencoder, train.first.vocab_size, data.k)
@@ -57,7 +57,7 @@ def run_calm(experiment: Experiment, write_page: PageWriter | None = None) -> Ex
     """Train the CALM network of an experiment."""
     with distributed(experiment.parallel) as topology:
         from calm_core.training.loop import train as run
-        from calm_core.training.run_folder import RunFolder
+        from calm_core.training.run_log import RunFolder
 
         task = calm_task(experiment, opened_together(partial(calm_rows, experiment)), topology.device)
         choose = partial(largest_micro_batch, task.shape, layout=experiment.parallel, world=topology.world)

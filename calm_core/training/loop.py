@@ -15,15 +15,12 @@ from calm_core.distributed.optimizer import learning_rate_factor
 from calm_core.distributed.topology import Topology
 from calm_core.errors import ExitCode, UserError
 from calm_core.training.batch_loader import Loader, step_samples
-from calm_core.training.hardware import deterministic, explain_out_of_memory
-from calm_core.training.profiler import StepProfiler
+from calm_core.training.hardware import StepProfiler, deterministic, explain_out_of_memory
 from calm_core.training.reporter import Reporter
 from calm_core.training.resume import RunProgress, check_samples, is_finished, start, state_of
-from calm_core.training.run_folder import RunFolder
-from calm_core.training.run_log import is_evaluated
-from calm_core.training.signals import Requests
+from calm_core.training.run_log import RunFolder, is_evaluated
+from calm_core.training.stopping import Requests, Watchdog
 from calm_core.training.task import Task
-from calm_core.training.watchdog import Watchdog
 
 
 def train(

@@ -19,8 +19,7 @@ from calm_core.distributed.engine import Engine
 from calm_core.distributed.optimizer import Update
 from calm_core.training.hardware import backends, device_name, peak_flops, peak_memory
 from calm_core.training.resume import RunProgress
-from calm_core.training.run_folder import RunFolder
-from calm_core.training.run_log import RunLog
+from calm_core.training.run_log import RunFolder, RunLog
 from calm_core.training.task import Task
 
 LAYOUT = ("tensor", "pipeline", "virtual", "sequence", "recompute")  # configuration keys recorded at each start

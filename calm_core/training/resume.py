@@ -7,14 +7,14 @@ from typing import Any
 from calm_core import config as configuration
 from calm_core.checkpoint import load as checkpoints
 from calm_core.checkpoint.folder import Checkpoint, DamagedError, list_checkpoints, open_checkpoint
+from calm_core.config.experiment import Experiment
 from calm_core.config.training_config import ScheduleConfig, TrainingConfig
 from calm_core.distributed.collectives import on_first_rank
 from calm_core.distributed.engine import Engine
 from calm_core.distributed.optimizer import UpdateHistory, decay_start, learning_rate_factor
 from calm_core.distributed.topology import Topology, choose_dtype
 from calm_core.errors import UserError
-from calm_core.training.run_folder import RunFolder, check_same_run
-from calm_core.training.run_log import is_evaluated
+from calm_core.training.run_log import RunFolder, is_evaluated
 from calm_core.training.task import Task
 
 
@@ -166,3 +166,28 @@ def _schedule(training: dict[str, Any]) -> tuple[int, ScheduleConfig, float]:
     """Steps, schedule and peak learning rate of the training settings of a resolved configuration."""
     schedule = configuration.convert(training["schedule"], ScheduleConfig)
     return training["steps"], schedule, training["optimizer"]["learning_rate"]
+
+
+def check_same_run(
+    checkpoint: Checkpoint, identity: dict[str, Any], resolved: dict[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Compare a run about to resume with the checkpoint it resumes from.
+
+    Returns:
+        (key, old value, new value) of each setting that has changed and may change; a key that the checkpoint's version
+        did not have has changed where it is not the default.
+
+    Raises:
+        UserError: if the model's shape, the data or the seed differ: then it is another run.
+    """
+    changed = configuration.differences(checkpoint.state["identity"], identity)
+    if changed:
+        key, old, new = changed[0]
+        raise UserError(
+            f"{checkpoint.path} belongs to another run: {key} was {old} and is now {new}; restore it, choose another "
+            "`run` folder, or start from these weights by training.init_from."
+        )
+    known = dict(configuration.flatten(checkpoint.state["config"]))
+    usual = dict(configuration.flatten(configuration.to_dict(Experiment())))
+    changes = configuration.differences(checkpoint.state["config"], resolved)
+    return [change for change in changes if change[0] in known or change[2] != usual.get(change[0])]

@@ -1,19 +1,59 @@
-"""The metrics of a run: written to metrics.jsonl and passed to trackers, read again and compared."""
+"""The folder of a training run, and its metrics: written, read again and compared.
+
+The folder holds `config.yaml`, `metrics.jsonl`, `checkpoints/step-N/`, `logs/` and `wandb/`.
+"""
 
 import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from calm_core.config.training_config import TrainingConfig
 from calm_core.errors import UserError
-from calm_core.io import read_json_lines, write_text
-from calm_core.training.run_folder import RunFolder
+from calm_core.io import file_lock, read_json_lines, write_text
 from calm_core.training.trackers import Trackers
+
+_LOCK = ".lock"
+
+_BEFORE_CONFIG = {_LOCK, "logs", "save", "stop"}  # what may exist before the run has written its configuration
+
+
+class RunFolder:
+    """Paths of a run, and the checks that keep two runs out of one folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.config = path / "config.yaml"
+        self.logs = path / "logs"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the folder for this process until the end of the block; the lock ends with the process.
+
+        On a file system without `flock` the run continues without a lock, with a warning.
+
+        Raises:
+            UserError: if another process trains in this folder, or it holds something other than a run.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.config.exists() and any(path.name not in _BEFORE_CONFIG for path in self.path.iterdir()):
+            raise UserError(
+                f"{self.path} holds something other than a run: move it away or choose another `run` folder."
+            )
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(file_lock(self.path / _LOCK))
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another run is training in {self.path}: wait for it or choose another `run`."
+                ) from error
+            yield
 
 
 class RunLog:

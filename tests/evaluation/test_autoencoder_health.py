@@ -4,13 +4,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from live_bytes import LiveBytes, storages
 
 from calm_core import config
 from calm_core.autoencoder.artefact import load_autoencoder
+from calm_core.autoencoder.model import Autoencoder, kl_divergence
 from calm_core.config.experiment import Experiment
+from calm_core.config.model_config import AutoencoderConfig
 from calm_core.data.store import TokenStore
 from calm_core.errors import UserError
 from calm_core.evaluation.autoencoder_health import (
+    autoencoder_metrics,
     examine_autoencoder,
     experiment_of_autoencoder,
     find_autoencoder,
@@ -66,3 +72,71 @@ def test_the_script_leaves_numbers_and_a_picture(run, source, capsys):
     assert f"{result['token_accuracy']:.3%}" in shown
     assert f"of {len(result['kl'])}" in shown
     assert output.with_suffix(".png").stat().st_size > 1000
+
+
+class Code(Autoencoder):
+    """Writes each token in a dimension of its own, which the decoder rounds; the last dimension is unused."""
+
+    def __init__(self):
+        super().__init__(AutoencoderConfig(hidden=2, latent=3), vocab_size=10, k=2)
+        token = torch.arange(10.0)
+        self.embedding.weight.data = torch.stack([2 * token, -token.square()], dim=-1)
+
+    def encode(self, tokens):
+        mean = torch.cat([tokens.float(), torch.zeros_like(tokens[..., :1]).float()], dim=-1)
+        return mean, torch.tensor([-5.0, 0.0, -1.0]).expand(mean.shape)
+
+    def decode_hidden(self, latents):
+        """The logit of token v is x² - (x - v)² at the latent's x."""
+        return torch.stack([latents[..., :2], torch.ones_like(latents[..., :2])], dim=-1)
+
+
+def test_each_number_is_what_it_says():
+    tokens = torch.randint(1, 9, (4000, 2), generator=torch.Generator().manual_seed(0))
+    metrics = autoencoder_metrics(Code(), tokens, torch.Generator().manual_seed(1), sigma=0.5, batch=900)
+    within = torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor([0.5, 1.0])) * 2 - 1  # |normal| < 0.5, < 1
+    assert metrics.token_accuracy == 1.0
+    assert metrics.position_accuracy == [1.0, 1.0]
+    assert (
+        abs(metrics.token_accuracy_posterior - (1 + within[0]) / 2) < 0.02
+    )  # sigma 1 on one position, tiny on the other
+    assert abs(metrics.token_accuracy_noisy - within[1]) < 0.02
+    assert abs(metrics.mean_sigma - torch.tensor([-5.0, 0.0, -1.0]).exp().mean()) < 1e-6
+    assert metrics.dead_dimensions == 1
+    expected = kl_divergence(torch.tensor(0.0), torch.tensor(-1.0))
+    torch.testing.assert_close(torch.tensor(metrics.kl[2]), expected)
+
+
+def test_the_cross_entropy_is_that_of_the_whole_vocabulary():
+    torch.manual_seed(0)
+    model = Autoencoder(AutoencoderConfig(hidden=8, latent=4, init_std=0.5, sampled_output=20), vocab_size=50, k=2)
+    tokens = torch.randint(50, (30, 2), generator=torch.Generator().manual_seed(0))
+    metrics = autoencoder_metrics(model, tokens, torch.Generator().manual_seed(1), batch=100)
+    mean, log_std = model.encode(tokens)
+    drawn = mean + log_std.exp() * torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(1))[0]
+    expected = F.cross_entropy(model.decode(drawn).flatten(0, 1), tokens.flatten()).item()
+    assert metrics.cross_entropy == pytest.approx(expected, rel=1e-5)
+
+
+def test_errors_are_counted_at_their_position():
+    class Wrong(Code):
+        def decode_hidden(self, latents):
+            return super().decode_hidden(latents) * torch.tensor([1.0, -1.0]).unsqueeze(-1)
+
+    tokens = torch.randint(2, 8, (100, 2), generator=torch.Generator().manual_seed(0))
+    metrics = autoencoder_metrics(Wrong(), tokens, torch.Generator().manual_seed(1))
+    assert metrics.position_accuracy == [1.0, 0.0]
+    assert metrics.token_accuracy == 0.5
+
+
+def test_tokens_are_those_of_all_logits_which_are_never_held_at_once():
+    torch.manual_seed(0)
+    model = Autoencoder(AutoencoderConfig(hidden=8, latent=4, init_std=0.5), vocab_size=40_000, k=2)
+    latents, older = torch.randn(3, 200, 4), storages()
+    with torch.no_grad():
+        expected = model.decode(latents).argmax(-1)
+        with LiveBytes(older) as live:
+            found = model.decode_tokens(latents)
+    assert torch.equal(found, expected)
+    assert expected.unique().numel() > 100
+    assert live.peak < 3 * 200 * 2 * 40_000 * 4 / 5  # a fifth of what float32 logits take

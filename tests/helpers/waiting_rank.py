@@ -14,7 +14,7 @@ import torch.distributed as dist
 from calm_core.config import command
 from calm_core.distributed.topology import end_with_launcher
 from calm_core.errors import ExitCode
-from calm_core.training.signals import Requests
+from calm_core.training.stopping import Requests
 
 
 def work(folder: Path) -> ExitCode:

@@ -19,8 +19,7 @@ from calm_core.config.experiment import Experiment
 from calm_core.errors import ExitCode, UserError
 from calm_core.report.run_page import write_run_page
 from calm_core.training.launch import run_autoencoder, run_calm
-from calm_core.training.run_folder import RunFolder
-from calm_core.training.run_log import read_metrics
+from calm_core.training.run_log import RunFolder, read_metrics
 
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import runpy
@@ -8,8 +9,7 @@ import pytest
 
 from calm_core.config.training_config import TrainingConfig
 from calm_core.errors import ExitCode, UserError
-from calm_core.training.run_folder import RunFolder
-from calm_core.training.run_log import Difference, RunLog, first_difference, read_metrics, samples_of_step
+from calm_core.training.run_log import Difference, RunFolder, RunLog, first_difference, read_metrics, samples_of_step
 
 
 def opened(folder: Path, start: int) -> RunLog:
@@ -139,3 +139,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert f"step 1 (train): loss is 1.0 in {one}" in capsys.readouterr().out
     assert compare([str(one), str(other), "--tolerance", "0.5"]) == ExitCode.OK
     assert "no difference" in capsys.readouterr().out
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run").locked():
+        second = RunFolder(tmp_path / "run").locked()
+        with pytest.raises(UserError, match="another run is training in"):
+            second.__enter__()
+    with RunFolder(tmp_path / "run").locked():
+        pass
+
+
+def test_without_locks_a_run_warns_and_continues(tmp_path: Path, monkeypatch, capsys) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with RunFolder(tmp_path / "run").locked():
+        pass
+    assert f"warning: {tmp_path}/run/.lock cannot be locked (No locks available)" in capsys.readouterr().err

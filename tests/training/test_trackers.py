@@ -6,8 +6,7 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from calm_core.config.training_config import TrainingConfig
-from calm_core.training.run_folder import RunFolder
-from calm_core.training.run_log import RunLog, read_metrics
+from calm_core.training.run_log import RunFolder, RunLog, read_metrics
 from calm_core.training.trackers import Trackers
 
 TENSORBOARD = TrainingConfig(wandb="disabled", tensorboard=True)

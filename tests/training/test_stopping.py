@@ -9,12 +9,12 @@ from launching import finish
 
 from calm_core.config.training_config import TrainingConfig
 from calm_core.errors import ExitCode, UserError
-from calm_core.training.watchdog import hangs
+from calm_core.training.stopping import hangs
 
 PROGRAM = """
 import ctypes, sys, time
 from pathlib import Path
-from calm_core.training.watchdog import Watchdog
+from calm_core.training.stopping import Watchdog
 
 def rest(seconds):
     time.sleep(seconds)
