@@ -13,7 +13,7 @@ from calm_core.errors import UserError
 from calm_core.evaluation.brier import brier_terms
 from calm_core.inference.generate import Completion, generate
 from calm_core.inference.load_model import Loaded, default_device, load_for_inference
-from calm_core.inference.prompts import prompt_tokens, require_text
+from calm_core.inference.request import prompt_tokens, require_text
 from calm_core.model.noise import SampleNoise
 
 SCORED_AT_ONCE = 64  # positions whose draws are decoded together

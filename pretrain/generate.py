@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from calm_core.distributed.topology import local_dtype
     from calm_core.inference.generate import forecast, generate, summary
     from calm_core.inference.load_model import default_device, load_for_inference
-    from calm_core.inference.prompts import read_prompts
+    from calm_core.inference.request import read_prompts
 
     prompts, device = read_prompts(arguments.prompt, arguments.prompt_file), default_device()
     loaded = load_for_inference(arguments.checkpoint, device, local_dtype(arguments.precision, device))

@@ -1,6 +1,6 @@
 """Checkpoints that any layout of ranks can read: float32 weights and optimizer state under global names.
 
-Each rank writes what ZeRO-1 assigns to it (see `fragments` and `save`); on reading, a rank assembles what it needs from
+Each rank writes what ZeRO-1 assigns to it (see `save`); on reading, a rank assembles what it needs from
 the boxes in all files (see `tensor_folder`). How the folder becomes a complete checkpoint: see `folder`.
 """
 
@@ -17,8 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from calm_core.checkpoint.folder import Checkpoint, DamagedError, damaged_files
-from calm_core.checkpoint.fragments import WEIGHT, box_of, flat_parts, fragments
-from calm_core.checkpoint.save import SavePolicy, Saver, explain_file_errors
+from calm_core.checkpoint.save import WEIGHT, SavePolicy, Saver, box_of, explain_file_errors, flat_parts, fragments
 from calm_core.checkpoint.tensor_folder import TensorFolder
 from calm_core.distributed.collectives import on_every_rank, own_share
 from calm_core.distributed.engine import Engine

@@ -10,16 +10,32 @@ from calm_core import config as configuration
 from calm_core.autoencoder.artefact import load_autoencoder
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.checkpoint.folder import Checkpoint, list_checkpoints, open_checkpoint
-from calm_core.checkpoint.weights import load_whole_model
-from calm_core.config.data_config import DataConfig
+from calm_core.checkpoint.tensor_folder import load_whole_model
+from calm_core.config.data_config import DataConfig, Packing
 from calm_core.config.experiment import Experiment, Paths
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
 from calm_core.errors import UserError
-from calm_core.inference.prompts import DocumentFormat
 from calm_core.manifest import MANIFEST, read_manifest, source_hash, store_hash
 from calm_core.model.calm import CalmModel
 from calm_core.model.single_rank import SingleRank
 from calm_core.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class DocumentFormat:
+    """How documents stand in the data that a model was trained on.
+
+    Attributes:
+        eos: whether each ends with eos (`data.eos`).
+        packing: whether they follow one another in chunks, or each begins a chunk (`data.packing`).
+    """
+
+    eos: bool = True
+    packing: Packing = "pack"
+
+    def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The tokens that end a document: eos; without it the bos of the next document, or the padding before it."""
+        return (tokenizer.eos,) if self.eos else (tokenizer.eos, tokenizer.bos, tokenizer.pad)
 
 
 @dataclass(frozen=True)

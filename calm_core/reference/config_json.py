@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig, ModelShape
 from calm_core.errors import UserError
-from calm_core.inference.prompts import DocumentFormat
+from calm_core.inference.load_model import DocumentFormat
 
 _AUTOENCODER = {
     "hidden_size": "hidden",

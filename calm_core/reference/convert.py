@@ -18,7 +18,7 @@ from calm_core import config as configuration
 from calm_core.autoencoder.artefact import KIND, load_autoencoder, save_autoencoder
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.checkpoint.folder import Checkpoint, open_checkpoint
-from calm_core.checkpoint.weights import fill, read_weights, write_weights
+from calm_core.checkpoint.tensor_folder import fill, read_weights, write_weights
 from calm_core.config.data_config import DataConfig
 from calm_core.config.experiment import Experiment
 from calm_core.config.model_config import AutoencoderConfig, ModelShape

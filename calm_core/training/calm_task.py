@@ -24,8 +24,7 @@ from calm_core.errors import UserError
 from calm_core.evaluation.evaluate import evaluate
 from calm_core.evaluation.held_out import HeldOut, scored_offsets
 from calm_core.inference.generate import continue_prompts
-from calm_core.inference.load_model import Loaded
-from calm_core.inference.prompts import DocumentFormat
+from calm_core.inference.load_model import DocumentFormat, Loaded
 from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
 from calm_core.model.heads.protocol import HeadLoss, Target

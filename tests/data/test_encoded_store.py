@@ -16,7 +16,7 @@ from calm_core.data.dataset import Blend, TrainingSamples, chunk_rows, read_batc
 from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.store import ChunkStore
 from calm_core.errors import UserError
-from calm_core.inference.prompts import DocumentFormat
+from calm_core.inference.load_model import DocumentFormat
 from calm_core.training.batch_loader import Loader
 from calm_core.training.calm_task import CalmTask
 

@@ -23,8 +23,7 @@ from calm_core.distributed.topology import Topology, distributed
 from calm_core.errors import ExitCode, UserError
 from calm_core.evaluation.checkpoint import ScoredText, chunks_of_text, evaluate_checkpoint, tokens_of_text
 from calm_core.evaluation.tables import checkpoint_table
-from calm_core.inference.load_model import Loaded, find_checkpoint
-from calm_core.inference.prompts import DocumentFormat
+from calm_core.inference.load_model import DocumentFormat, Loaded, find_checkpoint
 from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
 from calm_core.model.parameters import initialize

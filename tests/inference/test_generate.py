@@ -8,8 +8,7 @@ from torch import Tensor
 from calm_core.config.generation_config import GenerationOptions
 from calm_core.errors import UserError
 from calm_core.inference.generate import Completion, expected_calls, generate
-from calm_core.inference.load_model import Loaded
-from calm_core.inference.prompts import DocumentFormat
+from calm_core.inference.load_model import DocumentFormat, Loaded
 from calm_core.inference.temperature import CallLimitError
 
 PROMPTS = ["the quick brown fox", "", "a naïve 😀", "the lazy dog jumps"]

@@ -18,7 +18,7 @@ from calm_core.autoencoder.artefact import save_autoencoder
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.checkpoint import load as checkpoint
 from calm_core.checkpoint.folder import open_checkpoint
-from calm_core.checkpoint.weights import write_weights
+from calm_core.checkpoint.tensor_folder import write_weights
 from calm_core.config import command
 from calm_core.config.data_config import TokenizerConfig
 from calm_core.config.experiment import Experiment
@@ -30,8 +30,8 @@ from calm_core.distributed.engine import Engine
 from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
 from calm_core.inference.generate import generate
-from calm_core.inference.load_model import Loaded, document_format, load_for_inference
-from calm_core.inference.prompts import DocumentFormat, read_prompts
+from calm_core.inference.load_model import DocumentFormat, Loaded, document_format, load_for_inference
+from calm_core.inference.request import read_prompts
 from calm_core.io import write_json
 from calm_core.manifest import format_version, source_hash, store_hash
 from calm_core.model.backbone import transformer_config

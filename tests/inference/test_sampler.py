@@ -16,8 +16,8 @@ from calm_core.config.generation_config import GenerationOptions
 from calm_core.config.model_config import AutoencoderConfig
 from calm_core.errors import UserError
 from calm_core.inference.decoding import UNDECODED, DocumentEnd, DrawnTokens
-from calm_core.inference.load_model import Loaded
-from calm_core.inference.prompts import DocumentFormat, prompt_tokens
+from calm_core.inference.load_model import DocumentFormat, Loaded
+from calm_core.inference.request import prompt_tokens
 from calm_core.inference.sampler import TRIALS, ChunkSampler, Context
 from calm_core.inference.temperature import occurrences, sample_batch
 from calm_core.model.noise import Noise

@@ -20,7 +20,7 @@ from calm_core import config as configuration
 from calm_core.autoencoder.artefact import load_autoencoder
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.checkpoint.folder import open_checkpoint
-from calm_core.checkpoint.weights import write_weights
+from calm_core.checkpoint.tensor_folder import write_weights
 from calm_core.config.experiment import Experiment
 from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig, ModelShape
 from calm_core.config.parallel_config import ParallelConfig

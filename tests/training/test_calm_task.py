@@ -6,7 +6,7 @@ import pytest
 
 from calm_core import config
 from calm_core.checkpoint.folder import open_checkpoint
-from calm_core.checkpoint.weights import read_weights
+from calm_core.checkpoint.tensor_folder import read_weights
 from calm_core.config.experiment import Experiment
 from calm_core.config.parallel_config import ParallelConfig
 from calm_core.distributed.topology import distributed
