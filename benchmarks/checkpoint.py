@@ -21,7 +21,7 @@ from calm_core import config
 from calm_core.config.command import DEFAULT_CONFIG
 from calm_core.config.experiment import Experiment
 from calm_core.config.model_config import ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.collectives import on_first_rank
 from calm_core.distributed.topology import Topology, distributed
 
@@ -78,7 +78,7 @@ def demo(topology: Topology) -> tuple["Engine", Callable[[], None]]:  # noqa: F8
     from calm_core.distributed.engine import Engine, Pass
     from calm_core.model.backbone import transformer_config
     from calm_core.model.calm import CalmModel
-    from calm_core.model.heads.protocol import Target
+    from calm_core.model.heads import Target
     from calm_core.model.noise import SampleNoise
     from calm_core.model.parameters import initialize
 

@@ -24,7 +24,7 @@ from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, Hea
 from calm_core.inference.decoding import DocumentEnd, DrawnTokens
 from calm_core.inference.load_model import Loaded
 from calm_core.inference.sampler import ChunkSampler, Context
-from calm_core.model.cache import KeyValueCache
+from calm_core.model.attention import KeyValueCache
 from calm_core.model.calm import CalmModel
 from calm_core.model.noise import SampleNoise
 from calm_core.model.parameters import initialize

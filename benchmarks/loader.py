@@ -23,8 +23,7 @@ from calm_core.data.dataset import Blend, ChunkBatch, TrainingSamples, read_batc
 from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.order import SampleOrder
 from calm_core.data.store import ChunkStore, list_column, write_shard
-from calm_core.io import write_json
-from calm_core.manifest import format_version
+from calm_core.io import format_version, write_json
 
 K, LATENT, VOCABULARY, HIDDEN = 4, 128, 32_000, 512
 POSITIONS, MICRO_BATCH = 2048, 4

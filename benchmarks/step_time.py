@@ -23,8 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm_core.config.experiment import PlanConfig
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import OptimizerConfig
+from calm_core.config.training_config import OptimizerConfig, ParallelConfig
 from calm_core.distributed.topology import Topology, distributed
 from calm_core.model.costs import Load
 from calm_core.model.noise import SampleNoise
@@ -99,7 +98,7 @@ def step_of(topology: Topology, micro_batch: int) -> Callable[[], None]:
     from calm_core.distributed.engine import Engine, Pass
     from calm_core.model.backbone import transformer_config
     from calm_core.model.calm import CalmModel
-    from calm_core.model.heads.protocol import Target
+    from calm_core.model.heads import Target
     from calm_core.model.parameters import initialize
 
     layout = topology.layout

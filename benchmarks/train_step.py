@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import OptimizerConfig
+from calm_core.config.training_config import OptimizerConfig, ParallelConfig
 from calm_core.distributed.topology import Topology, distributed
 from calm_core.model.noise import SampleNoise
 from calm_core.plan import flops
@@ -37,7 +36,7 @@ def ours(topology: Topology, dtype: torch.dtype, micro_batch: int, compiled: boo
     from calm_core.distributed.engine import Engine, Pass
     from calm_core.model.backbone import transformer_config
     from calm_core.model.calm import CalmModel
-    from calm_core.model.heads.protocol import Target
+    from calm_core.model.heads import Target
     from calm_core.model.parameters import initialize
 
     model = CalmModel(transformer_config(SHAPE.backbone, ParallelConfig(), dtype, compiled=compiled), SHAPE)

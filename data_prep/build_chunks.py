@@ -8,14 +8,14 @@ from calm_core.config import command
 from calm_core.config.experiment import Experiment
 from calm_core.data.builder import OPTIONS, ArrayTask, carry_out
 from calm_core.errors import UserError
-from calm_core.manifest import read_manifest
+from calm_core.io import read_manifest
 
 SECTIONS = ("data",)
 
 
 def prepare(experiment: Experiment, dry_run: bool, shard: ArrayTask | None = None, finish: bool = False) -> None:
     """Encode the chunks or one task of them, unless done already; or print what would be done."""
-    from calm_core.autoencoder.artefact import load_autoencoder
+    from calm_core.autoencoder.model import load_autoencoder
     from calm_core.data.chunks import ChunkStoreBuild
 
     data, paths = experiment.data, experiment.paths

@@ -63,7 +63,7 @@ def print_text(
     import numpy as np
     import torch
 
-    from calm_core.autoencoder.artefact import load_autoencoder
+    from calm_core.autoencoder.model import load_autoencoder
     from calm_core.data.verification import side_by_side
 
     autoencoder = load_autoencoder(autoencoder_path)

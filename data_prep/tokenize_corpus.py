@@ -12,7 +12,7 @@ from calm_core.config.experiment import Experiment
 from calm_core.data.builder import OPTIONS, ArrayTask, carry_out
 from calm_core.data.split import held_out_tokens
 from calm_core.data.tokens import TokenStoreBuild
-from calm_core.manifest import read_manifest
+from calm_core.io import read_manifest
 from calm_core.tokenizer import load_tokenizer
 
 SECTIONS = ("data",)

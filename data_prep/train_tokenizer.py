@@ -7,7 +7,7 @@ from calm_core.config.experiment import Experiment
 from calm_core.data.corpus import fingerprint, sources
 from calm_core.data.split import choose_split, held_out_tokens
 from calm_core.data.tokens import training_texts
-from calm_core.tokenizer import is_trained, train_tokenizer
+from calm_core.tokenizer.sentencepiece import is_trained, train_tokenizer
 
 SECTIONS = ("data", "tokenizer")
 

@@ -75,7 +75,7 @@ def evaluate_autoencoder(arguments: Namespace, scratch: Path) -> None:
     """Score an autoencoder on held-out documents, or on a text."""
     import torch
 
-    from calm_core.autoencoder.artefact import load_autoencoder
+    from calm_core.autoencoder.model import load_autoencoder
     from calm_core.data.store import TokenStore
     from calm_core.evaluation.autoencoder_health import examine_autoencoder, experiment_of_autoencoder, find_autoencoder
     from calm_core.evaluation.checkpoint import ScoredText, tokens_of_text
@@ -106,7 +106,7 @@ def evaluate_autoencoder(arguments: Namespace, scratch: Path) -> None:
 def evaluate_models(arguments: Namespace, scratch: Path) -> None:
     """Score checkpoints on the held-out documents of their runs, or on a text."""
     from calm_core.config.experiment import EvaluationConfig
-    from calm_core.config.parallel_config import ParallelConfig
+    from calm_core.config.training_config import ParallelConfig
     from calm_core.distributed.topology import distributed
     from calm_core.evaluation.tables import checkpoint_table, comparison_table
 

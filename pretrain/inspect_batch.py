@@ -45,7 +45,7 @@ def inspect(argv: Sequence[str] | None = None) -> None:
 
 def samples_of(run: Path, experiment: Experiment) -> "TrainingSamples":
     """The samples of a run."""
-    from calm_core.autoencoder.artefact import load_autoencoder
+    from calm_core.autoencoder.model import load_autoencoder
     from calm_core.data.dataset import TrainingSamples, chunk_rows, token_rows
 
     paths, data, seed = experiment.paths, replace(experiment.data, verify="size"), experiment.seed

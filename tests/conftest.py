@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from calm_core import config
-from calm_core.autoencoder.artefact import load_autoencoder, save_autoencoder
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, load_autoencoder, save_autoencoder
 from calm_core.config.data_config import TokenizerConfig
 from calm_core.config.experiment import Experiment
 from calm_core.config.model_config import AutoencoderConfig
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.data.chunks import build_chunks
 from calm_core.data.tokens import build_tokens
 from calm_core.distributed.topology import Topology, distributed
-from calm_core.tokenizer import load_tokenizer, train_tokenizer
+from calm_core.tokenizer import load_tokenizer
+from calm_core.tokenizer.sentencepiece import train_tokenizer
 
 TINY = """
 data: {{corpus: ["{folder}/corpus.txt"], held_out: 0.2, k: 4}}

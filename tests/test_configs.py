@@ -10,8 +10,7 @@ from launching import ROOT
 from calm_core import config
 from calm_core.config.experiment import Experiment
 from calm_core.errors import UserError
-from calm_core.io import write_json
-from calm_core.manifest import MANIFEST, format_version
+from calm_core.io import MANIFEST, format_version, write_json
 from calm_core.plan.dry_run import model_shape, plan_autoencoder, plan_calm, vocabulary
 from calm_core.plan.flops import executed_training
 

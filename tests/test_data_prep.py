@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calm_core.autoencoder.artefact import save_autoencoder
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, save_autoencoder
 from calm_core.config import command
 from calm_core.config.experiment import Experiment
 from calm_core.config.model_config import AutoencoderConfig

@@ -8,7 +8,7 @@ import pytest
 from launching import ROOT
 
 from calm_core import config
-from calm_core.autoencoder.artefact import load_autoencoder
+from calm_core.autoencoder.model import load_autoencoder
 from calm_core.config.experiment import Experiment
 from calm_core.distributed.topology import Topology
 from calm_core.errors import ExitCode

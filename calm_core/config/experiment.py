@@ -6,9 +6,8 @@ from pathlib import Path
 from calm_core.config.data_config import DataConfig, TokenizerConfig
 from calm_core.config.generation_config import GenerationOptions
 from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig, TokenLossConfig
-from calm_core.config.parallel_config import ParallelConfig
 from calm_core.config.schema import PathText, check, option
-from calm_core.config.training_config import TrainingConfig
+from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.errors import UserError
 
 

@@ -77,7 +77,7 @@ class HeadKind:
     """A kind of generative head.
 
     Attributes:
-        module: holds its network, its loss and its costs (see `calm_core.model.heads.protocol.HeadModule`).
+        module: holds its network, its loss and its costs (see `calm_core.model.heads.HeadModule`).
         reads_tokens: whether it predicts single tokens by likelihood: it needs neither latents nor an autoencoder.
         least_samples: draws per position that its loss needs.
     """

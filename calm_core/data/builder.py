@@ -16,8 +16,18 @@ from typing import Any, TypeVar
 
 from calm_core.data.store import files_of, verify_shards
 from calm_core.errors import UserError
-from calm_core.io import file_lock, read_json, remove_partial, require_writable, write_json
-from calm_core.manifest import MANIFEST, format_version, read_manifest, require_same, write_manifest
+from calm_core.io import (
+    MANIFEST,
+    file_lock,
+    format_version,
+    read_json,
+    read_manifest,
+    remove_partial,
+    require_same,
+    require_writable,
+    write_json,
+    write_manifest,
+)
 
 JOURNAL = "building"
 

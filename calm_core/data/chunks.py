@@ -22,7 +22,7 @@ from calm_core.config.data_config import Packing, Verify
 from calm_core.data.builder import ALL, ArrayTask, StoreBuilder, carry_out, shard_name
 from calm_core.data.store import TokenStore, list_column, write_shard
 from calm_core.errors import UserError
-from calm_core.manifest import format_version, read_manifest, store_hash
+from calm_core.io import format_version, read_manifest, store_hash
 from calm_core.progress import Progress
 
 SHARD_ROWS = 1 << 20  # chunks in a shard at most: it is held in memory while it is written, 0.55 GB at l=128

@@ -17,7 +17,7 @@ from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.order import BlendOrder, SampleOrder
 from calm_core.data.store import ALL, ChunkStore, Store, TokenStore
 from calm_core.errors import UserError
-from calm_core.model.heads.protocol import Target
+from calm_core.model.heads import Target
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from calm_core.autoencoder.model import Autoencoder, FoldedEncoder
 from calm_core.config.data_config import Verify
 from calm_core.data.chunks import ENCODED_AT_ONCE, encoded, require_tokenizer, source_of_chunks
 from calm_core.data.store import ALL, TokenStore
-from calm_core.manifest import source_hash
+from calm_core.io import source_hash
 
 
 class EncodedStore(TokenStore):

@@ -13,8 +13,7 @@ import pyarrow as pa
 
 from calm_core.config.data_config import Packing, Verify
 from calm_core.errors import UserError
-from calm_core.io import hash_file, replacing
-from calm_core.manifest import read_manifest, source_hash, store_hash
+from calm_core.io import hash_file, read_manifest, replacing, source_hash, store_hash
 
 AUTO_FULL_BYTES = 4 << 30  # a store up to this size is read whole each time it is opened
 

@@ -30,7 +30,7 @@ from calm_core.data.corpus import (
 from calm_core.data.split import Part, Split, choose_split, split_of
 from calm_core.data.store import token_dtype, write_shard
 from calm_core.errors import UserError
-from calm_core.manifest import read_manifest
+from calm_core.io import read_manifest
 from calm_core.progress import Progress
 from calm_core.tokenizer import Tokenizer
 

@@ -8,8 +8,7 @@ import numpy as np
 
 from calm_core.data.store import ChunkStore, files_of, read_shard, verify_shards
 from calm_core.errors import UserError
-from calm_core.io import read_json
-from calm_core.manifest import MANIFEST, read_manifest
+from calm_core.io import MANIFEST, read_json, read_manifest
 from calm_core.progress import Progress
 
 KINDS = ("tokens", "chunks")

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from calm_core import config
-from calm_core.autoencoder.artefact import WEIGHTS
-from calm_core.autoencoder.model import Autoencoder, kl_divergence
+from calm_core.autoencoder.model import WEIGHTS, Autoencoder, kl_divergence
 from calm_core.autoencoder.output_layer import linear_cross_entropy
 from calm_core.config.experiment import Experiment
 from calm_core.data.store import TokenStore

@@ -28,7 +28,7 @@ from calm_core.evaluation.scores import (
     read,
     tokens_of,
 )
-from calm_core.model.cache import BranchingCache
+from calm_core.model.attention import BranchingCache
 from calm_core.model.calm import CalmModel
 from calm_core.model.layers import own_positions
 from calm_core.model.noise import SampleNoise

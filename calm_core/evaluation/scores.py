@@ -28,7 +28,7 @@ from calm_core.evaluation.brier import (
 from calm_core.evaluation.held_out import HeldOut, ScoredPositions
 from calm_core.evaluation.ngram import bigram_brier_terms, unigram_brier_terms
 from calm_core.model.calm import CalmModel
-from calm_core.model.heads.protocol import Target
+from calm_core.model.heads import Target
 from calm_core.model.layers import gathered_positions, own_positions
 from calm_core.model.noise import SampleNoise, stream_seed
 

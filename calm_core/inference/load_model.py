@@ -7,15 +7,14 @@ from typing import Any
 import torch
 
 from calm_core import config as configuration
-from calm_core.autoencoder.artefact import load_autoencoder
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, load_autoencoder
 from calm_core.checkpoint.folder import Checkpoint, list_checkpoints, open_checkpoint
 from calm_core.checkpoint.tensor_folder import load_whole_model
 from calm_core.config.data_config import DataConfig, Packing
 from calm_core.config.experiment import Experiment, Paths
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
 from calm_core.errors import UserError
-from calm_core.manifest import MANIFEST, read_manifest, source_hash, store_hash
+from calm_core.io import MANIFEST, read_manifest, source_hash, store_hash
 from calm_core.model.calm import CalmModel
 from calm_core.model.single_rank import SingleRank
 from calm_core.tokenizer import Tokenizer, load_tokenizer

@@ -12,7 +12,7 @@ from calm_core.config.generation_config import GenerationOptions
 from calm_core.errors import UserError
 from calm_core.inference.load_model import DocumentFormat, Loaded
 from calm_core.inference.sampler import Chunk, Context
-from calm_core.model.cache import KeyValueCache
+from calm_core.model.attention import KeyValueCache
 from calm_core.tokenizer import Tokenizer
 
 FinishReason = Literal["eos", "stop", "length"]

@@ -23,9 +23,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from calm_core.config.model_config import BackboneConfig
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.model.attention import RotaryAngles, causal_attention, rotated_heads, rotation
-from calm_core.model.cache import KeyValueCache
+from calm_core.config.training_config import ParallelConfig
+from calm_core.model.attention import KeyValueCache, RotaryAngles, causal_attention, rotated_heads, rotation
 from calm_core.model.layers import all_positions, replicated
 from calm_core.model.pointwise import add_rms_norm, fused, rms_norm, swiglu
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from calm_core.config.model_config import ModelShape, padded_vocabulary
-from calm_core.model.cache import KeyValueCache
-from calm_core.model.heads.protocol import HeadLoss, Target, head_module
+from calm_core.model.attention import KeyValueCache
+from calm_core.model.heads import HeadLoss, Target, head_module
 from calm_core.model.layers import column, embedding, layer_norm, row
 from calm_core.model.noise import Noise
 from calm_core.model.pointwise import add_bias, fused, silu

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 from calm_core.config.model_config import ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 
 FLOAT32 = 4  # bytes
 TOKEN = 8  # bytes of a token id, int64

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calm_core.config.model_config import BackboneConfig
-from calm_core.model.attention import RotaryAngles, causal_attention, rotated_heads, rotation
-from calm_core.model.cache import KeyValueCache
+from calm_core.model.attention import KeyValueCache, RotaryAngles, causal_attention, rotated_heads, rotation
 from calm_core.model.pointwise import swiglu
 
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from calm_core.config.experiment import PlanConfig
 from calm_core.config.model_config import ModelShape
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import TrainingConfig
+from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.model.costs import Load
 from calm_core.plan import flops
 from calm_core.plan.layout import accumulation

@@ -2,8 +2,7 @@
 
 from calm_core.config.experiment import Experiment, PlanConfig
 from calm_core.config.model_config import AutoencoderConfig, padded_vocabulary
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import TrainingConfig
+from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.model import costs as of
 from calm_core.model.costs import FLOAT32, TOKEN, Kernels, Load
 from calm_core.plan import flops

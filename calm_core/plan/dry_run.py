@@ -6,7 +6,7 @@ from calm_core import config as configuration
 from calm_core.config.experiment import Experiment
 from calm_core.config.model_config import ModelShape
 from calm_core.errors import ExitCode, UserError
-from calm_core.manifest import MANIFEST, read_manifest
+from calm_core.io import MANIFEST, read_manifest
 from calm_core.model.costs import Load
 from calm_core.plan import flops, table
 from calm_core.plan.account import account

@@ -9,10 +9,10 @@ Two accountings are kept apart:
 from dataclasses import dataclass
 
 from calm_core.config.model_config import ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.model import token_loss
 from calm_core.model.costs import Weights, column, layer_norm, linear, rms_norm, row, table
-from calm_core.model.heads.protocol import head_module
+from calm_core.model.heads import head_module
 
 PAPER_TOKENS = 250_000 * 2_000_000  # steps times tokens a step
 

@@ -4,7 +4,7 @@ from calm_core.config.model_config import ModelShape, padded_vocabulary
 from calm_core.model import costs as of
 from calm_core.model import token_loss
 from calm_core.model.costs import FLOAT32, Kernels, Load
-from calm_core.model.heads.protocol import head_module
+from calm_core.model.heads import head_module
 
 
 def unit_kernels(shape: ModelShape, load: Load) -> list[Kernels]:

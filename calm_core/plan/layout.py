@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 
 from calm_core.config.model_config import VOCABULARY_MULTIPLE, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import TrainingConfig
+from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.errors import UserError
-from calm_core.model.heads.protocol import head_module
+from calm_core.model.heads import head_module
 
 
 def accumulation(training: TrainingConfig, layout: ParallelConfig, world: int, section: str = "training") -> int:

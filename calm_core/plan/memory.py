@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from calm_core.config.model_config import ModelShape, padded_vocabulary
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.model import token_loss
 from calm_core.model.costs import FLOAT32, TOKEN, Activations, Load
-from calm_core.model.heads.protocol import head_module
+from calm_core.model.heads import head_module
 from calm_core.plan import flops
 from calm_core.plan.pipeline_split import by_part
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from calm_core.config.model_config import ModelShape
-from calm_core.model.heads.protocol import head_module
+from calm_core.model.heads import head_module
 from calm_core.plan import flops
 from calm_core.plan.flops import AutoencoderShape
 

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import TypeVar
 
 from calm_core.config.model_config import ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.errors import UserError
 from calm_core.plan import flops
 from calm_core.plan.flops import UnitCost

@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 
 from calm_core.config.experiment import PlanConfig
 from calm_core.config.model_config import ModelShape
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import TrainingConfig
+from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.errors import UserError
 from calm_core.plan.account import Account, account
 from calm_core.plan.layout import check_layout

@@ -13,7 +13,7 @@ from calm_core.config.experiment import PlanConfig
 from calm_core.config.model_config import ModelShape
 from calm_core.model import token_loss
 from calm_core.model.costs import FLOAT32, Additive, Kernels, Load, Weights
-from calm_core.model.heads.protocol import head_module
+from calm_core.model.heads import head_module
 from calm_core.plan import flops
 from calm_core.plan.kernels import unit_kernels
 from calm_core.plan.memory import padded

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from calm_core.config.experiment import PlanConfig
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import TrainingConfig
+from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.model import token_loss
 from calm_core.plan import flops
 from calm_core.plan.account import Account, PipelineStage

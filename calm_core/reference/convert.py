@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from calm_core import config as configuration
-from calm_core.autoencoder.artefact import KIND, load_autoencoder, save_autoencoder
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import KIND, Autoencoder, load_autoencoder, save_autoencoder
 from calm_core.checkpoint.folder import Checkpoint, open_checkpoint
 from calm_core.checkpoint.tensor_folder import fill, read_weights, write_weights
 from calm_core.config.data_config import DataConfig
@@ -25,8 +24,7 @@ from calm_core.config.model_config import AutoencoderConfig, ModelShape
 from calm_core.errors import UserError
 from calm_core.evaluation.autoencoder_health import experiment_of_autoencoder, find_autoencoder
 from calm_core.inference.load_model import Loaded, document_format, find_checkpoint, model_shape_of, paths_of
-from calm_core.io import hash_file, read_json, replacing
-from calm_core.manifest import MANIFEST, read_manifest
+from calm_core.io import MANIFEST, hash_file, read_json, read_manifest, replacing
 from calm_core.model.calm import CalmModel
 from calm_core.model.parameters import named_parameters, pieces
 from calm_core.model.single_rank import SingleRank

@@ -11,7 +11,7 @@ from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
 from calm_core.config.scaling_config import LadderConfig, ScalingConfig
 from calm_core.errors import UserError
 from calm_core.evaluation.tables import table
-from calm_core.manifest import MANIFEST, read_manifest
+from calm_core.io import MANIFEST, read_manifest
 from calm_core.plan import flops
 from calm_core.plan.flops import AutoencoderShape
 from calm_core.plan.layout import check_layout

@@ -9,8 +9,7 @@ from calm_core.cluster.launcher import Launcher
 from calm_core.config.experiment import Experiment
 from calm_core.config.scaling_config import ScalingConfig
 from calm_core.errors import ExitCode, UserError
-from calm_core.io import write_text
-from calm_core.manifest import MANIFEST
+from calm_core.io import MANIFEST, write_text
 from calm_core.scaling.points import Point, base_path, experiment, family_experiment, points, shared_experiment
 from calm_core.scaling.results import require_as_planned
 from calm_core.workflow.stages import ROOT, config_path, run_stages

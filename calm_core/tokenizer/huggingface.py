@@ -11,7 +11,7 @@ import tokenizers
 
 from calm_core.errors import UserError
 from calm_core.io import hash_bytes
-from calm_core.tokenizer.base import encode_long, text_tokens_among
+from calm_core.tokenizer import encode_long, text_tokens_among
 
 NAMES = "tokenizer_config.json"  # published beside the tokenizer.json: the names of bos, eos and pad
 

@@ -12,9 +12,17 @@ import sentencepiece
 
 from calm_core.config.data_config import TokenizerConfig
 from calm_core.errors import UserError
-from calm_core.io import hash_bytes, replacing, require_writable
-from calm_core.manifest import MANIFEST, format_version, read_manifest, require_same, write_manifest
-from calm_core.tokenizer.base import MAX_CHARACTERS, Tokenizer, encode_long, text_tokens_among
+from calm_core.io import (
+    MANIFEST,
+    format_version,
+    hash_bytes,
+    read_manifest,
+    replacing,
+    require_same,
+    require_writable,
+    write_manifest,
+)
+from calm_core.tokenizer import MAX_CHARACTERS, Tokenizer, encode_long, text_tokens_among
 
 RARE_CHARACTERS = "\U0010fffd \ue000 ☃ ʬ 𒀀"  # that a vocabulary without byte tokens does not have
 

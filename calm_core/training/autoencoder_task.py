@@ -12,8 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from calm_core.autoencoder.artefact import save_autoencoder
-from calm_core.autoencoder.model import Autoencoder, autoencoder_loss
+from calm_core.autoencoder.model import Autoencoder, autoencoder_loss, save_autoencoder
 from calm_core.checkpoint.load import full_weights
 from calm_core.config import decides, differences
 from calm_core.config.model_config import AutoencoderConfig
@@ -24,7 +23,7 @@ from calm_core.distributed.engine import Engine
 from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
 from calm_core.evaluation.autoencoder_health import evaluate_autoencoder
-from calm_core.manifest import MANIFEST
+from calm_core.io import MANIFEST
 from calm_core.model.noise import SampleNoise, stream_seed
 from calm_core.plan import flops
 from calm_core.plan.flops import AutoencoderShape

@@ -14,7 +14,7 @@ from calm_core.autoencoder.model import Autoencoder
 from calm_core.config import decides, differences
 from calm_core.config.experiment import EvaluationConfig, SamplesConfig
 from calm_core.config.model_config import ModelShape, TokenLossConfig
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.data.chunks import text_tokens
 from calm_core.data.dataset import Blend, ChunkBatch, TrainingSamples, Windows, needed_columns, read_batch
 from calm_core.data.store import Store
@@ -27,7 +27,7 @@ from calm_core.inference.generate import continue_prompts
 from calm_core.inference.load_model import DocumentFormat, Loaded
 from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
-from calm_core.model.heads.protocol import HeadLoss, Target
+from calm_core.model.heads import HeadLoss, Target
 from calm_core.model.layers import own_positions
 from calm_core.model.noise import SampleNoise
 from calm_core.model.parameters import initialize

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from calm_core.autoencoder.artefact import load_autoencoder
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, load_autoencoder
 from calm_core.config.experiment import Experiment, PlanConfig
 from calm_core.config.model_config import ModelShape
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import TrainingConfig
+from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.data.dataset import Blend, chunk_rows, token_rows
 from calm_core.data.store import ALL, Store
 from calm_core.distributed.collectives import on_every_rank, own_share, sum_over_ranks

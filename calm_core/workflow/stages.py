@@ -16,8 +16,7 @@ from calm_core import config as configuration
 from calm_core.config.experiment import Experiment
 from calm_core.config.load_config import ROOT
 from calm_core.config.model_config import TokenLossConfig
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import TrainingConfig
+from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.data.corpus import fingerprint, sources
 from calm_core.errors import ExitCode, UserError
 from calm_core.plan.dry_run import model_shape

@@ -7,8 +7,7 @@ import pytest
 from calm_core.config.data_config import DataConfig
 from calm_core.config.experiment import PlanConfig
 from calm_core.config.model_config import BackboneConfig, HeadConfig
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import OptimizerConfig, TrainingConfig
+from calm_core.config.training_config import OptimizerConfig, ParallelConfig, TrainingConfig
 from calm_core.errors import UserError
 
 

@@ -13,7 +13,8 @@ from calm_core.config.data_config import DataConfig, TokenizerConfig
 from calm_core.config.model_config import AutoencoderConfig
 from calm_core.data.chunks import build_chunks
 from calm_core.data.tokens import build_tokens
-from calm_core.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from calm_core.tokenizer import Tokenizer, load_tokenizer
+from calm_core.tokenizer.sentencepiece import train_tokenizer
 
 DOCUMENTS = 60
 

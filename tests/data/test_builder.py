@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from calm_core.autoencoder.artefact import load_autoencoder, save_autoencoder
+from calm_core.autoencoder.model import load_autoencoder, save_autoencoder
 from calm_core.config.data_config import DataConfig
 from calm_core.data import chunks
 from calm_core.data.builder import JOURNAL, ArrayTask, StoreBuilder, carry_out, spread
@@ -24,8 +24,7 @@ from calm_core.data.chunks import ChunkStoreBuild, build_chunks
 from calm_core.data.store import TokenStore
 from calm_core.data.tokens import TokenStoreBuild, build_tokens
 from calm_core.errors import UserError
-from calm_core.io import hash_file, read_json, write_json
-from calm_core.manifest import MANIFEST, read_manifest
+from calm_core.io import MANIFEST, hash_file, read_json, read_manifest, write_json
 
 # A build that stops at a given shard, which is half written under its temporary name, and waits to be killed.
 STALLED = """
@@ -33,7 +32,7 @@ import sys, time
 from pathlib import Path
 from calm_core.data import chunks, tokens
 from calm_core.config.data_config import DataConfig
-from calm_core.autoencoder.artefact import load_autoencoder
+from calm_core.autoencoder.model import load_autoencoder
 from calm_core.tokenizer import load_tokenizer
 
 what, stop, folder, source, maker, corpus, held_out, shard_bytes = sys.argv[1:]

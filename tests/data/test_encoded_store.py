@@ -11,7 +11,7 @@ from calm_core.autoencoder.model import Autoencoder, FoldedEncoder
 from calm_core.config.data_config import DataConfig
 from calm_core.config.experiment import EvaluationConfig, Experiment, SamplesConfig
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.data.dataset import Blend, TrainingSamples, chunk_rows, read_batch
 from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.store import ChunkStore

@@ -13,7 +13,7 @@ from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.split import CHARACTERS_PER_TOKEN, HELD_OUT, TRAIN, Split, choose_split, held_out_tokens, split_of
 from calm_core.data.store import ChunkStore, TokenStore
 from calm_core.data.tokens import TokenStoreBuild, training_texts
-from calm_core.manifest import read_manifest
+from calm_core.io import read_manifest
 
 
 def words(count: int, seed: int = 0) -> str:

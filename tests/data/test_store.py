@@ -21,8 +21,7 @@ from calm_core.data.store import ChunkStore, TokenStore, read_shard, verify_shar
 from calm_core.data.tokens import build_tokens
 from calm_core.data.verification import faults
 from calm_core.errors import UserError
-from calm_core.io import read_json, write_json
-from calm_core.manifest import CHECKSUM, MANIFEST, read_manifest, store_hash
+from calm_core.io import CHECKSUM, MANIFEST, read_json, read_manifest, store_hash, write_json
 
 
 def side(text, held_out):

@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calm_core.autoencoder.artefact import save_autoencoder
+from calm_core.autoencoder.model import save_autoencoder
 from calm_core.data.store import ChunkStore, TokenStore
 from calm_core.data.verification import faults, side_by_side, statistics
 from calm_core.errors import UserError
-from calm_core.io import read_json, write_json
-from calm_core.manifest import CHECKSUM, MANIFEST, read_manifest, write_manifest
+from calm_core.io import CHECKSUM, MANIFEST, read_json, read_manifest, write_json, write_manifest
 
 VERIFY = Path(__file__).parents[2] / "data_prep" / "verify.py"
 

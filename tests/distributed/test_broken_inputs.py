@@ -9,8 +9,7 @@ from damage import cut, flip
 from launching import ROOT, finish, launch, run_script, torchrun
 
 from calm_core import config
-from calm_core.autoencoder.artefact import load_autoencoder, save_autoencoder
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, load_autoencoder, save_autoencoder
 from calm_core.checkpoint.folder import damaged_files, list_checkpoints, open_checkpoint
 from calm_core.config.data_config import TokenizerConfig
 from calm_core.config.experiment import Experiment
@@ -18,7 +17,8 @@ from calm_core.config.model_config import AutoencoderConfig
 from calm_core.data.tokens import build_tokens
 from calm_core.errors import ExitCode
 from calm_core.io import read_json
-from calm_core.tokenizer import load_tokenizer, train_tokenizer
+from calm_core.tokenizer import load_tokenizer
+from calm_core.tokenizer.sentencepiece import train_tokenizer
 from calm_core.training.launch import run_calm
 
 pytestmark = pytest.mark.slow

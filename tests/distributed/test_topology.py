@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed import topology as topology_module
 from calm_core.distributed.topology import distributed
 from calm_core.errors import UserError

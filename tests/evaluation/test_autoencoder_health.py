@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from live_bytes import LiveBytes, storages
 
 from calm_core import config
-from calm_core.autoencoder.artefact import load_autoencoder
-from calm_core.autoencoder.model import Autoencoder, kl_divergence
+from calm_core.autoencoder.model import Autoencoder, kl_divergence, load_autoencoder
 from calm_core.config.experiment import Experiment
 from calm_core.config.model_config import AutoencoderConfig
 from calm_core.data.store import TokenStore

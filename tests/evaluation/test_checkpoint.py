@@ -11,12 +11,11 @@ import torch
 from launching import ROOT
 
 from calm_core import config
-from calm_core.autoencoder.artefact import load_autoencoder, save_autoencoder
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, load_autoencoder, save_autoencoder
 from calm_core.checkpoint.folder import finish
 from calm_core.config.experiment import EvaluationConfig, Experiment
 from calm_core.config.model_config import AutoencoderConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.data.chunks import build_chunks
 from calm_core.data.store import ChunkStore
 from calm_core.distributed.topology import Topology, distributed

@@ -10,11 +10,10 @@ from megatron.core.enums import ModelType
 from torch import Tensor
 
 from calm_core import config
-from calm_core.autoencoder.artefact import load_autoencoder, save_autoencoder
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, load_autoencoder, save_autoencoder
 from calm_core.config.experiment import EvaluationConfig, Experiment
 from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.data.chunks import build_chunks
 from calm_core.data.dataset import Windows
 from calm_core.data.store import ChunkStore, TokenStore
@@ -24,7 +23,7 @@ from calm_core.evaluation.clustered import BrierAccumulator
 from calm_core.evaluation.evaluate import ClusteredScores, evaluate, summarize
 from calm_core.evaluation.held_out import HeldOut
 from calm_core.model.backbone import transformer_config
-from calm_core.model.heads.protocol import HeadLoss, Target
+from calm_core.model.heads import HeadLoss, Target
 from calm_core.model.noise import SampleNoise
 from calm_core.training.launch import calm_rows, calm_task
 

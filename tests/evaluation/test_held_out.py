@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_core.config.experiment import EvaluationConfig
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.errors import UserError
 from calm_core.evaluation.held_out import STRIDE, HeldOut, measure, scored_offsets
 

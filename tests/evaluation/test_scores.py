@@ -6,7 +6,7 @@ from torch import Tensor
 
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import Topology
 from calm_core.evaluation.brier import (
     autoregressive_brier_terms,
@@ -16,8 +16,8 @@ from calm_core.evaluation.brier import (
 )
 from calm_core.evaluation.held_out import ScoredPositions
 from calm_core.evaluation.scores import Draws, first_draws, mean_distance, next_draws, tokens_of
+from calm_core.model.attention import BranchingCache
 from calm_core.model.backbone import transformer_config
-from calm_core.model.cache import BranchingCache
 from calm_core.model.calm import CalmModel
 from calm_core.model.noise import SampleNoise
 from calm_core.model.parameters import initialize

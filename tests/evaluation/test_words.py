@@ -6,7 +6,8 @@ from calm_core.data.store import TokenStore
 from calm_core.data.tokens import build_tokens
 from calm_core.evaluation.ngram import bigram_of
 from calm_core.evaluation.words import known_share, words, words_of_bigram, words_of_documents
-from calm_core.tokenizer import load_tokenizer, train_tokenizer
+from calm_core.tokenizer import load_tokenizer
+from calm_core.tokenizer.sentencepiece import train_tokenizer
 
 
 def test_words_are_runs_of_letters_in_lower_case() -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from calm_core.config.model_config import HEADS, BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import distributed
 from calm_core.model.costs import Load
 from calm_core.model.noise import SampleNoise
@@ -72,7 +72,7 @@ def counted(shape: ModelShape, layout: ParallelConfig, dtype: torch.dtype) -> di
     """What a micro-batch does, forward and backward."""
     from calm_core.model.backbone import transformer_config
     from calm_core.model.calm import CalmModel
-    from calm_core.model.heads.protocol import Target
+    from calm_core.model.heads import Target
     from calm_core.model.parameters import initialize
 
     model = CalmModel(transformer_config(shape.backbone, layout, dtype), shape)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from calm_core.config import command
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import distributed
 from calm_core.errors import UserError
 

@@ -14,14 +14,14 @@ import torch
 import yaml
 
 from calm_core import config
-from calm_core.autoencoder.artefact import load_autoencoder, save_autoencoder
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, load_autoencoder, save_autoencoder
 from calm_core.config.command import DEFAULT_CONFIG
 from calm_core.config.experiment import Experiment
 from calm_core.data.chunks import build_chunks
 from calm_core.data.tokens import build_tokens
 from calm_core.io import read_json, write_json
-from calm_core.tokenizer import load_tokenizer, train_tokenizer
+from calm_core.tokenizer import load_tokenizer
+from calm_core.tokenizer.sentencepiece import train_tokenizer
 from calm_core.training.launch import run_calm
 from calm_core.training.run_log import read_metrics
 

@@ -17,8 +17,7 @@ from live_bytes import LiveBytes, storages
 
 from calm_core.config.experiment import PlanConfig
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import TrainingConfig
+from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.distributed.topology import Topology, distributed
 from calm_core.model.noise import SampleNoise
 from calm_core.plan.account import account
@@ -58,7 +57,7 @@ def run(shape: ModelShape, topology: Topology) -> dict[str, int]:
     from calm_core.distributed.engine import Engine, Pass
     from calm_core.model.backbone import transformer_config
     from calm_core.model.calm import CalmModel
-    from calm_core.model.heads.protocol import Target
+    from calm_core.model.heads import Target
     from calm_core.model.parameters import initialize
 
     older = storages()

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from calm_core import config
 from calm_core.config.experiment import Experiment
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.data.dataset import ChunkBatch
 from calm_core.distributed.topology import Topology, distributed
 from calm_core.model.noise import SampleNoise

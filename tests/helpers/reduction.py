@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import OptimizerConfig
+from calm_core.config.training_config import OptimizerConfig, ParallelConfig
 from calm_core.distributed.topology import distributed
 
 WIDTH, LAYERS, MICRO_BATCHES = 200, 6, 3

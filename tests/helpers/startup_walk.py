@@ -12,8 +12,7 @@ from calm_core.checkpoint import load as checkpoint
 from calm_core.checkpoint.folder import open_checkpoint
 from calm_core.checkpoint.tensor_folder import TensorFolder
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import OptimizerConfig
+from calm_core.config.training_config import OptimizerConfig, ParallelConfig
 from calm_core.distributed.engine import Engine
 from calm_core.distributed.topology import Topology, distributed
 from calm_core.model import parameters

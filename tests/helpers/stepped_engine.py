@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import OptimizerConfig
+from calm_core.config.training_config import OptimizerConfig, ParallelConfig
 from calm_core.distributed.engine import Engine
 from calm_core.distributed.topology import Topology
 from calm_core.model.backbone import transformer_config

@@ -6,13 +6,14 @@ import torch
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.config.data_config import TokenizerConfig
 from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import Topology
 from calm_core.inference.load_model import Loaded
 from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
 from calm_core.model.parameters import initialize
-from calm_core.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from calm_core.tokenizer import Tokenizer, load_tokenizer
+from calm_core.tokenizer.sentencepiece import train_tokenizer
 
 WORDS = ["the quick brown fox jumps over the lazy dog", "a naïve 😀 state of the union, 1790 to 2020"]
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from calm_core import config as configuration
-from calm_core.autoencoder.artefact import save_autoencoder
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, save_autoencoder
 from calm_core.checkpoint import load as checkpoint
 from calm_core.checkpoint.folder import open_checkpoint
 from calm_core.checkpoint.tensor_folder import write_weights
@@ -24,22 +23,20 @@ from calm_core.config.data_config import TokenizerConfig
 from calm_core.config.experiment import Experiment
 from calm_core.config.generation_config import GenerationOptions
 from calm_core.config.model_config import HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import OptimizerConfig
+from calm_core.config.training_config import OptimizerConfig, ParallelConfig
 from calm_core.distributed.engine import Engine
 from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
 from calm_core.inference.generate import generate
 from calm_core.inference.load_model import DocumentFormat, Loaded, document_format, load_for_inference
 from calm_core.inference.request import read_prompts
-from calm_core.io import write_json
-from calm_core.manifest import format_version, source_hash, store_hash
+from calm_core.io import format_version, source_hash, store_hash, write_json
+from calm_core.model.attention import KeyValueCache
 from calm_core.model.backbone import transformer_config
-from calm_core.model.cache import KeyValueCache
 from calm_core.model.calm import CalmModel
 from calm_core.model.noise import SampleNoise
 from calm_core.model.parameters import initialize, named_parameters, pieces
-from calm_core.tokenizer import train_tokenizer
+from calm_core.tokenizer.sentencepiece import train_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "pretrain" / "generate.py"
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from torch import Tensor
 from calm_core.config.experiment import Experiment, SamplesConfig
 from calm_core.config.generation_config import GenerationOptions
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
 from calm_core.inference.generate import continue_prompts, forecast, generate, summary

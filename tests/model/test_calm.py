@@ -10,13 +10,13 @@ from torch import Tensor
 
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import Topology
 from calm_core.evaluation.brier import brier_terms
+from calm_core.model.attention import KeyValueCache
 from calm_core.model.backbone import transformer_config
-from calm_core.model.cache import KeyValueCache
 from calm_core.model.calm import CalmModel
-from calm_core.model.heads.protocol import Target
+from calm_core.model.heads import Target
 from calm_core.model.parameters import named_parameters, pieces
 from calm_core.reference.names import AUTOENCODER, AUTOENCODER_TIED, HEAD, HEAD_ALIAS, calm_to_ours, calm_to_theirs
 

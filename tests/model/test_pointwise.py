@@ -9,12 +9,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import distributed
 from calm_core.model import pointwise
 from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
-from calm_core.model.heads.protocol import Target
+from calm_core.model.heads import Target
 from calm_core.model.noise import SampleNoise
 from calm_core.model.parameters import initialize
 

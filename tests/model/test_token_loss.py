@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape, TokenLossConfig
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
 from calm_core.model import token_loss
 from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
-from calm_core.model.heads.protocol import Target
+from calm_core.model.heads import Target
 from calm_core.model.noise import SampleNoise
 from calm_core.model.parameters import initialize
 from calm_core.model.token_loss import TokenLoss

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from calm_core.autoencoder.model import Autoencoder, autoencoder_loss
 from calm_core.config.model_config import AutoencoderConfig
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.model.costs import FLOAT32, Load
 from calm_core.model.noise import SampleNoise
 from calm_core.plan.autoencoder_account import LOGIT_ROWS, activations, autoencoder_shape

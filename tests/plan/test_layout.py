@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from megatron.core.parallel_state import RankGenerator
 
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import TrainingConfig
+from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.errors import UserError
 from calm_core.plan.layout import accumulation, check_groups, check_layout, data_sizes, rank_groups
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.errors import UserError
 from calm_core.plan import flops
 from calm_core.plan.pipeline_split import balanced, by_part, describe, pipeline_split, stage_fractions

@@ -6,8 +6,7 @@ import pytest
 
 from calm_core.config.experiment import PlanConfig
 from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
-from calm_core.config.training_config import TrainingConfig
+from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.errors import UserError
 from calm_core.plan.account import account
 from calm_core.plan.search import GIB, USED, candidates, largest_micro_batch, micro_batches_of

@@ -11,7 +11,7 @@ from launching import ROOT, launch
 
 from calm_core.config.experiment import PlanConfig
 from calm_core.config.model_config import HEADS, BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import Topology
 from calm_core.model.costs import Load
 from calm_core.plan.pipeline_split import pipeline_split

@@ -17,13 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from calm_core import config as configuration
-from calm_core.autoencoder.artefact import load_autoencoder
-from calm_core.autoencoder.model import Autoencoder
+from calm_core.autoencoder.model import Autoencoder, load_autoencoder
 from calm_core.checkpoint.folder import open_checkpoint
 from calm_core.checkpoint.tensor_folder import write_weights
 from calm_core.config.experiment import Experiment
 from calm_core.config.model_config import AutoencoderConfig, BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import distributed
 from calm_core.errors import ExitCode, UserError
 from calm_core.reference.config_json import autoencoder_size, model_shape, reference_calm

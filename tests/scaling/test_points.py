@@ -8,11 +8,10 @@ from calm_core.checkpoint.folder import list_checkpoints, retire
 from calm_core.cluster.launcher import Launcher, describe_layout
 from calm_core.config.experiment import PipelineConfig
 from calm_core.config.model_config import BackboneConfig
-from calm_core.config.parallel_config import ParallelConfig
 from calm_core.config.scaling_config import DEFAULT_CONFIG, GridConfig, LadderConfig, ScalingConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.errors import UserError
-from calm_core.io import write_json
-from calm_core.manifest import format_version
+from calm_core.io import format_version, write_json
 from calm_core.plan import flops
 from calm_core.scaling.points import (
     autoencoder_flops,

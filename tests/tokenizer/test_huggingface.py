@@ -7,8 +7,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from calm_core.errors import UserError
-from calm_core.tokenizer import load_tokenizer
-from calm_core.tokenizer.base import encode_long
+from calm_core.tokenizer import encode_long, load_tokenizer
 
 
 def byte_level(texts: list[str]) -> tokenizers.Tokenizer:

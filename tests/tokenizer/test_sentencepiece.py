@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from calm_core.config.data_config import TokenizerConfig
 from calm_core.errors import UserError
-from calm_core.tokenizer import Tokenizer, is_trained, load_tokenizer, train_tokenizer
-from calm_core.tokenizer.base import encode_long
+from calm_core.tokenizer import Tokenizer, encode_long, load_tokenizer
+from calm_core.tokenizer.sentencepiece import is_trained, train_tokenizer
 
 
 def model(texts: list[str], **options) -> bytes:

@@ -8,7 +8,7 @@ from calm_core import config
 from calm_core.checkpoint.folder import open_checkpoint
 from calm_core.checkpoint.tensor_folder import read_weights
 from calm_core.config.experiment import Experiment
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import distributed
 from calm_core.errors import ExitCode, UserError
 from calm_core.inference.load_model import load_for_inference

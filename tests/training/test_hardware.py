@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.errors import UserError
 from calm_core.training.hardware import backends, deterministic, explain_out_of_memory, known_model
 

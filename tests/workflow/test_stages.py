@@ -9,7 +9,7 @@ from calm_core.config.data_config import DataConfig
 from calm_core.config.experiment import Experiment, PipelineConfig
 from calm_core.config.load_config import ROOT
 from calm_core.config.model_config import HeadConfig
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.errors import UserError
 from calm_core.plan.dry_run import model_shape
 from calm_core.plan.flops import executed_training

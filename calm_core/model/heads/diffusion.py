@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from calm_core.config.model_config import HeadConfig, ModelShape
 from calm_core.model.costs import Activations, HeadCosts, Kernels, Load, pointwise
-from calm_core.model.heads import adaptive
+from calm_core.model.heads import HeadLoss, Target, adaptive
 from calm_core.model.heads.adaptive import AdaptiveNetwork
-from calm_core.model.heads.protocol import HeadLoss, Target
 from calm_core.model.layers import all_positions, own_positions
 from calm_core.model.noise import Noise
 

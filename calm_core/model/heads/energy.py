@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from calm_core.config.model_config import HeadConfig, ModelShape
 from calm_core.model import costs as of
 from calm_core.model.costs import FLOAT32, Activations, HeadCosts, Kernels, Load, target_bytes
+from calm_core.model.heads import HeadLoss, Target
 from calm_core.model.heads.energy_loss import DISTANCES_AT_ONCE, energy_loss
-from calm_core.model.heads.protocol import HeadLoss, Target
 from calm_core.model.layers import all_positions, column, layer_norm, linear, own_layers, own_positions, row
 from calm_core.model.noise import Noise
 from calm_core.model.pointwise import add_bias, add_layer_norm, fused, fuses, silu, silu_per_position, swiglu

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from calm_core.config.model_config import ModelShape, padded_vocabulary
 from calm_core.model import costs as of
 from calm_core.model.costs import FLOAT32, Activations, HeadCosts, Kernels, Load, target_bytes
-from calm_core.model.heads.protocol import HeadLoss, Target
+from calm_core.model.heads import HeadLoss, Target
 from calm_core.model.layers import (
     all_positions,
     column,

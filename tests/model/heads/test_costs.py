@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from calm_core.config.model_config import HEADS, BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import Topology
 from calm_core.model.backbone import transformer_config
 from calm_core.model.costs import Load, target_bytes
-from calm_core.model.heads.protocol import GenerativeHead, HeadLoss, Target, head_module
+from calm_core.model.heads import GenerativeHead, HeadLoss, Target, head_module
 from calm_core.model.noise import SampleNoise
 from calm_core.plan import flops, kernels, memory, step_time
 from calm_core.reference.names import calm_links

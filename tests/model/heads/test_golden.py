@@ -8,12 +8,12 @@ from golden_numbers import TOLERANCE, RecordedNoise, assert_close, load_referenc
 from torch import Tensor
 
 from calm_core.config.model_config import HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import Topology
 from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
+from calm_core.model.heads import Target
 from calm_core.model.heads.diffusion import diffused
-from calm_core.model.heads.protocol import Target
 from calm_core.plan.flops import head as head_weights
 from calm_core.reference.names import HEAD, calm_to_ours, calm_to_theirs
 

@@ -9,12 +9,12 @@ from golden_numbers import RecordedNoise
 from torch import Tensor
 
 from calm_core.config.model_config import HEADS, BackboneConfig, HeadConfig, ModelShape
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
 from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
-from calm_core.model.heads.protocol import Target
+from calm_core.model.heads import Target
 from calm_core.model.noise import SampleNoise
 from calm_core.model.parameters import initialize, named_parameters
 from calm_core.plan.flops import compression

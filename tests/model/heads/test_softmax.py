@@ -10,11 +10,10 @@ from live_bytes import LiveBytes, storages
 from torch import Tensor
 
 from calm_core.config.model_config import BackboneConfig
-from calm_core.config.parallel_config import ParallelConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import Topology
 from calm_core.model.backbone import transformer_config
-from calm_core.model.heads import softmax
-from calm_core.model.heads.protocol import Target
+from calm_core.model.heads import Target, softmax
 from calm_core.model.heads.softmax import SoftmaxHead
 from calm_core.model.noise import SampleNoise
 
