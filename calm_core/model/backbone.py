@@ -31,7 +31,7 @@ from calm_core.model.pointwise import add_rms_norm, fused, rms_norm, swiglu
 
 @dataclass
 class ModelConfig(TransformerConfig):
-    """Megatron-core's configuration, and `replicated_head` (see `config.parallel_config`)."""
+    """Megatron-core's configuration, and `replicated_head` (see `config.training_config`)."""
 
     replicated_head: bool = False
 
