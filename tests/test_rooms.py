@@ -28,3 +28,13 @@ def test_no_rooms_import_each_other_even_by_way_of_others() -> None:
         graph.setdefault(room, set()).update(used & ROOMS - {room})
     assert sum(map(len, graph.values())) > 50
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the rooms of a cycle
+
+
+def test_one_module_imports_megatron_core() -> None:
+    """It leaves out what takes seconds to import, which works only for who comes first."""
+    importing = {
+        path.name
+        for path in LIBRARY.rglob("*.py")
+        if any(name.startswith("megatron.") for name in imported(ast.parse(path.read_text())))
+    }
+    assert importing == {"megatron.py"}

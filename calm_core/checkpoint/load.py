@@ -12,8 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
-from megatron.core import parallel_state
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from calm_core.checkpoint.folder import Checkpoint, DamagedError, damaged_files
@@ -22,6 +20,7 @@ from calm_core.checkpoint.tensor_folder import TensorFolder
 from calm_core.distributed.collectives import on_every_rank, own_share
 from calm_core.distributed.engine import Engine
 from calm_core.errors import UserError
+from calm_core.megatron import MegatronModule, parallel_state
 from calm_core.model.parameters import Piece, from_owners, global_shape, named_parameters, pieces
 
 

@@ -16,8 +16,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from calm_core.checkpoint.folder import begin, finish, remove, retire
@@ -25,6 +23,7 @@ from calm_core.checkpoint.tensor_folder import INDEX, Box, Entry, boxes_of_range
 from calm_core.distributed.collectives import on_every_rank, on_first_rank
 from calm_core.distributed.engine import Engine
 from calm_core.errors import UserError
+from calm_core.megatron import MegatronModule, parallel_state
 from calm_core.model.parameters import Piece, global_shape, named_parameters, pieces
 
 WEIGHT = "weight"

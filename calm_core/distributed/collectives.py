@@ -41,7 +41,7 @@ def average_metrics(micro_batches: Sequence[Mapping[str, Tensor]], topology: Top
 
     Sequence-parallel ranks hold the sums over their own positions, data-parallel ranks hold means.
     """
-    from megatron.core import parallel_state  # takes seconds, which a dry run does not need
+    from calm_core.megatron import parallel_state  # takes seconds, which a dry run does not need
 
     message: list[dict[str, float]] = [{}]
     if topology.last:
@@ -62,7 +62,7 @@ def average_metrics(micro_batches: Sequence[Mapping[str, Tensor]], topology: Top
 
 def from_last_stage(tokens: Tensor | None, shape: Sequence[int], device: torch.device) -> Tensor:
     """Token ids of this shape that the last pipeline stage holds (`tokens`, None elsewhere), on every stage."""
-    from megatron.core import parallel_state
+    from calm_core.megatron import parallel_state
 
     held = torch.empty(tuple(shape), dtype=torch.int64, device=device) if tokens is None else tokens.contiguous()
     source = parallel_state.get_pipeline_model_parallel_last_rank()

@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
 from calm_core.config.training_config import OptimizerConfig, SpikeConfig
@@ -15,6 +13,7 @@ from calm_core.distributed.optimizer import Update, build_optimizer, is_split
 from calm_core.distributed.schedule import ForwardStep, Pass
 from calm_core.distributed.topology import Topology
 from calm_core.distributed.zero import shard
+from calm_core.megatron import MegatronModule, parallel_state
 
 
 class Engine:

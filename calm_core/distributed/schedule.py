@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.transformer.module import MegatronModule
+
+from calm_core.megatron import MegatronModule, get_forward_backward_func
 
 # The schedules' own protocol: (iterator of micro-batches, model part) -> (output, function of the output).
 ForwardStep = Callable[[Iterator[Any], MegatronModule], tuple[Any, Callable[..., Any]]]

@@ -84,10 +84,8 @@ def distributed(layout: ParallelConfig) -> Iterator[Topology]:
     device = _device()
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
     from calm_core.distributed import cpu_shim
+    from calm_core.megatron import model_parallel_cuda_manual_seed, parallel_state
 
     cpu_shim.install()
     with _process_group(device, timedelta(minutes=layout.timeout_minutes)):
@@ -162,7 +160,7 @@ def _leave_groups() -> None:
 
     Each gloo group has polling threads: those of earlier layouts would slow down a process that walks through several.
     """
-    from megatron.core import parallel_state
+    from calm_core.megatron import parallel_state
 
     groups = parallel_state._global_process_group_list or []
     parallel_state.destroy_model_parallel()

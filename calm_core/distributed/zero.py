@@ -1,7 +1,5 @@
 """ZeRO-1: buckets of gradients reduced into shards during the backward pass, one update of the shards."""
 
-import contextlib
-import io
 import logging
 import math
 from collections.abc import Callable
@@ -10,14 +8,18 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from deepspeed import comm
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.utils import logger
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from calm_core.distributed.collectives import reduce_scatter
 from calm_core.distributed.optimizer import SkipStepOptimizer, is_split, is_summed
+from calm_core.megatron import parallel_state
+
+# It prints a memory report at each step of its start, and collects all garbage before: no setting turns that off.
+bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
 class NormRanks:
@@ -41,16 +43,15 @@ class Zero(BF16_Optimizer):
     """
 
     def __init__(self, optimizer: SkipStepOptimizer, names: dict[nn.Parameter, str], clip: float) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):  # prints memory reports that no setting turns off
-            super().__init__(
-                optimizer,
-                names,
-                DeepSpeedBF16Config(enabled=True),
-                mpu=NormRanks(),
-                clip_grad=clip,
-                dp_process_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-                grad_acc_dtype=torch.float32,
-            )
+        super().__init__(
+            optimizer,
+            names,
+            DeepSpeedBF16Config(enabled=True),
+            mpu=NormRanks(),
+            clip_grad=clip,
+            dp_process_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            grad_acc_dtype=torch.float32,
+        )
         for bucket, parameters in enumerate(self.bf16_groups):
             for parameter, gradient in zip(parameters, self.fp32_groups_gradients[bucket], strict=True):
                 parameter.main_grad = gradient.view_as(parameter)

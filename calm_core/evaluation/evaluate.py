@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from calm_core.data.dataset import needed_columns, read_batch
@@ -28,6 +27,7 @@ from calm_core.evaluation.scores import (
     read,
     tokens_of,
 )
+from calm_core.megatron import parallel_state
 from calm_core.model.attention import BranchingCache
 from calm_core.model.calm import CalmModel
 from calm_core.model.layers import own_positions

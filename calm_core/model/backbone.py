@@ -5,25 +5,29 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlock,
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
-from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
 from calm_core.config.model_config import BackboneConfig
 from calm_core.config.training_config import ParallelConfig
+from calm_core.megatron import (
+    MLP,
+    AttnMaskType,
+    ColumnParallelLinear,
+    IdentityOp,
+    MegatronModule,
+    MLPSubmodules,
+    ModuleSpec,
+    RowParallelLinear,
+    SelfAttention,
+    SelfAttentionSubmodules,
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_bias_dropout_add,
+    get_num_layers_to_build,
+)
 from calm_core.model.attention import KeyValueCache, RotaryAngles, causal_attention, rotated_heads, rotation
 from calm_core.model.layers import all_positions, replicated
 from calm_core.model.pointwise import add_rms_norm, fused, rms_norm, swiglu

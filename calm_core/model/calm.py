@@ -14,8 +14,7 @@ from calm_core.model.single_rank import SingleRank, SingleRankBackbone
 from calm_core.model.token_loss import TokenLoss
 
 if TYPE_CHECKING:
-    from megatron.core.enums import ModelType
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from calm_core.megatron import ModelType, TransformerConfig
 
 
 class InputCompression(nn.Module):
@@ -88,7 +87,7 @@ class CalmModel(nn.Module):
     @property
     def model_type(self) -> "ModelType":
         """What Megatron-core's schedules ask for."""
-        from megatron.core.enums import ModelType
+        from calm_core.megatron import ModelType
 
         return ModelType.encoder_or_decoder
 

@@ -20,7 +20,7 @@ from calm_core.model import single_rank
 from calm_core.model.single_rank import SingleRank
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from calm_core.megatron import TransformerConfig
 
 
 def embedding(config: "TransformerConfig | SingleRank", rows: int, width: int) -> nn.Module:
@@ -30,7 +30,7 @@ def embedding(config: "TransformerConfig | SingleRank", rows: int, width: int) -
     """
     if isinstance(config, SingleRank):
         return single_rank.embedding(rows, width, config.params_dtype)
-    from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+    from calm_core.megatron import VocabParallelEmbedding
 
     return VocabParallelEmbedding(
         rows,
@@ -48,7 +48,7 @@ def column(config: "TransformerConfig | SingleRank", inputs: int, outputs: int, 
     """
     if isinstance(config, SingleRank):
         return replicate_all(single_rank.Linear(inputs, outputs, config.params_dtype, bias), config)
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+    from calm_core.megatron import ColumnParallelLinear
 
     return ColumnParallelLinear(
         inputs, outputs, config=config, init_method=config.init_method, bias=bias, skip_bias_add=True
@@ -62,7 +62,7 @@ def row(config: "TransformerConfig | SingleRank", inputs: int, outputs: int) -> 
     """
     if isinstance(config, SingleRank):
         return replicate_all(single_rank.Linear(inputs, outputs, config.params_dtype), config)
-    from megatron.core.tensor_parallel.layers import RowParallelLinear
+    from calm_core.megatron import RowParallelLinear
 
     return RowParallelLinear(
         inputs,
@@ -110,7 +110,7 @@ def tensor_group(config: "TransformerConfig | SingleRank") -> tuple[dist.Process
     """This rank's tensor-parallel group, and its index in that group; (None, 0) without tensor parallelism."""
     if config.tensor_model_parallel_size == 1:
         return None, 0
-    from megatron.core import parallel_state
+    from calm_core.megatron import parallel_state
 
     return parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_rank()
 
@@ -131,7 +131,7 @@ def gathered_positions(x: Tensor, config: "TransformerConfig | SingleRank") -> T
     """All rows `[S, ...]` of which `x` `[S', ...]` holds this tensor-parallel rank's own; not for gradients."""
     if not config.sequence_parallel:
         return x
-    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+    from calm_core.megatron import gather_from_sequence_parallel_region
 
     return gather_from_sequence_parallel_region(x.contiguous())
 
@@ -140,7 +140,7 @@ def split_positions(x: Tensor, config: "TransformerConfig | SingleRank") -> Tens
     """`own_positions` of what all ranks computed alike; backward gathers the gradients of all positions."""
     if not config.sequence_parallel:
         return x
-    from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+    from calm_core.megatron import scatter_to_sequence_parallel_region
 
     return scatter_to_sequence_parallel_region(x)
 
@@ -166,6 +166,6 @@ def cross_entropy(logits: Tensor, tokens: Tensor, config: "TransformerConfig | S
     """-log P(token) in nats `[S, B]` of tokens `[S, B]`, from this rank's logits `[S, B, V / TP]`."""
     if isinstance(config, SingleRank):
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+    from calm_core.megatron import vocab_parallel_cross_entropy
 
     return vocab_parallel_cross_entropy(logits, tokens)

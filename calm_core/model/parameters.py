@@ -100,7 +100,7 @@ def _data_group() -> tuple[dist.ProcessGroup | None, int, int]:
     """The group of data-parallel ranks, this rank's index in it and its size; (None, 0, 1) without groups."""
     if not dist.is_initialized():
         return None, 0, 1
-    from megatron.core import parallel_state
+    from calm_core.megatron import parallel_state
 
     if not parallel_state.is_initialized():
         return None, 0, 1
@@ -124,7 +124,7 @@ def global_shape(piece: Piece, local: Tensor) -> list[int]:
     """The shape of the global tensor of which `local` is this rank's shard."""
     shape = list(local.shape)
     if piece.dim is not None:
-        from megatron.core import parallel_state
+        from calm_core.megatron import parallel_state
 
         shape[piece.dim] *= parallel_state.get_tensor_model_parallel_world_size()
     return shape
@@ -134,7 +134,7 @@ def own_shard(whole: Tensor, dim: int | None) -> Tensor:
     """This tensor-parallel rank's slice of a global tensor."""
     if dim is None:
         return whole
-    from megatron.core import parallel_state
+    from calm_core.megatron import parallel_state
 
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     return whole.chunk(ranks, dim)[parallel_state.get_tensor_model_parallel_rank()]
@@ -145,7 +145,7 @@ def _global_name(name: str, model_part: nn.Module) -> str:
         return name
     if model_part.config.pipeline_model_parallel_size == 1:
         return name
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+    from calm_core.megatron import get_transformer_layer_offset
 
     index, rest = name.removeprefix(_LAYERS).split(".", 1)
     offset = get_transformer_layer_offset(model_part.config, vp_stage=model_part.vp_stage)

@@ -17,7 +17,7 @@ from calm_core.model.layers import column, cross_entropy, linear, own_positions,
 from calm_core.model.noise import Noise
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from calm_core.megatron import TransformerConfig
 
 NAME = "token_loss."  # what the global names of its parameters begin with
 

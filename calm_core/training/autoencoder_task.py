@@ -7,9 +7,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from megatron.core.enums import ModelType
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from calm_core.autoencoder.model import Autoencoder, autoencoder_loss, save_autoencoder
@@ -24,6 +21,7 @@ from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
 from calm_core.evaluation.autoencoder_health import evaluate_autoencoder
 from calm_core.io import MANIFEST
+from calm_core.megatron import MegatronModule, ModelType, TransformerConfig
 from calm_core.model.noise import SampleNoise, stream_seed
 from calm_core.plan import flops
 from calm_core.plan.flops import AutoencoderShape

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from calm_core.autoencoder.model import Autoencoder
@@ -25,6 +24,7 @@ from calm_core.evaluation.evaluate import evaluate
 from calm_core.evaluation.held_out import HeldOut, scored_offsets
 from calm_core.inference.generate import continue_prompts
 from calm_core.inference.load_model import DocumentFormat, Loaded
+from calm_core.megatron import MegatronModule
 from calm_core.model.backbone import transformer_config
 from calm_core.model.calm import CalmModel
 from calm_core.model.heads import HeadLoss, Target

@@ -5,10 +5,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from megatron.core.transformer.module import MegatronModule
 
 from calm_core.distributed.engine import Engine
 from calm_core.distributed.topology import Topology
+from calm_core.megatron import MegatronModule
 
 
 class Task(Protocol):

@@ -5,15 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.enums import ModelType
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from calm_core.config.training_config import OptimizerConfig
 from calm_core.distributed.engine import Engine, Pass
 from calm_core.distributed.optimizer import Verdict
 from calm_core.distributed.topology import Topology
+from calm_core.megatron import MegatronModule, ModelType, TransformerConfig
 
 SHAPE = Pass(positions=3, micro_batch=2)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.3, clip=0.5)

@@ -78,7 +78,7 @@ def test_connections_are_limited_before_cuda_starts(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_timeout_reaches_every_group_and_no_group_is_made_twice() -> None:
-    from megatron.core import parallel_state
+    from calm_core.megatron import parallel_state
 
     with distributed(ParallelConfig(timeout_minutes=7)):
         groups = [group for group in dist.distributed_c10d._world.pg_map if group is not None]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core.enums import ModelType
 from torch import Tensor
 
 from calm_core import config
@@ -22,6 +21,7 @@ from calm_core.distributed.topology import Topology
 from calm_core.evaluation.clustered import BrierAccumulator
 from calm_core.evaluation.evaluate import ClusteredScores, evaluate, summarize
 from calm_core.evaluation.held_out import HeldOut
+from calm_core.megatron import ModelType
 from calm_core.model.backbone import transformer_config
 from calm_core.model.heads import HeadLoss, Target
 from calm_core.model.noise import SampleNoise

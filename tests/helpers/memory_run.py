@@ -52,9 +52,8 @@ RUNS = {
 
 def run(shape: ModelShape, topology: Topology) -> dict[str, int]:
     """Predicted and measured peak of a step, and parameters, of this rank."""
-    from megatron.core import parallel_state
-
     from calm_core.distributed.engine import Engine, Pass
+    from calm_core.megatron import parallel_state
     from calm_core.model.backbone import transformer_config
     from calm_core.model.calm import CalmModel
     from calm_core.model.heads import Target

@@ -39,7 +39,7 @@ def _count_once() -> tuple[str, Any]:
 
 def _all_stages() -> tuple[str, Any]:
     """The gradient norm is that of all stages."""
-    from megatron.core import parallel_state
+    from calm_core.megatron import parallel_state
 
     def one_stage(ranks: Any) -> Any:
         return parallel_state.get_tensor_and_data_parallel_group()
@@ -49,7 +49,7 @@ def _all_stages() -> tuple[str, Any]:
 
 def _gather() -> tuple[str, Any]:
     """The softmax head gathers the gradients of the losses that it has handed out along the sequence."""
-    from megatron.core import parallel_state
+    from calm_core.megatron import parallel_state
 
     def shared_out(losses: Any, config: Any) -> Any:
         ranks = parallel_state.get_tensor_model_parallel_world_size()

@@ -100,12 +100,11 @@ def train(
     folder: Path, kind: str, micro_batch: int, topology: Topology, saved: Path, source: Path | None
 ) -> dict[str, Any]:
     """The steps of this rank: global metrics, the gradients that its tensor-parallel rank holds, its final weights."""
-    from megatron.core import parallel_state
-
     from calm_core.checkpoint import load as checkpoint
     from calm_core.checkpoint.folder import open_checkpoint
     from calm_core.distributed.collectives import average_metrics
     from calm_core.distributed.engine import Engine, Pass
+    from calm_core.megatron import parallel_state
     from calm_core.model.parameters import initialize
     from calm_core.training.batch_loader import step_samples
 

@@ -55,12 +55,9 @@ def gather_gradients(engine: Any) -> None:
 
 def reduced(rank: int, topology: Any, dtype: torch.dtype) -> dict[str, Any]:
     """The record of this rank."""
-    from megatron.core.enums import ModelType
-    from megatron.core.transformer.module import MegatronModule
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
     from calm_core.distributed.engine import Engine, Pass
     from calm_core.distributed.zero import Zero
+    from calm_core.megatron import MegatronModule, ModelType, TransformerConfig
 
     class Network(MegatronModule):
         model_type = ModelType.encoder_or_decoder

@@ -15,7 +15,7 @@ from calm_core.model.costs import Activations, HeadCosts, Kernels, Load
 from calm_core.model.noise import Noise
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from calm_core.megatron import TransformerConfig
 
 
 @dataclass(frozen=True)

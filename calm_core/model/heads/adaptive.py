@@ -14,7 +14,7 @@ from calm_core.model.layers import column, layer_norm, linear, row
 from calm_core.model.pointwise import add_bias, fused, silu
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from calm_core.megatron import TransformerConfig
 
 TIME_FEATURES = 256  # sinusoidal features of the time
 

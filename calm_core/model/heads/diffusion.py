@@ -21,7 +21,7 @@ from calm_core.model.layers import all_positions, own_positions
 from calm_core.model.noise import Noise
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from calm_core.megatron import TransformerConfig
 
 SAMPLING_STEPS = 100
 

@@ -14,7 +14,7 @@ from calm_core.model.noise import Noise
 from calm_core.model.pointwise import add_bias, add_layer_norm, fused, fuses, silu, silu_per_position, swiglu
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from calm_core.megatron import TransformerConfig
 
 
 class EnergyHead(nn.Module):

@@ -14,7 +14,7 @@ from calm_core.model.layers import all_positions, own_positions
 from calm_core.model.noise import Noise
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from calm_core.megatron import TransformerConfig
 
 TIME_SCALE = 1000  # the network reads time in whole thousandths of the line
 

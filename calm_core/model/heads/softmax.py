@@ -23,7 +23,7 @@ from calm_core.model.layers import (
 from calm_core.model.noise import Noise
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from calm_core.megatron import TransformerConfig
 
 PROBABILITY_BYTES = 1 << 28  # float64 probabilities that a draw holds at a time; at least those of a position
 
