@@ -13,7 +13,7 @@ assert torch.compile is compile
 costly = {"torch._dynamo", "torch._inductor", "wandb", "megatron.core", "deepspeed"}
 print("imported", sorted(costly & set(sys.modules)))
 import wandb, torch.utils.tensorboard
-torch.compile(torch.relu)
+torch.compile(lambda x: x)
 print("imported", sorted(costly & set(sys.modules)))
 """
 
@@ -23,4 +23,4 @@ def test_a_training_imports_neither_a_compiler_nor_wandb_before_it_uses_them() -
     assert code == 0, output
     before, after = (line for line in output.splitlines() if line.startswith("imported"))
     assert before == "imported ['deepspeed', 'megatron.core']"
-    assert after == "imported ['deepspeed', 'megatron.core', 'torch._dynamo', 'wandb']"
+    assert after == "imported ['deepspeed', 'megatron.core', 'torch._dynamo', 'torch._inductor', 'wandb']"
