@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,21 @@ from calm_core.model.attention import KeyValueCache, RotaryAngles, causal_attent
 from calm_core.model.layers import all_positions, replicated
 from calm_core.model.pointwise import add_rms_norm, fused, rms_norm, swiglu
 
+# Fusions that need Apex or TransformerEngine, and those that our own layers make.
+_NO_FUSION = {
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+}
+
+_RECOMPUTE = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
 
 @dataclass
 class ModelConfig(TransformerConfig):
@@ -53,12 +69,6 @@ def transformer_config(
     pointwise work in training (see `model.pointwise`). Call `plan.layout.check_layout` first: it refuses layouts that
     do not fit the model.
     """
-    recompute = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[parallel.recompute]
-    interleaved = parallel.virtual > 1
     return ModelConfig(
         replicated_head=parallel.head == "replicated",
         num_layers=backbone.layers,
@@ -74,11 +84,6 @@ def transformer_config(
         add_qkv_bias=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual if interleaved else None,
-        pipeline_model_parallel_layout=_pipeline_layout(split) if parallel.pipeline > 1 else None,
-        sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -87,21 +92,29 @@ def transformer_config(
         init_method=_keep,
         output_layer_init_method=_keep,
         bias_activation_fusion=compiled,
-        # Fusions that need Apex or TransformerEngine are off, as are those that our own layers make.
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
+        **_NO_FUSION,
+        **_layout_options(parallel, split),
+    )
+
+
+def _layout_options(parallel: ParallelConfig, split: Sequence[int]) -> dict[str, Any]:
+    """The part of the configuration that depends on the layout alone."""
+    interleaved = parallel.virtual > 1
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual if interleaved else None,
+        "pipeline_model_parallel_layout": _pipeline_layout(split) if parallel.pipeline > 1 else None,
+        "sequence_parallel": parallel.sequence,
         # With two stages the previous and the next rank are the same: batched sends of an interleaved schedule are
         # then matched in the wrong order, without an error. Overlapped point-to-point sends are ordered.
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
-        batch_p2p_sync=False,
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "batch_p2p_sync": False,
         # The output of a stage may still be in flight when its storage would be freed (gloo reads it late).
-        deallocate_pipeline_outputs=False,
-        **recompute,
-    )
+        "deallocate_pipeline_outputs": False,
+        **_RECOMPUTE[parallel.recompute],
+    }
 
 
 def _pipeline_layout(split: Sequence[int]) -> list[list[str]]:

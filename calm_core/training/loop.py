@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,101 +59,101 @@ def train(
         engine, progress = start(task, config, topology, folder, resolved)
         stack.callback(engine.close)
         on_first_rank(lambda: configuration.save(experiment, folder.config))
-        reporter = stack.enter_context(Reporter(task, config, folder, engine, progress, resolved, write_page))
-        requests = stack.enter_context(Requests(folder.path))
-        saver = stack.enter_context(Saver(folder.checkpoints, engine, save_policy(config)))
-        save = partial(save_step, saver, reporter, watchdog)
-        evaluate = partial(evaluate_step, task, config, engine, folder, reporter, requests, watchdog)
-        loader = stack.enter_context(open_loader(task, config, topology, progress))
-        profiler = stack.enter_context(
-            StepProfiler(experiment.profile, folder.path / "profile", topology, progress.step)
+        run = Run(
+            task,
+            config,
+            folder,
+            engine,
+            progress,
+            resolved,
+            watchdog,
+            stack.enter_context(Reporter(task, config, folder, engine, progress, resolved, write_page)),
+            stack.enter_context(Requests(folder.path)),
+            stack.enter_context(Saver(folder.checkpoints, engine, save_policy(config))),
+            stack.enter_context(open_loader(task, config, topology, progress)),
+            stack.enter_context(StepProfiler(experiment.profile, folder.path / "profile", topology, progress.step)),
         )
+        return run.to_the_end()
 
-        evaluated = evaluate(progress.step)  # if the process before this one saved the step but did not evaluate it
-        while evaluated and progress.step < config.steps:
-            profiler.begin(progress.step + 1)
-            progress = train_step(task, config, engine, loader, progress, reporter)
-            profiler.end(progress.step)
-            watchdog.alive(f"step {progress.step}")
 
-            state = partial(state_of, progress, engine, resolved, task.identity)
-            save(
-                progress.step,
-                state,
-                now=progress.step == config.steps,
-                wait=is_evaluation_due(config, progress.step),
-            )
-            evaluated = evaluate(progress.step)
-            asked = requests.agreed(topology.device)
+@dataclass
+class Run:
+    """A run in progress: what is trained, how far it is, and what accompanies its steps. All methods are collective."""
+
+    task: Task
+    config: TrainingConfig
+    folder: RunFolder
+    engine: Engine
+    progress: RunProgress
+    resolved: dict[str, Any]
+    watchdog: Watchdog
+    reporter: Reporter
+    requests: Requests
+    saver: Saver
+    loader: Loader
+    profiler: StepProfiler
+
+    def to_the_end(self) -> ExitCode:
+        """Train, save and evaluate until the last step, or until a request to stop."""
+        evaluated = self.evaluate()  # if the process before this one saved the step but did not evaluate it
+        while evaluated and self.progress.step < self.config.steps:
+            self.step()
+            self.save(now=self.progress.step == self.config.steps)
+            evaluated = self.evaluate()
+            asked = self.requests.agreed(self.engine.topology.device)
             if asked.save or asked.stop:
-                save(progress.step, state, now=True, wait=True)
-                requests.met(asked)
+                self.save(now=True)
+                self.requests.met(asked)
             if asked.stop:
                 break
-        if progress.step < config.steps or not evaluated:
-            reporter.ended("stopped")
-            topology.say(f"stopped on request after step {progress.step}: a checkpoint is saved, run again to go on")
+        if self.progress.step < self.config.steps or not evaluated:
+            self.reporter.ended("stopped")
+            self.engine.topology.say(
+                f"stopped on request after step {self.progress.step}: a checkpoint is saved, run again to go on"
+            )
             return ExitCode.STOPPED
-        task.finish(engine)
-        reporter.ended("finished")
-    return ExitCode.OK
+        self.task.finish(self.engine)
+        self.reporter.ended("finished")
+        return ExitCode.OK
 
+    def step(self) -> None:
+        """One step: gradients of the global batch, one update unless it is skipped, one record."""
+        task, config, engine, done = self.task, self.config, self.engine, self.progress.step
+        self.profiler.begin(done + 1)
+        batches, waited = self.loader.next()
+        task.begin(done / config.steps)
+        results = engine.forward_backward(task.forward_step, batches, Pass(config.positions, config.micro_batch))
+        metrics = average_metrics(results, engine.topology)
+        learning_rate = config.optimizer.learning_rate * learning_rate_factor(done, config.steps, config.schedule)
+        update = engine.step(learning_rate, metrics["loss"])
+        self.progress = self.progress.after(config.global_batch)
+        self.reporter.step(self.progress, metrics, update, learning_rate, waited)
+        check_skipped(self.progress, engine, config)
+        self.profiler.end(self.progress.step)
+        self.watchdog.alive(f"step {self.progress.step}")
 
-def train_step(
-    task: Task, config: TrainingConfig, engine: Engine, loader: Loader, progress: RunProgress, reporter: Reporter
-) -> RunProgress:
-    """One step: gradients of the global batch, one update unless it is skipped, one record."""
-    batches, waited = loader.next()
-    task.begin(progress.step / config.steps)
-    results = engine.forward_backward(task.forward_step, batches, Pass(config.positions, config.micro_batch))
-    metrics = average_metrics(results, engine.topology)
-    factor = learning_rate_factor(progress.step, config.steps, config.schedule)
-    learning_rate = factor * config.optimizer.learning_rate
-    update = engine.step(learning_rate, metrics["loss"])
-    progress = progress.after(config.global_batch)
-    reporter.step(progress, metrics, update, learning_rate, waited)
-    check_skipped(progress, engine, config)
-    return progress
+    def save(self, now: bool) -> None:
+        """Save this step if it is due, or in any case `now`; an evaluation waits for what is being written."""
+        step = self.progress.step
+        state = partial(state_of, self.progress, self.engine, self.resolved, self.task.identity)
+        with self.reporter.paused():
+            saved = self.saver.after_step(step, state, now, wait=is_evaluation_due(self.config, step))
+            self.reporter.saved(step, saved)
+        if saved:
+            self.watchdog.alive(f"the checkpoint of step {saved[-1].step}")
 
-
-def save_step(
-    saver: Saver,
-    reporter: Reporter,
-    watchdog: Watchdog,
-    step: int,
-    state: Callable[[], dict[str, Any]],
-    *,
-    now: bool,
-    wait: bool,
-) -> None:
-    """Save this step if it is due, or in any case `now`; complete what is written, or `wait` for it to be complete."""
-    with reporter.paused():
-        saved = saver.after_step(step, state, now, wait)
-        reporter.saved(step, saved)
-    if saved:
-        watchdog.alive(f"the checkpoint of step {saved[-1].step}")
-
-
-def evaluate_step(
-    task: Task,
-    config: TrainingConfig,
-    engine: Engine,
-    folder: RunFolder,
-    reporter: Reporter,
-    requests: Requests,
-    watchdog: Watchdog,
-    step: int,
-) -> bool:
-    """Evaluate this step if it is due and not yet evaluated; False if a request to stop ended the evaluation early."""
-    if not is_evaluation_due(config, step) or on_first_rank(lambda: is_evaluated(folder.metrics, step)):
+    def evaluate(self) -> bool:
+        """Evaluate this step if it is due and not yet evaluated; False if a request to stop ended that early."""
+        step, topology = self.progress.step, self.engine.topology
+        if not is_evaluation_due(self.config, step) or on_first_rank(lambda: is_evaluated(self.folder.metrics, step)):
+            return True
+        with self.reporter.paused():
+            metrics = self.task.evaluate(self.engine, lambda: self.requests.agreed(topology.device).stop)
+            if metrics is None:
+                return False
+            self.reporter.evaluation(step, metrics, self.task.texts(self.engine))
+        self.watchdog.alive(f"the evaluation after step {step}")
         return True
-    with reporter.paused():
-        metrics = task.evaluate(engine, lambda: requests.agreed(engine.topology.device).stop)
-        if metrics is None:
-            return False
-        reporter.evaluation(step, metrics, task.texts(engine))
-    watchdog.alive(f"the evaluation after step {step}")
-    return True
 
 
 def is_evaluation_due(config: TrainingConfig, step: int) -> bool:
