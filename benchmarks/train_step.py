@@ -12,23 +12,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from step_time import POSITIONS, SEQUENCES, SHAPE
 from torch import Tensor, nn
 
-from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
 from calm_core.config.training_config import OptimizerConfig, ParallelConfig
 from calm_core.distributed.topology import Topology, distributed
 from calm_core.model.noise import SampleNoise
 from calm_core.plan import flops
 from calm_core.training.hardware import peak_flops
-
-SEQUENCES, POSITIONS = 16, 128
-SHAPE = ModelShape(
-    BackboneConfig(layers=4, hidden=256, ffn=688, heads=4),
-    HeadConfig(blocks=1, samples=8, target_samples=100),
-    vocabulary=4096,
-    k=4,
-    latent=128,
-)
 
 
 def ours(topology: Topology, dtype: torch.dtype, micro_batch: int, compiled: bool) -> Callable[[], None]:

@@ -75,7 +75,7 @@ class LanguageModel:
         """As `generate`, with tokens, the reason of the end, and how well the temperature was reached."""
         fields = GenerationOptions.__dataclass_fields__
         if unknown := options.keys() - fields:
-            raise UserError(f"{min(unknown)} is no option of the generation: choose among {', '.join(fields)}.")
+            raise UserError(f"{min(unknown)} is not a generation option: choose from {', '.join(fields)}.")
         if "stop" in options:
             stop = options["stop"]
             options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)

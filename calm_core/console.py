@@ -14,7 +14,7 @@ ALIASES = {"train": "train-calm"}
 
 
 def scripts() -> dict[str, Path]:
-    """All scripts by their names, in which a dash stands for an underscore, and by their aliases."""
+    """All scripts by their names, with dashes for underscores, and by their aliases."""
     paths = [path for folder in ("data_prep", "pretrain") for path in sorted((ROOT / folder).glob("*.py"))]
     named = {path.stem.replace("_", "-"): path for path in paths}
     return named | {alias: named[name] for alias, name in ALIASES.items() if name in named}

@@ -8,7 +8,7 @@ class ExitCode(IntEnum):
 
     OK = 0
     FAILED = 1  # an unexpected failure: worth a retry
-    USAGE = 2  # bad usage, configuration or input: a retry would fail alike
+    USAGE = 2  # bad usage, configuration or input: a retry would fail the same way
     STOPPED = 75  # stopped on request (signal or stop file), checkpoint saved: run again to resume
     WATCHDOG = 76  # a step, evaluation or save hung and the watchdog ended the run: worth a retry
     INTERRUPTED = 130  # interrupted at the terminal: 128 + SIGINT, as shells count

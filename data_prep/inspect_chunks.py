@@ -1,4 +1,4 @@
-"""Inspect a chunk store: counts, token and sigma statistics, and some text beside its reconstruction."""
+"""Inspect a chunk store: counts, token and sigma statistics, and sample text beside its reconstruction."""
 
 import shutil
 from pathlib import Path

@@ -6,7 +6,7 @@ Trains the models one after another and scores each several times on the way; ru
 from calm_core.config import command
 from calm_core.config.scaling_config import CORRELATION_CONFIG, CorrelationConfig
 from calm_core.errors import ExitCode
-from calm_core.workflow.process import StoppedError, stoppable
+from calm_core.workflow.process import until_stopped
 
 SECTIONS = ("base",)
 
@@ -18,13 +18,8 @@ def run(config: CorrelationConfig, dry_run: bool) -> int:
         return ExitCode.OK
     from calm_core.scaling import correlation
 
-    try:
-        with stoppable():
-            if code := correlation.train(config):
-                return code
-    except StoppedError as stopped:
-        print(f"stopped by {stopped}; run again to continue")
-        return ExitCode.STOPPED
+    if code := until_stopped(lambda: correlation.train(config)):
+        return code
     print(correlation.report(config))
     return ExitCode.OK
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from calm_core.config import command
 from calm_core.config.scaling_config import VARIANTS_CONFIG, VariantsConfig
 from calm_core.errors import ExitCode
-from calm_core.workflow.process import StoppedError, stoppable
+from calm_core.workflow.process import until_stopped
 
 SECTIONS = ("base", "variants")
 
@@ -24,13 +24,8 @@ def run(config: VariantsConfig, dry_run: bool) -> int:
             settings = " ".join(model.variant.settings)
             print(f"{model.name}: {model.experiment.training.steps} steps, {model.flops:.3g} FLOPs; {settings}")
         return ExitCode.OK
-    try:
-        with stoppable():
-            if code := variants.train(config):
-                return code
-    except StoppedError as stopped:
-        print(f"stopped by {stopped}; run again to continue")
-        return ExitCode.STOPPED
+    if code := until_stopped(lambda: variants.train(config)):
+        return code
     print(variants.report(read_json(Path(config.run) / "results.json")))
     return ExitCode.OK
 

@@ -9,7 +9,7 @@ from dataclasses import fields
 from calm_core.config import command
 from calm_core.config.experiment import Experiment
 from calm_core.errors import ExitCode
-from calm_core.workflow.process import StoppedError, stoppable
+from calm_core.workflow.process import until_stopped
 
 SECTIONS = tuple(field.name for field in fields(Experiment))
 
@@ -21,13 +21,8 @@ def run(experiment: Experiment, dry_run: bool) -> int:
     if dry_run:
         print("\n".join(" ".join(stage.command) for stage in stages(experiment)))
         return ExitCode.OK
-    try:
-        with stoppable():
-            if code := run_stages(experiment):
-                return code
-    except StoppedError as stopped:
-        print(f"stopped by {stopped}; run the same command again to continue")
-        return ExitCode.STOPPED
+    if code := until_stopped(lambda: run_stages(experiment)):
+        return code
     from calm_core.report.summary import format_summary, plot_experiment, write_summary
 
     plot_experiment(experiment)

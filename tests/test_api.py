@@ -75,7 +75,7 @@ def test_a_text_for_a_text_and_a_list_for_a_list(model: calm.LanguageModel) -> N
     assert model.generate(["The", ""], temperature=0.5, max_tokens=12)[0] == one
     [completion] = model.complete(["The"], max_tokens=12, stop="e")
     assert "e" not in completion.text
-    with pytest.raises(UserError, match="heat is no option"):
+    with pytest.raises(UserError, match="heat is not a generation option"):
         model.generate("The", heat=2)
     with pytest.raises(UserError, match="top_k=5 needs logits"):
         model.generate("The", top_k=5)

@@ -154,6 +154,6 @@ def _check_shape(path: Path, name: str, saved: dict[str, tuple[int, ...]], wante
         raise UserError(f"{path} has no tensor {name}: it holds a model of another shape.")
     if saved[name] != wanted:
         raise UserError(
-            f"{path} holds {name} with shape {saved[name]} where this configuration wants {wanted}: "
+            f"{path} holds {name} with shape {saved[name]} where this configuration needs {wanted}: "
             "set the model's shape as in the checkpoint's configuration."
         )

@@ -298,7 +298,7 @@ class Saver:
 def explain_file_errors(action: Callable[[], T], problem: str, advice: str) -> Callable[[], T]:
     """`action`, with a file system error raised as a `UserError` if the user can fix it, else as a `RuntimeError`.
 
-    The exit code depends on it: a launcher retries after the latter only.
+    The exit code depends on it: a launcher retries after a `RuntimeError` only.
     """
 
     def attempt() -> T:

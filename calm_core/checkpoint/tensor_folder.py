@@ -1,7 +1,7 @@
 """The tensors of a checkpoint: safetensors files with boxes of global tensors, and an index of the boxes.
 
-There is one file for each rank that wrote; `index.json` says which box of which tensor is in which file. On reading,
-any box of any tensor is assembled from them, so the layout that reads need not be the one that wrote.
+There is one file for each rank that wrote; `index.json` says which box of which tensor each file holds. On reading, any
+box of any tensor is assembled from them, so the layout that reads need not be the one that wrote.
 Nothing is unpickled. A process that holds a whole model reads and writes its weights here, without process groups.
 """
 
@@ -151,7 +151,9 @@ class TensorFolder:
                 for name, tensor in index.items()
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedError(f"{folder / INDEX} is no index of tensors ({error}): use another checkpoint.") from error
+            raise DamagedError(
+                f"{folder / INDEX} is not an index of tensors ({error}): use another checkpoint."
+            ) from error
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """A box of the tensor `name`, all of it by default: float32 on the host.
@@ -229,7 +231,7 @@ def load_whole_model(checkpoint: Checkpoint, model: nn.Module) -> None:
             found, wanted = source.shapes.get(_WEIGHT + piece.name), tuple(piece.of(parameter).shape)
             if found != wanted:
                 raise UserError(
-                    f"{checkpoint.path} holds {_WEIGHT}{piece.name} with shape {found} where its configuration wants "
+                    f"{checkpoint.path} holds {_WEIGHT}{piece.name} with shape {found} where its configuration needs "
                     f"{wanted}: use another checkpoint."
                 )
     fill(model, lambda name: source.read(_WEIGHT + name))

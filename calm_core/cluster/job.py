@@ -212,7 +212,7 @@ class Decision:
 
 
 def decide(code: int, end_requested: bool, fruitless: int, limit: int) -> Decision:
-    """What becomes of a job whose processes have ended.
+    """What to do with a job whose processes have ended.
 
     Args:
         code: exit code of the process that failed first, negative if a signal killed it; 0 or 75 if none failed.
@@ -267,7 +267,7 @@ class Attempt:
             self._note("bad nodes", nodes=bad)
             return self._finish(ExitCode.FAILED, exclude=bad)
         if problem := network_error(reports):
-            log(f"the all-reduce failed although each node is sound, so that none is excluded: {problem}")
+            log(f"the all-reduce failed although each node passed its checks, so none is excluded: {problem}")
             self._note("no all-reduce", problem=problem)
             return self._finish(ExitCode.FAILED)
         if self.plan["layout"]:

@@ -162,7 +162,7 @@ def check(launcher: Launcher, options: Sequence[str], training: "StageTraining |
     """What is known of a job before it is submitted: its resources and, for a training, its layout.
 
     Raises:
-        UserError: if the configuration cannot be trained on so many ranks, or Slurm has no such nodes.
+        UserError: if the configuration cannot be trained on these ranks, or Slurm has no such nodes.
     """
     layout = [describe_layout(training, launcher.nodes, launcher.tasks)] if training else []
     sbatch(options, launcher.path, [], test=True)

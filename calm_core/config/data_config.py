@@ -25,7 +25,7 @@ class StoreShare:
     epochs: int = option(0, "passes over it, after which the other stores give its samples; 0 repeats it without end")
 
     def limit(self, windows: int, tokens_per_sample: int) -> int | None:
-        """The samples that a store of so many windows gives at most, None for no limit."""
+        """The most samples that a store of this many windows gives, None for no limit."""
         limits = [self.epochs * windows] if self.epochs else []
         return min([*limits, self.budget // tokens_per_sample] if self.budget else limits, default=None)
 
@@ -115,14 +115,16 @@ class DataConfig:
     def __post_init__(self) -> None:
         check(self, "data")
         if not 0.0 <= self.held_out < 1.0:
-            raise UserError(f"data.held_out={self.held_out} is no fraction of the documents: choose 0 <= held_out < 1.")
+            raise UserError(
+                f"data.held_out={self.held_out} is not a fraction of the documents: choose at least 0, below 1."
+            )
         if not 0.0 <= self.max_malformed < 1.0:
-            raise UserError(f"data.max_malformed={self.max_malformed} is no fraction: choose 0 <= max_malformed < 1.")
+            raise UserError(f"data.max_malformed={self.max_malformed} is not a fraction: choose at least 0, below 1.")
         if self.k < 1:
             raise UserError(f"data.k={self.k} must be at least 1 token per chunk.")
         if self.latents == "encode" and self.packing == "align":
             raise UserError(
-                "data.latents=encode reads documents as they run on: set data.packing=pack, or data.latents=stored."
+                "data.latents=encode reads packed documents: set data.packing=pack, or data.latents=stored."
             )
         check_shares(self.blend)
 

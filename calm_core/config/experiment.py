@@ -122,7 +122,9 @@ class ProfileConfig:
 
     def __post_init__(self) -> None:
         if self.steps and not (len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]):
-            raise UserError(f"profile.steps={self.steps} is no range: give the first and the last step, as [10, 12].")
+            raise UserError(
+                f"profile.steps={self.steps} is not a range: give the first and the last step, as in [1, 2]."
+            )
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class PlanConfig:
     def __post_init__(self) -> None:
         check(self, "plan")
         if self.mfu > 1:
-            raise UserError(f"plan.mfu={self.mfu} is no share of the peak: choose at most 1; 0 predicts it.")
+            raise UserError(f"plan.mfu={self.mfu} is not a share of the peak: choose at most 1; 0 predicts it.")
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class AutoencoderConfig:
         """The tokens whose logits training computes, for samples of `sample` tokens: all V, or `sampled_output`.
 
         Raises:
-            UserError: if a sample may hold so many different tokens that no others are left to sample.
+            UserError: if the tokens of a sample may be as many as the outputs, which leaves none to sample.
         """
         if not 0 < self.sampled_output < vocab_size:
             return vocab_size
@@ -220,7 +220,7 @@ class TokenLossConfig:
         "all", "tokens of a chunk that a position learns to predict", belongs_to="weights"
     )
     every: int = option(
-        1, "one position in so many learns; divides training.positions", belongs_to="training", at_least=1
+        1, "learn at one position out of this many; divides training.positions", belongs_to="training", at_least=1
     )
     until: float = option(
         1.0, "fraction of the steps after which the head's loss is alone", belongs_to="training", above=0, at_most=1

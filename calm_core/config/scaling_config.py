@@ -139,7 +139,7 @@ class CorrelationConfig:
     """Autoregressive models of several widths, scored on the way through their training."""
 
     run: PathText = option("runs/brier_correlation", "folder of the experiment")
-    widths: list[int] = option([32, 64, 128], "hidden sizes of the models; their feed-forward layers grow alike")
+    widths: list[int] = option([32, 64, 128], "hidden sizes of the models; their feed-forward layers grow with them")
     evaluations: int = option(10, "evaluations of each model, at steps that grow geometrically")
     first: int = option(20, "step of the first one; the last is at base.training.steps")
     base: Experiment = option(Experiment, "what all models share; the head is softmax")
@@ -147,7 +147,7 @@ class CorrelationConfig:
     def __post_init__(self) -> None:
         if not self.widths or self.evaluations < 2 or not 0 < self.first < self.base.training.steps:
             raise UserError(
-                "brier_correlation wants at least one width, evaluations >= 2 and 0 < first < base.training.steps."
+                "brier_correlation needs at least one width, evaluations >= 2 and 0 < first < base.training.steps."
             )
 
     @property

@@ -39,7 +39,7 @@ class ParallelConfig:
     split: list[int] = option([], "layers of each stage, pipeline x virtual numbers; [] balances the stages by FLOPs")
     timeout_minutes: float = option(20.0, "a collective that takes longer than this ends the run", above=0)
     reduce_bucket: int = option(
-        40_000_000, "parameters whose gradients are reduced together, while the backward pass goes on", at_least=1
+        40_000_000, "parameters whose gradients are reduced together, while the backward pass continues", at_least=1
     )
 
     def __post_init__(self) -> None:
@@ -156,13 +156,13 @@ class SpikeConfig:
     )
     deviations: float = option(
         10.0,
-        "a loss or gradient norm so many robust standard deviations above the median is a spike",
+        "a loss or gradient norm this many robust standard deviations above the median is a spike",
         belongs_to="training",
         above=0,
     )
     in_a_row: int = option(
         10,
-        "consecutive spikes that end the run: so many are not a spike but a new level",
+        "consecutive spikes that end the run: that many are a new level, not a spike",
         belongs_to="training",
         at_least=1,
     )

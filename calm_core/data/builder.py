@@ -73,7 +73,7 @@ class StoreBuilder:
             require_same(folder, read_json(self._journal / HEADER)["made_from"], made_from)
         elif folder.exists() and (folder.is_file() or any(path != self._journal for path in folder.iterdir())):
             raise UserError(
-                f"{folder} holds something else than a store of {kind}: move it away or name another folder."
+                f"{folder} holds something other than a store of {kind}: move it away or name another folder."
             )
         if not self.is_complete:
             require_writable(folder)
@@ -318,7 +318,7 @@ def _work(function: Callable[[Task], Result], connection: Connection, inherited:
     for end in inherited:
         end.close()  # copies of the other ends: open here, they would outlive the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles an interrupt
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever handler the parent has: this is how it ends a worker
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler: this is how it ends a worker
     while True:
         try:
             task = connection.recv()

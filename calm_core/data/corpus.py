@@ -24,7 +24,7 @@ PROBE_BYTES = 1 << 20
 
 EXAMPLES = 5  # malformed records that a message shows
 
-JUDGED_RECORDS = 10_000  # the fraction of malformed records is judged against at least so many while reading
+JUDGED_RECORDS = 10_000  # the fraction of malformed records is judged against at least this many while reading
 
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -231,7 +231,7 @@ class Tally:
         return asdict(self)
 
     def require(self, max_malformed: float, at_least: int = 0) -> None:
-        """Refuse a fraction of malformed records above `max_malformed`, of `at_least` so many records.
+        """Refuse a fraction of malformed records above `max_malformed`, among at least `at_least` records.
 
         Raises:
             UserError: with the first of them.

@@ -152,8 +152,8 @@ class BlendOrder:
         """The store of each sample `[B]`, and the sample's number among that store's: int64 `[B]` each."""
         if self.samples is not None and samples.size and samples.max() >= self.samples:
             raise UserError(
-                f"The stores of data.blend give {self.samples:,} samples within their epochs and budgets, and sample "
-                f"{samples.max():,} is asked for: raise those, or lower training.steps."
+                f"The stores of data.blend give {self.samples:,} samples within their epochs and budgets, but sample "
+                f"{samples.max():,} is needed: raise them, or lower training.steps."
             )
         block, within = np.divmod(samples, BLOCK)
         stores, numbers = np.empty_like(block), np.empty_like(block)

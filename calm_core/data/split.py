@@ -25,7 +25,7 @@ LARGEST_FRACTION = 0.25  # of the text that is held out where data.held_out give
 
 CHARACTERS_PER_TOKEN = 6  # more than the mean of the usual tokenizers: the text holds at least the tokens wanted
 
-SEARCHED_CHARACTERS = 256 << 20  # a corpus with so much text is split by document without reading on
+SEARCHED_CHARACTERS = 256 << 20  # a corpus with this much text is split by document without reading on
 
 LONGEST_GAP = 10_000  # characters
 
@@ -97,7 +97,7 @@ def held_out_tokens(experiment: Experiment) -> int:
 
 
 def choose_split(config: DataConfig, tokens: int = 0) -> Split:
-    """The split of a corpus that holds out at least so many `tokens`, if a quarter of the text does.
+    """The split of a corpus that holds out at least `tokens` tokens, or a quarter of the text where that is less.
 
     By document, with the fraction `data.held_out`, where that holds out two documents with enough text. Otherwise more
     of the documents where there are a hundred, and the end of every document where there are fewer. The text is read

@@ -95,7 +95,7 @@ def statistics(store: ChunkStore) -> dict[str, Any]:
 
 
 def side_by_side(left: list[str], right: list[str], width: int) -> Iterator[str]:
-    """Texts and their reconstructions in two columns, `width` characters in all; `|` marks lines that differ."""
+    """Texts and their reconstructions in two columns, `width` characters in total; `|` marks lines that differ."""
     column = max(8, (width - 3) // 2)
     one = other = ""
     same = True

@@ -27,7 +27,7 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True)
 class UpdateHistory:
-    """What became of the updates of a run; saved with each checkpoint.
+    """The outcomes of the updates of a run; saved with each checkpoint.
 
     Attributes:
         updates: updates applied.
@@ -60,7 +60,7 @@ class UpdateHistory:
 
 
 class SpikeDetector:
-    """Judges each update of a run by its loss and gradient norm, and remembers what became of it."""
+    """Judges each update of a run by its loss and gradient norm, and remembers the outcome."""
 
     def __init__(self, config: SpikeConfig) -> None:
         self.config = config
@@ -199,7 +199,7 @@ def build_optimizer(
 
 
 def buckets(parameters: Iterable[nn.Parameter], size: int) -> list[list[nn.Parameter]]:
-    """Parameters of one kind, together of at least `size` elements where there are so many of a kind.
+    """Parameters of one kind, together of at least `size` elements where a kind has that many.
 
     They come in the order in which a backward pass completes their gradients, that is the last parameters first; those
     whose gradients have still to be summed over the tensor-parallel ranks afterwards are last.

@@ -176,7 +176,7 @@ def _device() -> torch.device:
     local, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= found:
         raise UserError(
-            f"this machine has {found} GPUs for more ranks than that (local rank {local}): start one rank per GPU, "
+            f"this machine has {found} GPUs and more ranks than that (local rank {local}): start one rank per GPU, "
             f"--nproc-per-node {found}."
         )
     device = torch.device("cuda", local)

@@ -133,8 +133,8 @@ def compare(
         for name, found in _must_agree(loaded, held_out).items():
             if scored_on.setdefault(name, found) != found:
                 raise UserError(
-                    f"{checkpoint.path} has another {name} than {results[0]['checkpoint']}: its scores would not "
-                    "compare; "
+                    f"{checkpoint.path} has another {name} than {results[0]['checkpoint']}: their scores cannot "
+                    "be compared; "
                     + ("give one text to both by --text." if name == "held-out text" else "evaluate it by itself.")
                 )
         about = {"checkpoint": str(checkpoint.path), "k": loaded.shape.k, "head": loaded.shape.head.kind}

@@ -34,7 +34,7 @@ from calm_core.model.layers import own_positions
 from calm_core.model.noise import SampleNoise
 
 Progress = Callable[[int], object]
-"""`progress(windows)`: so many more windows are scored."""
+"""`progress(windows)`: this many more windows are scored."""
 
 ClusteredScores = tuple[tuple[str, ...], tuple[Tensor, Tensor, Tensor]]
 """Names of the scores, and the state of a `BrierAccumulator` over them: what ranks exchange."""
@@ -162,7 +162,7 @@ class _Forward:
         return forward_only(self._parts, step, range(len(inputs)), Pass(positions, self.micro_batch))
 
     def branch(self, starts: Tensor) -> None:
-        """Let the windows go on as branches after these positions, `[R]`, and forget the branches before."""
+        """Continue the windows as branches after these positions, `[R]`, and forget earlier branches."""
         for cache in self._caches.values():
             if cache is not None:
                 cache.branch(starts)

@@ -64,7 +64,7 @@ def scored_offsets(positions: int, k: int, limit: int = 0, protocol: Protocol = 
     Args:
         positions: S of the window.
         k: K.
-        limit: at most so many, evenly spread; 0 means all.
+        limit: the most positions to score, evenly spread; 0 means all.
         protocol: which positions are scored.
 
     Raises:
@@ -85,7 +85,7 @@ def scored_offsets(positions: int, k: int, limit: int = 0, protocol: Protocol = 
 
 
 def measure(context: int, k: int, packing: Packing = "pack", protocol: Protocol = "default") -> str:
-    """The name of BrierLM under a context of so many tokens: scores of other names are not comparable.
+    """The name of BrierLM under a context of this many tokens: scores of other names are not comparable.
 
     Documents that are padded to whole chunks make windows that begin at other tokens for every K.
     """
@@ -136,7 +136,7 @@ class HeldOut:
         return int((-(-(self.offsets % k + MAX_TOKENS) // k)).max())
 
     def groups(self, ranks: int) -> Iterator[ScoredPositions]:
-        """The scored positions in groups that are drawn from together, for so many tensor-parallel ranks."""
+        """The scored positions in groups that are drawn from together, for this many tensor-parallel ranks."""
         multiple = lcm(MULTIPLE, ranks)
         size = max(1, DRAWN_AT_ONCE // (self.draws * multiple)) * multiple
         for offsets in self.offsets.split(size):
@@ -145,7 +145,7 @@ class HeldOut:
             yield ScoredPositions(torch.cat([offsets, offsets[-1:].expand(missing)]), counted, self.windows.store.k)
 
     def micro_batches(self, topology: Topology) -> list[np.ndarray]:
-        """The windows that this data-parallel rank scores, a micro-batch at a time; every rank has as many.
+        """The windows that this data-parallel rank scores, a micro-batch at a time; every rank has the same number.
 
         `config.windows` of them (0: all) are spread over the split, so that a subset sees as many documents as it can.
         A single rank scores them all, its last micro-batch may be smaller. Otherwise the number is rounded down to

@@ -1,4 +1,4 @@
-"""Brier-n of the unigram and the bigram model, exactly, and text of the latter: what a trained model has to beat."""
+"""The n-gram baselines that a trained model has to beat: their exact Brier-n, and text of the bigram model."""
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def unigram_brier_terms(counts: Tensor, truth: Tensor) -> BrierTerms:
 class BigramModel:
     """P(next | previous) by the frequencies of adjacent pairs; the unigram model after a token that had no successor.
 
-    Memory is that of the distinct pairs, whatever V.
+    Memory grows with the distinct pairs, not with V.
     """
 
     def __init__(self, tokens: Tensor, vocabulary: int) -> None:

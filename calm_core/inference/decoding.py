@@ -21,7 +21,7 @@ class DocumentEnd(NamedTuple):
     pad: int
 
     def pad_after(self, tokens: Tensor) -> Tensor:
-        """Tokens `[..., T]` with pad after the first end of a document: chunks that end alike become equal."""
+        """Tokens `[..., T]` with pad after the first end of a document: chunks that end the same way become equal."""
         end = torch.stack([tokens == token for token in self.tokens]).any(0).long()
         return tokens.masked_fill(end.cumsum(-1) > end, self.pad)
 

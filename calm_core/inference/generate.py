@@ -162,7 +162,7 @@ def forecast(loaded: Loaded, prompts: Sequence[str], options: GenerationOptions)
     """One line about the temperature; None where it is always reached, with logits or at T = 1.
 
     For the exact method it is the number of draws. For the batch method it is how often N draws suffice, and the
-    largest N that pays: with so many draws n of them agree for 95 % of the first chunks.
+    largest N that pays: with that many draws, n of them agree for 95 % of the first chunks.
     """
     options = options.for_head(loaded.has_logits)
     if options.method == "exact":

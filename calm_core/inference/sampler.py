@@ -85,7 +85,7 @@ class ChunkSampler:
 
     The methods of `GenerationOptions`, and where each is used:
         logits: the probabilities are known (`_by_logits`).
-        exact: by rejection, whatever else is asked (`_by_rejection`).
+        exact: always by rejection (`_by_rejection`).
         batch: from N draws. Those of a context with known tokens or a predicate have weights (`_by_weight`); all
             others count alike, which saves most of their decoding (`_by_agreement`).
     """
@@ -265,7 +265,7 @@ def _random_sets(draws: int, size: int, generator: torch.Generator) -> Tensor:
 def _choose(drawn: DrawnTokens, level: int, generators: Sequence[torch.Generator]) -> list[tuple[list[int], int]]:
     """A chunk for each of R rows and how many draws agree on it: `level`, or the most that do.
 
-    It is that of a random set of so many draws that agree. Only draws that agree so often are decoded to the end.
+    It is that of a random set of that many draws that agree. Only draws that agree that often are decoded to the end.
     """
     rows, draws, _ = drawn.tokens.shape
     device = drawn.tokens.device

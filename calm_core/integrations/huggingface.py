@@ -67,7 +67,7 @@ class CalmForCausalLM(PreTrainedModel):
             UserError: the folder holds no such model, or an option cannot apply.
         """
         if not Path(folder).is_dir():
-            raise UserError(f"{folder} is no local folder: download the model, and give the folder that it is in.")
+            raise UserError(f"{folder} is not a local folder: download the model, and give the folder that it is in.")
         if asked := [name for name in sorted(options.keys() - _WITHOUT_EFFECT) if options[name] is not None]:
             raise UserError(f"{asked[0]} does not apply to CALM: leave it out.")
         dtype = torch.float32 if dtype in (None, "auto") else dtype
@@ -119,7 +119,7 @@ class CalmForCausalLM(PreTrainedModel):
         if not do_sample:
             raise UserError("do_sample=False asks for the most probable tokens, which CALM does not know: sample.")
         if unknown := options.keys() - GenerationOptions.__dataclass_fields__.keys():
-            raise UserError(f"{min(unknown)} is no option of CALM's generation: leave it out.")
+            raise UserError(f"{min(unknown)} is not an option of CALM's generation: leave it out.")
         tokenizer = self._loaded.tokenizer
         given = torch.tensor([[tokenizer.bos]]) if input_ids is None else input_ids.cpu()
         known = torch.ones_like(given) if attention_mask is None else attention_mask.cpu()

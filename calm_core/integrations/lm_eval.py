@@ -57,7 +57,7 @@ class CalmLM(TemplateLM):
         """
         super().__init__()
         if not str(batch_size).isdigit():
-            raise UserError(f"batch_size={batch_size} is no number: choose one, such as 8.")
+            raise UserError(f"batch_size={batch_size} is not a number: choose one, such as 8.")
         self._loaded = load(run, device, precision).loaded
         self._temperature, self._samples, self._seed = temperature, samples, seed
         self._batch, self._longest = int(batch_size), max_gen_toks

@@ -250,7 +250,7 @@ class Kernels(Additive):
 
 
 def pointwise(forward: int, backward: int, kernels: tuple[int, int] = (1, 1)) -> Kernels:
-    """Kernels that read and write so many bytes forward and backward; none where there are no bytes."""
+    """Kernels that read and write these numbers of bytes forward and backward; none where there are no bytes."""
     return Kernels(kernels[0] if forward else 0, kernels[1] if backward else 0, forward, backward)
 
 
@@ -283,7 +283,7 @@ def conversion(load: Load, width: int, backward: int = 1) -> Kernels:
 
 
 def fused(load: Load, forward: int, backward: int, eager: Kernels) -> Kernels:
-    """A function of `model.pointwise`: compiled a kernel each way that moves so many bytes, else those of `eager`."""
+    """A function of `model.pointwise`: compiled, one kernel each way that moves these bytes; else those of `eager`."""
     return pointwise(forward, backward) if load.compiled else eager
 
 

@@ -64,7 +64,7 @@ def _layer(shape: ModelShape, load: Load) -> Kernels:
 
 
 def _rotated_heads(query: int, key: int) -> Kernels:
-    """The rotation of queries and keys of so many bytes, and a copy of the values.
+    """The rotation of queries and keys of these bytes, and a copy of the values.
 
     Half of the features negated, then joined; two products and their sum. Backward likewise; the gradients of queries,
     keys and values are then joined in one tensor.

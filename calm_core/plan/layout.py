@@ -93,8 +93,8 @@ def check_layout(shape: ModelShape, positions: int, layout: ParallelConfig) -> N
             )
     if VOCABULARY_MULTIPLE % tensor:
         raise UserError(
-            f"parallel.tensor={tensor} does not divide {VOCABULARY_MULTIPLE}, of which every vocabulary is padded to a "
-            "multiple: choose a power of two."
+            f"parallel.tensor={tensor} does not divide {VOCABULARY_MULTIPLE}, and every vocabulary is padded to a "
+            f"multiple of {VOCABULARY_MULTIPLE}: choose a power of two."
         )
     side = shape.token_loss
     own = positions // tensor if layout.sequence else positions

@@ -19,7 +19,7 @@ from calm_core.plan.pipeline_split import by_part
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of a rank that last, whatever it computes.
+    """Bytes that a rank always holds.
 
     Attributes:
         weights: in the precision of the model.

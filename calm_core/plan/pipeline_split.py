@@ -42,12 +42,12 @@ def pipeline_split(shape: ModelShape, positions: int, layout: ParallelConfig) ->
         return balanced(work, layout.pipeline, layout.virtual, first)
     if layout.split[0] < first:
         raise UserError(
-            f"parallel.split={layout.split} leaves nothing but an embedding to the first stage, as head.kind="
+            f"parallel.split={layout.split} leaves the first stage only an embedding, because head.kind="
             f"{shape.head.kind} has no compression: give it at least 1 layer."
         )
     if sum(layout.split) != layers:
         raise UserError(
-            f"parallel.split={layout.split} has {sum(layout.split)} layers in all, the model has {layers} "
+            f"parallel.split={layout.split} has {sum(layout.split)} layers in total, but the model has {layers} "
             "(model.layers): make them equal."
         )
     return layout.split

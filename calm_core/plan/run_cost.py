@@ -74,7 +74,7 @@ def run_cost(
 
 
 def _times(training: TrainingConfig, every: int) -> set[int]:
-    """The steps after which something is done that is done every so many steps, at milestones and at the end."""
+    """The steps after which something is done that is due every `every` steps, at milestones and at the end."""
     regular = range(every, training.steps + 1, every) if every else ()
     return {*regular, *(step for step in training.milestones if step <= training.steps), training.steps}
 
@@ -113,7 +113,7 @@ class DataCost:
 
 
 def data_cost(autoencoder: AutoencoderShape | None, vocabulary: int, tokens: float, plan: PlanConfig) -> DataCost:
-    """The stores of a corpus of so many tokens, and how long it takes to make them."""
+    """The stores of a corpus of this many tokens, and how long it takes to make them."""
     width = 2 if vocabulary <= 1 << 16 else 4
     if autoencoder is None:
         return DataCost(tokens, width * tokens, 0, tokens / TOKENS_PER_CORE, 0)

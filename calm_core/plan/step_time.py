@@ -277,6 +277,6 @@ def _by_stage(units: list[T], split: Sequence[int], stages: int) -> list[list[T]
 
 
 def _late(machine: Machine, kernels: int, moved: int) -> float:
-    """Seconds that the device waits for the launches of kernels that move so many bytes, or all of them on a CPU."""
+    """Seconds that the device waits for the launches of kernels that move these bytes, or for all launches on a CPU."""
     host = kernels * machine.launch
     return max(0.0, host - moved / machine.memory) if machine.asynchronous else host

@@ -74,7 +74,7 @@ def import_reference(source: Path, target: Path, tokenizer: Path | None) -> Path
         UserError: the folder does not hold a model, whole and nothing else, or `target` is in use.
     """
     if tokenizer and not tokenizer.is_file():
-        raise UserError(f"--tokenizer {tokenizer} is no file: name the one that the model was trained with.")
+        raise UserError(f"--tokenizer {tokenizer} is not a file: name the one that the model was trained with.")
     config, tensors = read_folder(source)
     if any(name.startswith("transformer.") for name in tensors):
         return _import_calm(source, target, tokenizer, config, tensors)

@@ -55,7 +55,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG} is no JSON object: give the folder of a released model.")
+        raise UserError(f"{folder / CONFIG} is not a JSON object: give the folder of a released model.")
     for name, read in ((WEIGHTS, load_file), (PICKLED, _unpickle_tensors)):
         if (folder / name).is_file():
             return config, _read(folder / name, read)
@@ -143,7 +143,7 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
         raise UserError(f"{index} holds no weight_map, which says the shard of each tensor: get the file again.")
     shards = sorted(set(shard_of.values()))
     if missing := [s for s in shards if Path(s).name != s or not (index.parent / s).is_file()]:
-        raise UserError(f"{index.parent} lacks shards that {index.name} names ({', '.join(missing)}): get them, too.")
+        raise UserError(f"{index.parent} lacks shards that {index.name} names ({', '.join(missing)}): get those too.")
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         own = _read(index.parent / shard, read)

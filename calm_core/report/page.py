@@ -78,8 +78,8 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Text:
-    """Text as it is; a note is small print, and links lead to files beside the page."""
+class Paragraph:
+    """Paragraph as it is; a note is small print, and links lead to files beside the page."""
 
     text: str
     note: bool = False
@@ -91,7 +91,7 @@ class Section:
     """A heading and what is below it; figures beside each other, the rest below one another; folded at first or not."""
 
     title: str
-    parts: Sequence[Figure | Table | Text]
+    parts: Sequence[Figure | Table | Paragraph]
     folded: bool = False
 
 
@@ -144,7 +144,7 @@ def _section(section: Section) -> str:
             lines.append(f'<div class="figures">{"".join(row)}</div>')
             row = []
         if part is not None:
-            lines.append(_table(part) if isinstance(part, Table) else _text(part))
+            lines.append(_table(part) if isinstance(part, Table) else _paragraph(part))
     if section.folded:
         lines.append("</details>")
     return "\n".join(lines)
@@ -167,7 +167,7 @@ def _table(table: Table) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _text(text: Text) -> str:
+def _paragraph(text: Paragraph) -> str:
     links = " ".join(f'<a href="{html.escape(to)}">{html.escape(name)}</a>' for name, to in text.links.items())
     if text.note or text.links:
         return f'<p class="note">{html.escape(text.text)} {links}</p>'

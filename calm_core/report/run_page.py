@@ -17,7 +17,7 @@ from calm_core.plan import flops
 from calm_core.plan.dry_run import model_shape
 from calm_core.report.figure import GREY, STEPS, Axis, Figure, Trace, brier_axis, curve, curve_with_band
 from calm_core.report.incidents import ENVELOPE, incidents, shown_time
-from calm_core.report.page import Section, Table, Text, number, write_page
+from calm_core.report.page import Paragraph, Section, Table, number, write_page
 from calm_core.training.run_log import read_records
 from calm_core.training.stopping import stacks
 
@@ -214,13 +214,13 @@ def _with_other_x(run: Training, trace: Trace | None) -> Trace | None:
     return replace(trace, other_x={unit: np.interp(trace.x, steps, [0, *c]).tolist() for unit, c in columns.items()})
 
 
-def _losses(runs: Sequence[Training], prefix: str) -> list[Figure | Text]:
+def _losses(runs: Sequence[Training], prefix: str) -> list[Figure | Paragraph]:
     """The losses in one figure for each kind of loss: those of different kinds do not compare."""
-    figures: list[Figure | Text] = []
+    figures: list[Figure | Paragraph] = []
     kinds = list(dict.fromkeys(map(_kind, runs)))
     if len(kinds) > 1:
         note = f"Losses of {', '.join(kinds)} are of different kinds and do not compare: each has a figure of its own."
-        figures.append(Text(note, note=True))
+        figures.append(Paragraph(note, note=True))
     for kind in kinds:
         traces = []
         for color, run in enumerate(runs):
@@ -277,7 +277,7 @@ def _curves(runs: Sequence[Training], prefix: str, axes: dict[str, Axis], kind: 
     ]
 
 
-def _samples(runs: Sequence[Training]) -> list[Text | Table]:
+def _samples(runs: Sequence[Training]) -> list[Paragraph | Table]:
     """The texts of the finished runs, then those on the way, the newest first."""
     rows = [
         [run.name, sample.get("step", "samples.json"), f"{sample['temperature']:g}", sample["prompt"], sample["text"]]
@@ -301,7 +301,7 @@ def _layout(runs: Sequence[Training]) -> list[Table]:
     return tables
 
 
-def _faults(runs: Sequence[Training], beside: Path) -> list[Table | Text]:
+def _faults(runs: Sequence[Training], beside: Path) -> list[Table | Paragraph]:
     rows = [
         [run.name, shown_time(incident.time), *incident[1:]]
         for run in runs
@@ -311,21 +311,21 @@ def _faults(runs: Sequence[Training], beside: Path) -> list[Table | Text]:
     return [*table, *_links(runs, beside, "stacks of ranks that the watchdog ended", lambda run: stacks(run / "logs"))]
 
 
-def _profiles(runs: Sequence[Training], beside: Path) -> list[Text]:
+def _profiles(runs: Sequence[Training], beside: Path) -> list[Paragraph]:
     traces = "traces open in chrome://tracing or ui.perfetto.dev"
     return _links(runs, beside, traces, lambda folder: sorted((folder / "profile").glob("*")))
 
 
-def _links(runs: Sequence[Training], beside: Path, title: str, find: Callable[[Path], list[Path]]) -> list[Text]:
+def _links(runs: Sequence[Training], beside: Path, title: str, find: Callable[[Path], list[Path]]) -> list[Paragraph]:
     """Links from a page in the folder `beside` to files of the runs."""
     return [
-        Text(f"{run.name}, {title}:", links={file.name: quote(os.path.relpath(file, beside)) for file in files})
+        Paragraph(f"{run.name}, {title}:", links={file.name: quote(os.path.relpath(file, beside)) for file in files})
         for run in runs
         if (files := find(run.folder))
     ]
 
 
-def _configuration(runs: Sequence[Training]) -> list[Table | Text]:
+def _configuration(runs: Sequence[Training]) -> list[Table | Paragraph]:
     """All settings of each run; marked are those that its base file does not say, or between runs the unequal ones."""
     flat = [run.settings for run in runs]
     keys = list(dict.fromkeys(key for settings in flat for key in settings))
@@ -333,10 +333,10 @@ def _configuration(runs: Sequence[Training]) -> list[Table | Text]:
         rows = [[key, *(settings.get(key, "") for settings in flat)] for key in keys]
         unequal = frozenset(i for i, row in enumerate(rows) if len(set(map(str, row[1:]))) > 1)
         rows = [rows[i] for i in sorted(unequal)]
-        return [Text("Only what differs is shown.", note=True), Table(["key", *(run.name for run in runs)], rows)]
+        return [Paragraph("Only what differs is shown.", note=True), Table(["key", *(run.name for run in runs)], rows)]
     base, source = _base(flat[0].get("config_file", ""))
     marked = frozenset(i for i, key in enumerate(keys) if key != "config_file" and base.get(key) != flat[0][key])
-    note = Text(f"Marked: what differs from {source}.", note=True)
+    note = Paragraph(f"Marked: what differs from {source}.", note=True)
     rows = [[key, flat[0][key], base.get(key, "") if i in marked else ""] for i, key in enumerate(keys)]
     return [note, Table(["key", "value", f"in {source}"], rows, marked)]
 

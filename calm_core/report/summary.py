@@ -1,4 +1,4 @@
-"""The summary of an experiment: every number read from an artefact, none computed anew."""
+"""The summary of an experiment: every number is read from an artefact, none is computed again."""
 
 import os
 import platform
@@ -50,7 +50,7 @@ def write_summary(experiment: Experiment) -> dict[str, Any]:
 def plot_experiment(experiment: Experiment) -> None:
     """Loss curves of all trainings, and Brier-1 and 2 of each model, as PNG files in their run folders.
 
-    The evaluations in training have no bigram table; that of the full evaluation stands for it in the curves.
+    The evaluations in training have no bigram table; the curves show that of the full evaluation.
     """
     titles = {"autoencoder": "Autoencoder", "calm": _model_name(experiment.head.reads_tokens), "ar": "AR"}
     for name, folder in _trainings(experiment).items():

@@ -141,8 +141,8 @@ def points(config: ScalingConfig) -> list[Point]:
         raise UserError("base.head.kind=softmax leaves CALM without a head: choose another; grid.baseline adds the AR.")
     if config.base.data.packing == "align" and len(families(config)) > 1:
         raise UserError(
-            "base.data.packing=align begins windows at other tokens for every K, so that scores do not compare: set it "
-            "to pack."
+            "base.data.packing=align begins windows at other tokens for every K, so scores cannot be compared: "
+            "set it to pack."
         )
     found = [
         _point(config, family, depth, seed)
@@ -284,7 +284,7 @@ def plan_table(config: ScalingConfig) -> str:
         for k, of_k in cost.items()
     ]
     lines += [
-        f"in all: {len(planned)} models, {total:.3g} FLOPs and {shared:.3g} for autoencoders, {spent:.3g} hours on "
+        f"in total: {len(planned)} models, {total:.3g} FLOPs and {shared:.3g} for autoencoders, {spent:.3g} hours on "
         f"{hardware.devices} devices of {hardware.peak_tflops:g} TFLOP/s at {hardware.mfu:.0%} of their peak"
     ]
     return "\n".join([*lines, *_warnings(config, planned)])

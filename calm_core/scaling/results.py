@@ -95,7 +95,7 @@ def _require_comparable(rows: list[Row]) -> None:
         if row["measure"] != rows[0]["measure"]:
             raise UserError(
                 f"{row['model']} was scored as {row['measure']} and {rows[0]['model']} as {rows[0]['measure']}, which "
-                "do not compare: move the folder of the one that differs away and run again."
+                "cannot be compared: move the folder of the one that differs away and run again."
             )
 
 
@@ -105,7 +105,7 @@ def results_path(config: ScalingConfig) -> Path:
 
 
 def with_stored(config: ScalingConfig, rows: list[Row]) -> tuple[list[Row], int]:
-    """The rows, and those of the results file whose runs are no longer there; how many of the latter.
+    """The rows with those of the results file whose runs are no longer there, and the number of these.
 
     So a results file never loses a point.
 

@@ -11,7 +11,7 @@ from calm_core.errors import UserError
 from calm_core.evaluation.tables import table
 from calm_core.io import read_json, write_json
 from calm_core.report.figure import GREY, Axis, Figure, Trace, draw
-from calm_core.report.page import Section, Table, Text, write_page
+from calm_core.report.page import Paragraph, Section, Table, write_page
 from calm_core.scaling.analysis import analyse, law_curve
 from calm_core.scaling.points import BASELINE, families, plan_table, points
 from calm_core.scaling.results import (
@@ -174,16 +174,16 @@ def write_scaling_page(config: ScalingConfig) -> Path:
     sections = [
         Section(
             measure_title(measure),
-            _figures(config, known, laws[measure], measure) if known else [Text("No point has it.", True)],
+            _figures(config, known, laws[measure], measure) if known else [Paragraph("No point has it.", True)],
         )
         for measure in config.fit.measures
         for known in [[row for row in rows if row[measure] is not None]]
     ]
     note = f"Intervals are of {config.fit.confidence:.0%}; their coverage is measured in docs/scaling."
     sections += [
-        Section("Laws", [Text(note, True), *_law_tables(laws)]),
-        Section("Laws in full", [Text(laws_text(laws))], folded=True),
-        Section("Plan", [Text(plan_table(config))], folded=True),
+        Section("Laws", [Paragraph(note, True), *_law_tables(laws)]),
+        Section("Laws in full", [Paragraph(laws_text(laws))], folded=True),
+        Section("Plan", [Paragraph(plan_table(config))], folded=True),
         Section("Points", [_point_table(rows)], folded=True),
     ]
     page = Path(config.run) / "report.html"

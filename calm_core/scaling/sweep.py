@@ -63,7 +63,7 @@ def run(config: ScalingConfig) -> int:
     """
     planned = points(config)
     if config.task >= len(planned):
-        raise UserError(f"task={config.task} is none of the {len(planned)} models: give 0 to {len(planned) - 1}.")
+        raise UserError(f"task={config.task} is not one of the {len(planned)} models: give 0 to {len(planned) - 1}.")
     if config.task >= 0:
         chosen = planned[config.task]
         require_as_planned(config, [chosen])

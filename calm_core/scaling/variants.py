@@ -1,4 +1,4 @@
-"""Variants of one experiment trained with the same FLOPs: their runs, and one table of what each has learnt."""
+"""Variants of one experiment trained with the same FLOPs: their runs, and one table of what each has learned."""
 
 import resource
 from collections.abc import Iterator, Sequence
@@ -93,7 +93,7 @@ def _varied(config: VariantsConfig) -> list[Experiment]:
 
 
 def train(config: VariantsConfig) -> int:
-    """Train and score the models one after another; what is finished is skipped, what is begun goes on.
+    """Train and score the models one after another; finished models are skipped, interrupted ones resume.
 
     RUN/results.json has a row for each finished model; its `cpu_seconds` are processor time of all attempts.
 
@@ -116,7 +116,7 @@ def train(config: VariantsConfig) -> int:
 
 
 def row(model: Model, cpu_seconds: float) -> Row:
-    """What a finished model is and what it has learnt, from the last evaluation of its training."""
+    """What a finished model is and what it has learned, from the last evaluation of its training."""
     experiment, last = model.experiment, read_metrics(model.experiment.paths.calm_run / "metrics.jsonl", "eval")[-1]
     training, shape = experiment.training, model_shape(experiment)
     return {

@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
 
 
 def text_tokens_among(tokens: Iterable[int], encode: Callable[[str], Iterable[int]], names: Iterable[str]) -> set[int]:
-    """Which of these `tokens` some text encodes to, as far as trials with their `names` tell."""
+    """Which of these `tokens` some text encodes to, as far as trials with their `names` show."""
     trials = [trial for name in names for trial in (name, f"a{name}b", f"a {name} b", f" {name}", f"{name}\n{name}")]
     return set(tokens) & {token for trial in trials for token in encode(trial)}
 

@@ -85,7 +85,7 @@ def _load(content: bytes, path: Path) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{path} is no tokenizer.json that can be read ({error}): name another.") from error
+        raise UserError(f"{path} is not a readable tokenizer.json ({error}): name another.") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # the text "<s>" is three characters, not the token

@@ -45,7 +45,7 @@ class SentencePieceTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
             raise UserError(
-                f"{path} is no tokenizer: name a sentencepiece .model, a tokenizer.json or a tiktoken rank file."
+                f"{path} is not a tokenizer: name a sentencepiece .model, a tokenizer.json or a tiktoken rank file."
             ) from error
         self._size = self.vocab_size = self._processor.vocab_size()
         self.content_hash = hash_bytes(content)

@@ -97,7 +97,7 @@ class AutoencoderTask:
         for key, theirs, ours in differences(model, self.identity["model"]):
             if decides(AutoencoderConfig, key, "weights"):
                 raise UserError(
-                    f"training.init_from: {key} is {theirs} in that checkpoint and {ours} here; set it as it is there."
+                    f"training.init_from: {key} is {theirs} in that checkpoint and {ours} here; set it to {theirs}."
                 )
         return ("",)
 

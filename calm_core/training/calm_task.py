@@ -122,7 +122,7 @@ class CalmTask:
         for key, theirs, ours in network:
             if key.startswith("backbone."):
                 raise UserError(
-                    f"training.init_from: {key} is {theirs} in that checkpoint and {ours} here; set it as it is there."
+                    f"training.init_from: {key} is {theirs} in that checkpoint and {ours} here; set it to {theirs}."
                 )
         if network:
             return ("backbone.",)

@@ -104,7 +104,7 @@ def backends(device: torch.device, layout: ParallelConfig) -> str:
 
 @contextmanager
 def explain_out_of_memory(section: str) -> Iterator[None]:
-    """Raise a failure to allocate memory as a `UserError`: another try with the same settings would fail alike.
+    """Raise a failure to allocate memory as a `UserError`: another try with the same settings would fail the same way.
 
     Args:
         section: section of the configuration with the training settings.

@@ -109,7 +109,7 @@ class Run:
         if self.progress.step < self.config.steps or not evaluated:
             self.reporter.ended("stopped")
             self.engine.topology.say(
-                f"stopped on request after step {self.progress.step}: a checkpoint is saved, run again to go on"
+                f"stopped on request after step {self.progress.step}: a checkpoint is saved, run again to continue"
             )
             return ExitCode.STOPPED
         self.task.finish(self.engine)
@@ -211,5 +211,5 @@ def check(task: Task, config: TrainingConfig, topology: Topology, folder: RunFol
     if config.hang_minutes >= timeout:  # a collective that times out ends the run without stacks
         raise UserError(
             f"training.hang_minutes={config.hang_minutes:g} is not below parallel.timeout_minutes={timeout:g}, which "
-            "would end the run first and say less: lower the one or raise the other."
+            "would end the run first, without stacks: lower the first or raise the second."
         )

@@ -26,7 +26,7 @@ class RunProgress:
     consumed: int = 0
 
     def after(self, samples: int) -> "RunProgress":
-        """The progress after one more step of so many samples."""
+        """The progress after one more step of this many samples."""
         return RunProgress(self.step + 1, self.consumed + samples)
 
 
@@ -81,8 +81,8 @@ def is_finished(
     for key, old, new in changes:
         if key.startswith(f"{task.section}.") and key != f"{task.section}.steps":
             topology.say(
-                f"not applied, since no step remains: {key} was {old}, is now {new}; raise {task.section}.steps to "
-                "train on, or choose another `run` folder to train anew"
+                f"not applied, because no steps remain: {key} was {old}, is now {new}; raise {task.section}.steps to "
+                "train on, or choose another `run` folder for a new run"
             )
     return True
 
@@ -97,7 +97,7 @@ def start(
     """
     found = list_checkpoints(folder.checkpoints)
     if found and config.resume == "never":
-        raise UserError(f"{folder.path} holds a run already: choose another `run` folder or training.resume=auto.")
+        raise UserError(f"{folder.path} already holds a run: choose another `run` folder or training.resume=auto.")
     if not found and config.resume_from:
         found = [Path(config.resume_from)]
     model_parts = task.build(topology, choose_dtype(config.precision, topology))
@@ -129,7 +129,7 @@ def _resume(found: list[Path], task: Task, engine: Engine, resolved: dict[str, A
         engine.optimizer.detector.history = UpdateHistory.restored(values)
         return RunProgress(values["step"], values["consumed"])
     raise UserError(
-        f"{found[0].parent} holds no checkpoint that is whole: restore one, or move the folder away to start anew."
+        f"{found[0].parent} holds no undamaged checkpoint: restore one, or move the folder away to start over."
     )
 
 

@@ -44,7 +44,7 @@ class Requests:
     """Requests made of a running training, from entering the context to leaving it.
 
     To stop: SIGTERM, SIGUSR1, SIGHUP or Ctrl-C to any rank, or a file `stop` in the run's folder. Schedulers send such
-    signals before preemption or a time limit. To save a checkpoint and go on: a file `save` there. A file is removed
+    signals before preemption or a time limit. To save a checkpoint and continue: a file `save` there. A file is removed
     once the request is met. A second Ctrl-C ends the process at once. A signal that is ignored on entry, as SIGHUP
     under nohup, stays ignored.
     """

@@ -47,6 +47,16 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def until_stopped(work: Callable[[], int]) -> int:
+    """Do work that continues where it stopped when it is done again; its exit code, STOPPED after a signal."""
+    try:
+        with stoppable():
+            return work()
+    except StoppedError as stopped:
+        print(f"stopped by {stopped}; run the same command again to continue")
+        return ExitCode.STOPPED
+
+
 def run_process(command: Sequence[str], environment: Mapping[str, str], on_progress: Callable[[float], None]) -> int:
     """Run a command that writes to this process's output; its exit code, 1 if a signal killed it.
 

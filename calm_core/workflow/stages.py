@@ -121,8 +121,8 @@ def _models(experiment: Experiment) -> dict[str, Experiment]:
 def baseline(experiment: Experiment) -> Experiment:
     """The experiment in RUN/ar, on the tokens of `experiment`; with K=1, a softmax head and windows of as many tokens.
 
-    Its steps are of as many tokens, and so many that its training executes the FLOPs of the whole CALM training, side
-    loss included; the autoencoder's are not counted. Evaluations and checkpoints are as far apart, as a share of the
+    Its steps have as many tokens as those of CALM, and its training executes the FLOPs of the whole CALM training, side
+    loss included; the autoencoder's are not counted. Evaluations and checkpoints come after the same fractions of the
     run.
     """
     data, paths, training = experiment.data, experiment.paths, experiment.training

@@ -59,7 +59,7 @@ def test_what_is_not_there_is_not_made_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b'{"w": {}}', b'{"w": {"shape": [2], "boxes": [1]}}', b"[1]"])
 def test_an_index_that_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / INDEX).write_bytes(content)
-    with pytest.raises(DamagedError, match=r"index\.json is no index of tensors"):
+    with pytest.raises(DamagedError, match=r"index\.json is not an index of tensors"):
         TensorFolder(tmp_path)
 
 

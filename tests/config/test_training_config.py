@@ -54,7 +54,7 @@ def batch(global_batch: int, micro_batch: int, ranks: int, multiple: int = 1) ->
         (lambda: DataConfig(vocabulary=9).require_vocabulary(8, "runs/x"), r"vocabulary=9, but runs/x has .* of 8"),
         (lambda: PlanConfig(world=-1), r"plan\.world=-1"),
         (lambda: PlanConfig(peak_tflops=0), r"plan\.peak_tflops=0 must be above 0"),
-        (lambda: PlanConfig(mfu=40), r"plan\.mfu=40 is no share"),
+        (lambda: PlanConfig(mfu=40), r"plan\.mfu=40 is not a share"),
         (lambda: batch(10, 4, 1), r"training\.global_batch=10 .* the nearest that is, is 8"),
         (lambda: batch(16, 4, 3), r"4 x 3 data-parallel ranks: the nearest that is, is 12"),
         (lambda: batch(4, 2, 1, 4), r"x 4 \(interleaved stages\): the nearest that is, is 8"),

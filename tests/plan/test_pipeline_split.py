@@ -102,7 +102,7 @@ def test_stage_fractions_by_hand() -> None:
         ({"pipeline": 3, "split": [8, 8]}, "= 3 numbers"),
         ({"pipeline": 3, "split": [8, 0, 8]}, "only the first and the last may be 0"),
         ({"pipeline": 2, "split": [17, -1]}, r"\[17, -1\] must be"),
-        ({"pipeline": 2, "split": [8, 9]}, r"17 layers in all, the model has 16 \(model\.layers\)"),
+        ({"pipeline": 2, "split": [8, 9]}, r"17 layers in total, but the model has 16 \(model\.layers\)"),
         ({"pipeline": 20}, r"model\.layers=16 .* = 20 without a layer: choose at most 18 parts"),
     ],
 )

@@ -19,7 +19,7 @@ from calm_core.errors import UserError
 from calm_core.plan import flops
 from calm_core.plan.dry_run import model_shape
 from calm_core.report.figure import Axis, Figure, Trace
-from calm_core.report.page import Section, Table, Text, render
+from calm_core.report.page import Paragraph, Section, Table, render
 from calm_core.report.run_page import write_comparison, write_run_page
 from calm_core.training.run_log import read_metrics
 
@@ -238,7 +238,7 @@ def test_texts_cannot_break_the_page(tmp_path: Path) -> None:
     trace = Trace("</script><b>", [1, 2], [3, None])
     text = render(
         "a & b",
-        [Section("<x>", [Figure("f", "</script>", Axis("x"), [trace]), Table(["<h>"], [["<c>"]]), Text("<t>")])],
+        [Section("<x>", [Figure("f", "</script>", Axis("x"), [trace]), Table(["<h>"], [["<c>"]]), Paragraph("<t>")])],
     )
     (tmp_path / "page.html").write_text(text)
     assert figures(tmp_path / "page.html")["f"]["data"][0]["name"] == "</script><b>"

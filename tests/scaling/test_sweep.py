@@ -165,7 +165,7 @@ def test_a_study_from_text_to_figures(tiny: Path, capfd: pytest.CaptureFixture[s
     assert "ar-d1-s0" in study("plan")
     assert "make it by `scaling_laws.py prepare`" in study("run", "task=0", code=ExitCode.USAGE)
 
-    blocked = tiny / "study" / "k4" / "autoencoder"  # a folder that holds something else than a run
+    blocked = tiny / "study" / "k4" / "autoencoder"  # a folder that holds something other than a run
     blocked.mkdir(parents=True)
     (blocked / "notes.txt").write_text("mine")
     baseline = tiny / "study" / "points" / "ar-d1-s0" / "calm"

@@ -7,7 +7,7 @@ from calm_core.tokenizer import load_tokenizer
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"no model", "is no tokenizer: name a sentencepiece .model, a tokenizer.json or a tiktoken rank file"),
+        (b"no model", "is not a tokenizer: name a sentencepiece .model, a tokenizer.json or a tiktoken rank file"),
         (b"", "has no bos or no eos"),
         (b'{"version": "1.0"', "no tokenizer.json that can be read"),
         (b'{"version": "1.0"}', "no tokenizer.json that can be read"),

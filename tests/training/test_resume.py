@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_not_kept_in_place_of_a_good_one(tiny: Path, mon
 def test_no_checkpoint_left_whole_is_no_fresh_start(tiny: Path) -> None:
     train(tiny, "training.steps=2")
     flip(tiny / "calm" / "checkpoints" / "step-2" / "tensors" / "rank-0.safetensors")
-    with pytest.raises(UserError, match="holds no checkpoint that is whole"):
+    with pytest.raises(UserError, match="holds no undamaged checkpoint"):
         train(tiny)
     assert len(curve(tiny)) == 2
 
@@ -200,7 +200,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(whole: Path, tiny: Path) -> No
         ("seed=1", "seed was 0 and is now 1"),
         ("model.hidden=64", r"model\.backbone\.hidden was 32 and is now 64"),
         ("training.positions=16", "positions was 32 and is now 16"),
-        ("training.resume=never", "holds a run already"),
+        ("training.resume=never", "already holds a run"),
     ],
 )
 def test_another_run_is_refused(whole: Path, change: str, words: str) -> None:
@@ -482,7 +482,7 @@ def test_a_finished_run_says_what_it_ignores(whole: Path, capsys: pytest.Capture
     train(whole, "training.optimizer.learning_rate=0.5")
     out = capsys.readouterr().out
     assert "finished: " in out
-    assert "not applied, since no step remains: training.optimizer.learning_rate was 0.01, is now 0.5" in out
+    assert "not applied, because no steps remain: training.optimizer.learning_rate was 0.01, is now 0.5" in out
     train(whole, "training.steps=4")
     assert f"finished: {whole / 'calm'} holds 6 steps, more than training.steps=4" in capsys.readouterr().out
 
