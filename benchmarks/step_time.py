@@ -27,7 +27,7 @@ from calm_core.config.training_config import OptimizerConfig, ParallelConfig
 from calm_core.distributed.topology import Topology, distributed
 from calm_core.model.costs import Load
 from calm_core.model.noise import SampleNoise
-from calm_core.plan.pipeline_split import pipeline_split
+from calm_core.plan.layout import pipeline_split
 from calm_core.plan.step_time import Machine, StepTime, step_time
 
 POSITIONS, SEQUENCES = 128, 16

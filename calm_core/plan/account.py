@@ -7,9 +7,8 @@ from calm_core.config.model_config import ModelShape
 from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.model.costs import Load
 from calm_core.plan import flops
-from calm_core.plan.layout import accumulation
+from calm_core.plan.layout import accumulation, by_part, pipeline_split, stage_fractions
 from calm_core.plan.memory import States, peak, rank_parameters, states
-from calm_core.plan.pipeline_split import by_part, pipeline_split, stage_fractions
 from calm_core.plan.step_time import (
     Machine,
     StepTime,

@@ -14,7 +14,7 @@ from calm_core.model import token_loss
 from calm_core.model.costs import FLOAT32, TOKEN, Activations, Load
 from calm_core.model.heads import head_module
 from calm_core.plan import flops
-from calm_core.plan.pipeline_split import by_part
+from calm_core.plan.layout import by_part
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from calm_core.model.costs import FLOAT32, Additive, Kernels, Load, Weights
 from calm_core.model.heads import head_module
 from calm_core.plan import flops
 from calm_core.plan.kernels import unit_kernels
+from calm_core.plan.layout import by_part
 from calm_core.plan.memory import padded
-from calm_core.plan.pipeline_split import by_part
 
 T = TypeVar("T")
 

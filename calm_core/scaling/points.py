@@ -14,8 +14,7 @@ from calm_core.evaluation.tables import table
 from calm_core.io import MANIFEST, read_manifest
 from calm_core.plan import flops
 from calm_core.plan.flops import AutoencoderShape
-from calm_core.plan.layout import check_layout
-from calm_core.plan.pipeline_split import pipeline_split
+from calm_core.plan.layout import check_layout, pipeline_split
 
 FFN_MULTIPLE = 32
 

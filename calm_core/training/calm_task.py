@@ -32,8 +32,7 @@ from calm_core.model.layers import own_positions
 from calm_core.model.noise import SampleNoise
 from calm_core.model.parameters import initialize
 from calm_core.plan import flops
-from calm_core.plan.layout import check_layout
-from calm_core.plan.pipeline_split import describe, pipeline_split, stage_fractions
+from calm_core.plan.layout import check_layout, describe, pipeline_split, stage_fractions
 from calm_core.tokenizer import Tokenizer
 
 

@@ -21,7 +21,7 @@ from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.distributed.topology import Topology, distributed
 from calm_core.model.noise import SampleNoise
 from calm_core.plan.account import account
-from calm_core.plan.pipeline_split import pipeline_split
+from calm_core.plan.layout import pipeline_split
 
 BACKBONE = BackboneConfig(layers=4, hidden=128, ffn=344, heads=4, kv_groups=2)
 ENERGY = ModelShape(BACKBONE, HeadConfig(samples=8, target_samples=32), vocabulary=1000, k=4, latent=32)

@@ -14,7 +14,7 @@ from calm_core.config.model_config import HEADS, BackboneConfig, HeadConfig, Mod
 from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import Topology
 from calm_core.model.costs import Load
-from calm_core.plan.pipeline_split import pipeline_split
+from calm_core.plan.layout import pipeline_split
 from calm_core.plan.step_time import Machine, StepTime, step_time
 
 CALM_XL = ModelShape(BackboneConfig(hidden=2560, ffn=6880), HeadConfig(), 128_257, k=4, latent=128)
