@@ -38,12 +38,12 @@ def save(folder: Path, step: int, engine: Engine, state: dict[str, Any], keep: i
 def load(checkpoint: Checkpoint, engine: Engine) -> None:
     """Load weights and optimizer state of a checkpoint, written by any layout, into the engine. Collective.
 
-    Each rank reads what ZeRO-1 assigns to it, weights and state; the ranks that hold the same parameters then complete
-    them for one another.
+    Each rank reads what ZeRO-1 assigns to it, weights and state; the ranks that hold the same parameters then exchange
+    what they have read.
 
     Raises:
         DamagedError: if a file is not as it was written; nothing is loaded.
-        UserError: if the model has another shape; likewise.
+        UserError: if the model has another shape; nothing is loaded.
     """
     flats, own = flat_parts(engine), list(fragments(engine.model_parts))
     state = [(f"{kind}/{fragment.name}", fragment.shape) for fragment in own for kind in flats[fragment.group]]
@@ -83,7 +83,7 @@ def load_weights(
 
     Raises:
         DamagedError: if a file is not as it was written; nothing is loaded.
-        UserError: if the model has another shape; likewise.
+        UserError: if the model has another shape; nothing is loaded.
     """
     source = _open(checkpoint, _weights_of(model_parts, only))
 

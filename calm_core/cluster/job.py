@@ -170,7 +170,7 @@ def check_nodes(job: Job, request: StageRequest, steps: Steps, port: int) -> Rep
 def bad_nodes(nodes: Sequence[str], reports: Reports) -> dict[str, str]:
     """The nodes that must not be used, and why, from what each found and from which ones the others could not reach.
 
-    A single faulty node keeps all from the all-reduce. No node is excluded for that while another has a fault of its
+    One faulty node stops the all-reduce of all, so no node is excluded for that while another has a fault of its
     own, and none if the all-reduce fails although all could be reached.
     """
     bad = {node: "no answer" for node in nodes if node not in reports}

@@ -93,7 +93,7 @@ def parse_options(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def enter_work_folder(arguments: Sequence[str]) -> list[str]:
-    """Go where the jobs run, so that relative paths mean the same; the arguments, with files made absolute."""
+    """Change to the folder in which jobs run; the arguments, their files made absolute as seen from here."""
     found = [str(Path(word).resolve()) if Path(word).exists() else word for word in arguments]
     os.chdir(os.environ.get("CALM_WORK") or ROOT)
     return found

@@ -157,7 +157,7 @@ class Job:
         """Keep the next start off these nodes and those excluded before; possible just after `requeue`.
 
         Raises:
-            SlurmError: if too few nodes would be left, so that the job would wait for ever.
+            SlurmError: if too few nodes would be left, so that the job would wait forever.
         """
         known = self.fields()
         before = known.get("ExcNodeList", "(null)")
@@ -236,7 +236,7 @@ def _expand(nodes: str) -> tuple[str, ...]:
 
 
 def _ask(*command: str, wait: float = SHORT_WAIT) -> str:
-    """What one of Slurm's commands prints. Without an answer it is run again, ever less often, for `wait` seconds.
+    """What one of Slurm's commands prints. Without an answer it is run again at growing intervals for `wait` seconds.
 
     Raises:
         UnknownError: if Slurm knows no such thing.

@@ -131,8 +131,8 @@ class ProfileConfig:
 class PlanConfig:
     """The machine that `--dry-run` counts with; a run itself uses what it finds.
 
-    The defaults are those of nodes of 8 H100 SXM with InfiniBand of 400 Gbit/s a GPU: the peak is the vendor's, what is
-    reached of it and of memory and links are estimates until `benchmarks/step_time.py` measures them.
+    The defaults are those of nodes of 8 H100 SXM with InfiniBand of 400 Gbit/s a GPU: the peak is the vendor's; the
+    fractions reached of it, of memory and of links are estimates until `benchmarks/step_time.py` measures them.
     """
 
     world: int = option(0, "ranks; 0 means those of this launch, or the fewest that the layout needs", at_least=0)

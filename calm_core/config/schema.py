@@ -1,8 +1,8 @@
 """What a configuration is: frozen dataclasses whose fields carry their meaning, their bounds and what they decide.
 
 A configuration is a tree of dataclasses: the root's dataclass fields are its sections. Each field is made by `option`,
-and each class calls `check` in its `__post_init__`. `loader` fills the tree, `serialize` writes it; both see it flat,
-as leaves with dotted keys such as `training.steps`.
+and each class calls `check` in its `__post_init__`. `load_config` fills the tree and writes it; there it
+is flat, leaves with dotted keys such as `training.steps`.
 """
 
 import copy
@@ -73,7 +73,7 @@ def option(default: Any, meaning: str, *, belongs_to: Owner | None = None, **bou
     Args:
         default: a list, dict or dataclass is copied for each instance; a class (`option(DataConfig, "...")`) is called.
         meaning: one line.
-        belongs_to: what the field decides (see `Owner`); None, for a field of which nobody asks, counts as everything.
+        belongs_to: what the field decides (see `Owner`); None, where nothing asks, counts as everything.
         bounds: those of `Bounds`, for a number.
     """
     metadata = {"meaning": meaning, "bounds": Bounds(**bounds), "belongs_to": belongs_to}
@@ -142,13 +142,13 @@ def flatten_schema(cls: type, base: Any = None, prefix: str = "") -> dict[str, L
 
 
 def decides(cls: type, key: str, *owners: Owner) -> bool:
-    """Whether the field `key` of `cls` belongs to one of these; a key that says nothing, or is unknown, does."""
+    """Whether the field `key` of `cls` belongs to one of these; one that does not say, or is unknown, may."""
     leaf = flatten_schema(cls).get(key)
     return leaf is None or leaf.belongs_to is None or leaf.belongs_to in owners
 
 
 def describe(cls: type, sections: Sequence[str] | None = None, width: int = 0) -> str:
-    """The fields of the root and of `sections` (of all, without): key, type, default and meaning, in aligned columns.
+    """The fields of the root and of `sections` (by default of all): key, type, default and meaning, in aligned columns.
 
     With a `width`, lines are wrapped to it; where the meanings would have too narrow a column, they go below the keys.
     """

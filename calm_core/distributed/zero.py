@@ -23,7 +23,7 @@ bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
 class NormRanks:
-    """The `mpu` argument of DeepSpeed's optimizer, of which it asks for the ranks whose gradients the norm is over."""
+    """The `mpu` argument of DeepSpeed's optimizer: it names the ranks over which the gradient norm is summed."""
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
         """All ranks: each has a shard of its own, of tensor, pipeline and data parallelism."""
@@ -69,7 +69,7 @@ class Zero(BF16_Optimizer):
         return norm if norm >= 0 else math.nan  # DeepSpeed reports a norm that is not finite as -1 or inf
 
     def expect(self, micro_batches: int) -> None:
-        """Take the gradients of the next `micro_batches` for those of one update, and reduce them in the last one."""
+        """Treat the next `micro_batches` as one update, whose gradients are reduced during the last one."""
         self._missing = [micro_batches * len(parameters) for parameters in self.bf16_groups]
 
     def reduce(self) -> None:
@@ -85,9 +85,9 @@ class Zero(BF16_Optimizer):
         self._missing = [math.inf] * len(self.bf16_groups)
 
     def get_grads_for_norm(self, for_clipping: bool = False) -> list[Tensor] | tuple[list[Tensor], dict]:
-        """The gradients that DeepSpeed's step clips, or those of which it adds up the norm: of this rank's shards.
+        """The gradients of this rank's shards: those that DeepSpeed's step clips, or those whose norm it adds up.
 
-        What all tensor-parallel ranks hold whole counts on the first of them.
+        Gradients that all tensor-parallel ranks hold whole count in the norm of the first of them.
         """
         shards = self.fp32_groups_gradient_flat_partition
         if for_clipping:

@@ -113,7 +113,7 @@ def find_autoencoder(path: Path) -> Path | None:
 
 
 def experiment_of_autoencoder(folder: Path) -> Experiment:
-    """The experiment that a frozen autoencoder is of, with the current location of its run.
+    """The experiment that a frozen autoencoder belongs to, with the current location of its run.
 
     Raises:
         UserError: if the folder is no longer in its run.

@@ -1,4 +1,4 @@
-"""Evaluations as tables for a person."""
+"""Evaluations as text tables."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -148,7 +148,7 @@ def _side_loss(account: Account, training: TrainingConfig) -> list[str]:
 
 
 def number(count: float) -> str:
-    """A number without digits that say nothing."""
+    """A number with three digits, or whole from 100 on."""
     return f"{count:,.0f}" if count >= 100 else f"{count:.3g}"
 
 

@@ -2,7 +2,7 @@
 
 `pytorch_model.bin` is read too, as tensors and nothing else, and so is either of them in shards that a file
 `*.index.json` names; they are written as one file. Two pairs of names mean the same tensors there (see
-`reference_names`); a `Form` remembers which of them a folder had, so that it can be written back as it was.
+`names`); a `Form` remembers which of them a folder had, so that it can be written back as it was.
 """
 
 import json

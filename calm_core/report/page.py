@@ -1,4 +1,4 @@
-"""A page that needs nothing but itself: figures with zoom and hover by plotly.js, tables, texts; no network.
+"""A self-contained page: figures with zoom and hover by plotly.js, tables, texts; no network.
 
 The data of all figures is one JSON element of the page, and a short script passes it to the basic bundle of plotly.js,
 which stands beside this module and is copied into the page.
@@ -79,7 +79,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Paragraph as it is; a note is small print, and links lead to files beside the page."""
+    """A text shown as it is; a note is small print, and links lead to files beside the page."""
 
     text: str
     note: bool = False

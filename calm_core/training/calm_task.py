@@ -110,7 +110,7 @@ class CalmTask:
         return model_parts
 
     def shared_with(self, model: dict[str, Any]) -> tuple[str, ...]:
-        """What the names of the weights begin with that a network of this shape shares with this one.
+        """The prefixes of the names of the weights that a network of this shape shares with this one.
 
         All of them, those of the backbone where only the rest differs, or all but the side loss's where only that one
         differs.

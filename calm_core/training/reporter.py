@@ -1,4 +1,4 @@
-"""What a person, metrics.jsonl and wandb learn from a run in progress."""
+"""Reports a run in progress to the terminal, to metrics.jsonl and to wandb."""
 
 import subprocess
 import sys
@@ -223,7 +223,7 @@ class Reporter:
 
 
 def commit() -> str:
-    """The commit that this code is of, with "-dirty" if files have changed since; nothing outside a clone."""
+    """The commit of this code, with "-dirty" if files have changed since; nothing outside a clone."""
     if not (CHECKOUT / ".git").exists():
         return ""
     command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]

@@ -37,7 +37,7 @@ class Task(Protocol):
         ...
 
     def shared_with(self, model: dict[str, Any]) -> tuple[str, ...]:
-        """What the names of the weights begin with that a checkpoint whose identity has this `model` can give.
+        """The prefixes of the names of the weights that a checkpoint of this `model` can give.
 
         Raises:
             UserError: naming what does not fit, if it can provide none.

@@ -1,4 +1,4 @@
-"""The metrics of a run in wandb and in TensorBoard. Neither can end a run: one that fails is left out from then on."""
+"""The metrics of a run in wandb and in TensorBoard. Neither can end a run: one that fails is turned off."""
 
 import sys
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Values = dict[str, Any]
 
 
 class Tracker(Protocol):
-    """What records go to, beside metrics.jsonl."""
+    """A destination of records beside metrics.jsonl."""
 
     def log(self, step: int, kind: str, values: Values) -> None:
         """Take over the numbers of a record, named KIND/NAME, and the texts of a sample."""

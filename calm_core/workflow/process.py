@@ -48,7 +48,7 @@ def stoppable() -> Iterator[None]:
 
 
 def until_stopped(work: Callable[[], int]) -> int:
-    """Do work that continues where it stopped when it is done again; its exit code, STOPPED after a signal."""
+    """Call `work`, which resumes when it is called again; its exit code, or STOPPED after a signal."""
     try:
         with stoppable():
             return work()
