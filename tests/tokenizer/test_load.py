@@ -9,8 +9,8 @@ from calm_core.tokenizer import load_tokenizer
     [
         (b"no model", "is not a tokenizer: name a sentencepiece .model, a tokenizer.json or a tiktoken rank file"),
         (b"", "has no bos or no eos"),
-        (b'{"version": "1.0"', "no tokenizer.json that can be read"),
-        (b'{"version": "1.0"}', "no tokenizer.json that can be read"),
+        (b'{"version": "1.0"', "not a readable tokenizer.json"),
+        (b'{"version": "1.0"}', "not a readable tokenizer.json"),
         (b"IQ== 0\nIg== 1\n", "2 ranks, of no known tokenizer"),
         (b"IQ== 0\nIg==\n", "damaged tiktoken rank file"),
     ],
