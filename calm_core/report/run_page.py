@@ -18,22 +18,10 @@ from calm_core.plan.dry_run import model_shape
 from calm_core.report.figure import GREY, STEPS, Axis, Figure, Trace, brier_axis, curve, curve_with_band
 from calm_core.report.incidents import ENVELOPE, incidents, shown_time
 from calm_core.report.page import Paragraph, Section, Table, number, write_page
-from calm_core.training.run_log import read_records
+from calm_core.training.run_log import FIGURES, read_records
 from calm_core.training.stopping import stacks
 
 Record = dict[str, Any]
-
-# What a training record may hold beside its loss, and its axis; other numbers in it are terms of the loss.
-HEALTH = {
-    "gradient_norm": Axis("gradient norm"),
-    "learning_rate": Axis("learning rate"),
-    "tokens_per_second": Axis("tokens/s"),
-    "mfu": Axis("model FLOPs utilisation", percent=True),
-    "memory_gib": Axis("memory of a rank, GiB"),
-    "data_wait": Axis("time spent waiting for data", percent=True),
-    "skipped_updates": Axis("updates skipped so far"),
-    "spikes": Axis("updates skipped as spikes so far"),
-}
 
 BASELINES = {"unigram_": ("unigram", GREY), "bigram_": ("bigram", 5)}
 
@@ -128,7 +116,10 @@ def _sections(runs: Sequence[Training], title: str, beside: Path) -> list[Sectio
     parts: list[tuple[str, Callable[[], list[Any]]]] = [
         ("", lambda: [_summary(runs), *_losses(runs, prefix)]),
         (": scores on held-out documents", lambda: _scores(runs, prefix)),
-        (": speed and health", lambda: _curves(runs, prefix, HEALTH)),
+        (
+            ": speed and health",
+            lambda: _curves(runs, prefix, {name: Axis(f.label, percent=f.percent) for name, f in FIGURES.items()}),
+        ),
         (": samples", lambda: _samples(runs)),
         (": layout", lambda: _layout(runs)),
         (": restarts and faults", lambda: _faults(runs, beside)),
@@ -233,7 +224,7 @@ def _losses(runs: Sequence[Training], prefix: str) -> list[Figure | Paragraph]:
         title = f"loss: {kind}" if len(kinds) > 1 else "loss"
         figures += _figure(runs, name, title, traces, Axis("loss"))
     terms = dict.fromkeys(name for run in runs for record in run.train for name in record)
-    known = {*HEALTH, "step", "kind", "loss", "samples"}
+    known = {*FIGURES, "step", "kind", "loss", "samples"}
     axes = {name: Axis(name) for name in terms if name not in known}
     return figures + _curves(runs, prefix, axes, ", a term of the loss")
 

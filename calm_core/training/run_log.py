@@ -22,6 +22,34 @@ _LOCK = ".lock"
 _BEFORE_CONFIG = {_LOCK, "logs", "save", "stop"}  # what may exist before the run has written its configuration
 
 
+@dataclass(frozen=True)
+class LineFigure:
+    """A figure of a training record beside the loss, its terms and the samples.
+
+    Attributes:
+        label: of its curve on the page of the run.
+        percent: whether it is a fraction, shown as per cent.
+        of_the_machine: whether it depends on the machine, so that equal runs may differ in it.
+    """
+
+    label: str
+    percent: bool = False
+    of_the_machine: bool = False
+
+
+# By its name in the record; a name that is not here is a term of the loss.
+FIGURES = {
+    "gradient_norm": LineFigure("gradient norm"),
+    "learning_rate": LineFigure("learning rate"),
+    "tokens_per_second": LineFigure("tokens/s", of_the_machine=True),
+    "mfu": LineFigure("model FLOPs utilisation", percent=True, of_the_machine=True),
+    "memory_gib": LineFigure("memory of a rank, GiB", of_the_machine=True),
+    "data_wait": LineFigure("time spent waiting for data", percent=True, of_the_machine=True),
+    "skipped_updates": LineFigure("updates skipped so far"),
+    "spikes": LineFigure("updates skipped as spikes so far"),
+}
+
+
 class RunFolder:
     """Paths of a run, and the checks that keep two runs out of one folder."""
 
@@ -139,9 +167,6 @@ def samples_of_step(run: Path, step: int) -> range:
     return range(first, first + start["global_batch"])
 
 
-# Values that depend on the machine.
-_OF_THE_MACHINE = {"tokens_per_second", "mfu", "memory_gib", "data_wait"}
-
 KINDS = ("train", "eval")
 
 
@@ -190,7 +215,7 @@ def _records(run: Path) -> dict[tuple[int, int], dict[str, Any]]:
 def _differing(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> Iterator[tuple[str, Any, Any]]:
     for key in [*one, *(key for key in other if key not in one)]:
         ours, theirs = one.get(key), other.get(key)
-        if key not in _OF_THE_MACHINE and not _agree(ours, theirs, tolerance):
+        if not (key in FIGURES and FIGURES[key].of_the_machine) and not _agree(ours, theirs, tolerance):
             yield key, ours, theirs
 
 
