@@ -118,7 +118,13 @@ class BackboneConfig:
         at_least=0,
     )
     rope_base: float = option(10_000.0, "base of the rotary position embedding", belongs_to="weights", above=0)
-    init_std: float = option(0.02, "standard deviation of the initial weights", belongs_to="training", at_least=0)
+    init_std: float = option(
+        0.02,
+        "standard deviation of the initial weights; 0 means 1 / sqrt(inputs) of each matrix, which learns faster in "
+        "small models",
+        belongs_to="training",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
         check(self, "model")

@@ -58,6 +58,8 @@ def pieces(name: str, parameter: nn.Parameter) -> list[Piece]:
 def initialize(model_parts: Sequence[nn.Module], std: float, seed: int) -> None:
     """Draw the initial weights: N(0, std^2) for matrices, 0 for biases, 1 for norms.
 
+    With `std` 0 each matrix has its own, 1 / sqrt(inputs): its output has the scale of its input at any width.
+
     A module can set another start on a parameter: `starts_at_zero`, or its own standard deviation `initial_std`.
 
     Each tensor has its own stream, seeded by (seed, global name), so any layout starts from the same model. A stream
@@ -114,9 +116,10 @@ def _initialize(piece: Piece, local: Tensor, parameter: nn.Parameter, std: float
     elif parameter.dim() < 2:
         local.fill_(0.0 if ".bias" in piece.name else 1.0)
     else:
-        own_std = getattr(parameter, "initial_std", std)
-        generator = torch.Generator().manual_seed(stream_seed(seed, f"initial/{piece.name}", 0))
-        whole = torch.empty(global_shape(piece, local)).normal_(std=own_std, generator=generator)
+        whole = torch.empty(global_shape(piece, local))
+        own_std = getattr(parameter, "initial_std", std or whole.shape[1] ** -0.5)
+        stream = stream_seed(seed, f"initial/{piece.name}", 0)
+        whole.normal_(std=own_std, generator=torch.Generator().manual_seed(stream))
         local.copy_(own_shard(whole, piece.dim))
 
 

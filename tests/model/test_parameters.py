@@ -47,3 +47,10 @@ def test_initial_weights_do_not_depend_on_who_draws_them(monkeypatch: pytest.Mon
     for one, first, second in zip(whole.parameters(), parts[0].parameters(), parts[1].parameters(), strict=True):
         assert torch.equal(one, first + second)
         assert not (first.any() and second.any())
+
+
+def test_matrices_that_start_by_their_inputs_keep_the_scale_of_what_they_read() -> None:
+    built = model()
+    initialize([built], 0, seed=3)
+    for weight in built.parameters():
+        assert weight.std().item() == pytest.approx(weight.shape[1] ** -0.5, rel=0.2)
