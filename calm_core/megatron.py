@@ -15,12 +15,12 @@ import torch
 _UNUSED = ("wandb", "torch.utils.tensorboard")  # Megatron-core does without those that are not installed
 
 
-def _as_written(function: Callable | None = None, **_: Any) -> Callable:
+def _as_written(function: Callable | None = None, *_: Any, **__: Any) -> Callable:
     return function or _as_written
 
 
 @contextmanager
-def _without_the_unused() -> Iterator[None]:
+def without_the_unused() -> Iterator[None]:
     """Let `torch.compile` return its argument, and the unused modules be missing, during an import."""
     compile_, missing = torch.compile, [name for name in _UNUSED if name not in sys.modules]
     torch.compile = _as_written
@@ -33,7 +33,7 @@ def _without_the_unused() -> Iterator[None]:
             del sys.modules[name]
 
 
-with _without_the_unused():
+with without_the_unused():
     from megatron.core import parallel_state
     from megatron.core.enums import ModelType
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -90,4 +90,5 @@ __all__ = [
     "parallel_state",
     "scatter_to_sequence_parallel_region",
     "vocab_parallel_cross_entropy",
+    "without_the_unused",
 ]

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from calm_core.distributed.collectives import reduce_scatter
 from calm_core.distributed.optimizer import SkipStepOptimizer, is_split, is_summed
-from calm_core.megatron import parallel_state
+from calm_core.megatron import parallel_state, without_the_unused
+
+with without_the_unused():  # DeepSpeed's optimizer imports it at its start, compiled
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 # It prints a memory report at each step of its start, and collects all garbage before: no setting turns that off.
 bf16_optimizer.see_memory_usage = lambda *_, **__: None

@@ -3,18 +3,20 @@
 Under torchrun each rank is an interpreter of its own, which imports torch, Megatron-core and DeepSpeed for seconds.
 """
 
+import gc
 import os
 import runpy
 import signal
 import sys
 import traceback
 
+# What the ranks need is imported before they are forked. The optimizers of torch need its compiler.
 import torch.distributed as dist
 
 import calm_core.checkpoint.load
 import calm_core.distributed.engine
 import calm_core.training.calm_task
-import calm_core.training.launch  # noqa: F401 - what the ranks need is imported before they are forked
+import calm_core.training.launch  # noqa: F401
 
 
 def run_rank(rank: int, ranks: int, port: int, script: str, arguments: list[str]) -> None:
@@ -39,6 +41,8 @@ def run_rank(rank: int, ranks: int, port: int, script: str, arguments: list[str]
 def main(ranks: int, script: str, arguments: list[str]) -> int:
     """Fork the ranks; the exit code of the first that fails, which ends the others, or 0."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    gc.collect()
+    gc.freeze()  # the ranks collect the garbage of their runs, without going through all that is imported
     running = set()
     for rank in range(ranks):
         if (child := os.fork()) == 0:
