@@ -1,9 +1,14 @@
-"""A script on several ranks that share their imports: `forked_ranks.py RANKS SCRIPT ARGUMENTS`, as torchrun runs it.
+"""Runs scripts on several ranks, as torchrun does, in processes that are forked from this one with its imports.
 
 Under torchrun each rank is an interpreter of its own, which imports torch, Megatron-core and DeepSpeed for seconds.
+Each line of the standard input asks for a script by its words in JSON: OUTPUT ENVIRONMENT RANKS SCRIPT ARGUMENTS...
+Two lines answer: `leader` and the id of the process that leads the ranks, in a session of its own, and at its end
+`code` and its exit code.
 """
 
+import ctypes
 import gc
+import json
 import os
 import runpy
 import signal
@@ -11,6 +16,7 @@ import sys
 import traceback
 
 # What the ranks need is imported before they are forked. The optimizers of torch need its compiler.
+import torch._dynamo  # noqa: F401
 import torch.distributed as dist
 
 import calm_core.checkpoint.load
@@ -18,9 +24,12 @@ import calm_core.distributed.engine
 import calm_core.training.calm_task
 import calm_core.training.launch  # noqa: F401
 
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+
 
 def run_rank(rank: int, ranks: int, port: int, script: str, arguments: list[str]) -> None:
     """Become this rank, run the script and end the process."""
+    end_with_parent()
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in world.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -38,11 +47,9 @@ def run_rank(rank: int, ranks: int, port: int, script: str, arguments: list[str]
     os._exit(code)
 
 
-def main(ranks: int, script: str, arguments: list[str]) -> int:
+def run_ranks(ranks: int, script: str, arguments: list[str]) -> int:
     """Fork the ranks; the exit code of the first that fails, which ends the others, or 0."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    gc.collect()
-    gc.freeze()  # the ranks collect the garbage of their runs, without going through all that is imported
     running = set()
     for rank in range(ranks):
         if (child := os.fork()) == 0:
@@ -58,5 +65,37 @@ def main(ranks: int, script: str, arguments: list[str]) -> int:
     return 0
 
 
+def lead(output: str, environment: dict[str, str], ranks: int, script: str, *arguments: str) -> None:
+    """Become the parent of the ranks, which write to the file `output`."""
+    os.setsid()
+    end_with_parent()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
+    os.environ.clear()
+    os.environ |= environment
+    code = 1
+    try:
+        code = run_ranks(ranks, script, list(arguments))
+    finally:
+        os._exit(code)
+
+
+def end_with_parent() -> None:
+    """Have Linux kill this process when its parent ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def serve() -> None:
+    """Run scripts one after the other, until the standard input ends."""
+    gc.collect()
+    gc.freeze()  # the ranks collect the garbage of their runs, without going through all that is imported
+    for line in sys.stdin:
+        if (leader := os.fork()) == 0:
+            lead(*json.loads(line))
+        print("leader", leader, flush=True)
+        print("code", os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    serve()

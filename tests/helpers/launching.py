@@ -1,12 +1,16 @@
 """Process trees for tests: bounded in time, and gone afterwards."""
 
 import io
+import json
 import os
 import runpy
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -58,10 +62,56 @@ def finish(command: Sequence[str], seconds: float, **environment: str) -> tuple[
 
 def launch(ranks: int, script: Path, *arguments: object, seconds: float = 200) -> str:
     """Run a script on several ranks, which share their imports: what they print; fails unless all end with 0."""
-    words = [FORKED, ranks, script] if ranks > 1 else [script]
-    code, output = finish([sys.executable, *map(str, [*words, *arguments])], seconds)
+    words = list(map(str, [script, *arguments]))
+    code, output = _forked(ranks, words, seconds) if ranks > 1 else finish([sys.executable, *words], seconds)
     assert code == 0, f"exit code {code}\n{output[-6000:]}"
     return output
+
+
+def _forked(ranks: int, words: list[str], seconds: float) -> tuple[int, str]:
+    """Run a script on ranks forked from a process of this session that has imported what they need."""
+    server = _forking_server()
+    with tempfile.NamedTemporaryFile(mode="r") as output:
+        environment = os.environ | ALONE | {"PYTHONPATH": str(ROOT)}
+        print(json.dumps([output.name, environment, ranks, *words]), file=server.stdin, flush=True)
+        leader = _answer(server, "leader")
+        late = threading.Timer(seconds, _kill_tree, [leader])
+        late.start()
+        try:
+            code = _answer(server, "code")
+        except BaseException:  # its answer is still to come, to no one
+            _kill_tree(leader)
+            _forking_server.cache_clear()
+            raise
+        finally:
+            late.cancel()
+        assert code >= 0, f"still running after {seconds} s: {words}\n{output.read()}"
+        return code, output.read()
+
+
+def _answer(server: subprocess.Popen[str], name: str) -> int:
+    """The next answer of this name; other lines are of what the server has imported."""
+    return next(int(line.split()[1]) for line in server.stdout if line.startswith(f"{name} "))
+
+
+@cache
+def _forking_server() -> subprocess.Popen[str]:
+    """A process that runs `forked_ranks.py` until this one ends."""
+    return subprocess.Popen(
+        [sys.executable, FORKED],
+        env=os.environ | ALONE | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=ROOT,
+    )
+
+
+def _kill_tree(pid: int) -> None:
+    for process in [*_descendants(pid), psutil.Process(pid)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def run_script(script: Path, *arguments: object) -> tuple[int, str]:
