@@ -87,7 +87,8 @@ def end_with_parent() -> None:
 
 
 def serve() -> None:
-    """Run scripts one after the other, until the standard input ends."""
+    """Run scripts one after the other, until the standard input or its writer ends."""
+    end_with_parent()
     gc.collect()
     gc.freeze()  # the ranks collect the garbage of their runs, without going through all that is imported
     for line in sys.stdin:
