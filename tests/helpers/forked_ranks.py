@@ -2,8 +2,8 @@
 
 Under torchrun each rank is an interpreter of its own, which imports torch, Megatron-core and DeepSpeed for seconds.
 Each line of the standard input asks for a script by its words in JSON: OUTPUT ENVIRONMENT RANKS SCRIPT ARGUMENTS...
-Two lines answer: `leader` and the id of the process that leads the ranks, in a session of its own, and at its end
-`code` and its exit code.
+No ranks stand for a process that torchrun has not started. Two lines answer: `leader` and the id of the process that
+leads the ranks, in a session of its own, and at its end `code` and its exit code.
 """
 
 import ctypes
@@ -27,12 +27,8 @@ import calm_core.training.launch  # noqa: F401
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
-def run_rank(rank: int, ranks: int, port: int, script: str, arguments: list[str]) -> None:
-    """Become this rank, run the script and end the process."""
-    end_with_parent()
-    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in world.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+def run(script: str, arguments: list[str]) -> int:
+    """Run the script as the main program of this process; its exit code."""
     sys.argv, code = [script, *arguments], 0
     sys.path.insert(0, os.path.dirname(script))
     try:
@@ -40,11 +36,11 @@ def run_rank(rank: int, ranks: int, port: int, script: str, arguments: list[str]
     except SystemExit as ended:
         code = int(ended.code or 0)
     except BaseException:
-        print(f"rank {rank}: {traceback.format_exc()}", file=sys.stderr)
+        print(f"rank {os.environ.get('RANK', 0)}: {traceback.format_exc()}", file=sys.stderr)
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    return code
 
 
 def run_ranks(ranks: int, script: str, arguments: list[str]) -> int:
@@ -53,7 +49,11 @@ def run_ranks(ranks: int, script: str, arguments: list[str]) -> int:
     running = set()
     for rank in range(ranks):
         if (child := os.fork()) == 0:
-            run_rank(rank, ranks, store.port, script, arguments)
+            end_with_parent()
+            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": store.port}
+            os.environ |= {name: str(value) for name, value in world.items()}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            os._exit(run(script, arguments))
         running.add(child)
     while running:
         child, status = os.wait()
@@ -66,7 +66,7 @@ def run_ranks(ranks: int, script: str, arguments: list[str]) -> int:
 
 
 def lead(output: str, environment: dict[str, str], ranks: int, script: str, *arguments: str) -> None:
-    """Become the parent of the ranks, which write to the file `output`."""
+    """Become the parent of the ranks, or with no ranks the script itself, and write to the file `output`."""
     os.setsid()
     end_with_parent()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -76,7 +76,7 @@ def lead(output: str, environment: dict[str, str], ranks: int, script: str, *arg
     os.environ |= environment
     code = 1
     try:
-        code = run_ranks(ranks, script, list(arguments))
+        code = run_ranks(ranks, script, list(arguments)) if ranks else run(script, list(arguments))
     finally:
         os._exit(code)
 

@@ -61,19 +61,21 @@ def finish(command: Sequence[str], seconds: float, **environment: str) -> tuple[
 
 
 def launch(ranks: int, script: Path, *arguments: object, seconds: float = 200) -> str:
-    """Run a script on several ranks, which share their imports: what they print; fails unless all end with 0."""
-    words = list(map(str, [script, *arguments]))
-    code, output = _forked(ranks, words, seconds) if ranks > 1 else finish([sys.executable, *words], seconds)
+    """Run a script on several ranks, or by itself, forked: what it prints; fails unless all ranks end with 0."""
+    code, output = forked(ranks if ranks > 1 else 0, list(map(str, [script, *arguments])), seconds)
     assert code == 0, f"exit code {code}\n{output[-6000:]}"
     return output
 
 
-def _forked(ranks: int, words: list[str], seconds: float) -> tuple[int, str]:
-    """Run a script on ranks forked from a process of this session that has imported what they need."""
+def forked(ranks: int, words: Sequence[str], seconds: float, **environment: str) -> tuple[int, str]:
+    """Run a script in processes forked from one of this session that has imported what a training needs.
+
+    With 0 ranks it runs by itself, else as under torchrun. Exit code and output, as those of `finish`.
+    """
     server = _forking_server()
     with tempfile.NamedTemporaryFile(mode="r") as output:
-        environment = os.environ | ALONE | {"PYTHONPATH": str(ROOT)}
-        print(json.dumps([output.name, environment, ranks, *words]), file=server.stdin, flush=True)
+        given = os.environ | ALONE | {"PYTHONPATH": str(ROOT)} | environment
+        print(json.dumps([output.name, given, ranks, *words]), file=server.stdin, flush=True)
         leader = _answer(server, "leader")
         late = threading.Timer(seconds, _kill_tree, [leader])
         late.start()

@@ -10,7 +10,6 @@
     HEAD@padded/LAYOUT    three steps on windows with chunks of nothing but padding
 """
 
-import gc
 import os
 import re
 import sys
@@ -83,7 +82,6 @@ class Place(NamedTuple):
 
 def walk(folder: Path, out: Path, names: list[str]) -> None:
     """Train under each name in turn."""
-    gc.freeze()  # the end of each run collects its garbage alone
     if "RANK" in os.environ:  # one world for all: its store remembers the addresses of the first
         dist.init_process_group("gloo")
     for name in names:

@@ -3,12 +3,12 @@
 import runpy
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launching import ROOT, running
+from launching import ROOT, forked, running
 
 from calm_core import config as configuration
 from calm_core.checkpoint.folder import list_checkpoints
@@ -19,6 +19,7 @@ from calm_core.scaling import sweep
 from calm_core.scaling.points import experiment, family_experiment, points, shared_experiment
 from calm_core.scaling.results import read_results
 from calm_core.training.run_log import read_metrics
+from calm_core.workflow import stages
 
 STUDY = """
 run: {folder}/study
@@ -148,8 +149,19 @@ def test_the_array_has_the_ranks_of_the_study(study: ScalingConfig, ranks: int, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_study_from_text_to_figures(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The action that is killed is a process of its own; the others run in this one, which has its imports."""
+def test_a_study_from_text_to_figures(
+    tiny: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The action that is killed is a process of its own; the others run in this one, and their stages forked."""
+
+    def run_forked(command: Sequence[str], environment: Mapping[str, str], on_progress: Callable[[float], None]) -> int:
+        assert command[0] == sys.executable
+        code, output = forked(0, command[1:], 300, **environment)
+        print(output, flush=True)
+        on_progress(0.0)
+        return code
+
+    monkeypatch.setattr(stages, "run_process", run_forked)
     path = tiny / "study.yaml"
     path.write_text(STUDY.format(folder=tiny))
     script = ROOT / "pretrain" / "scaling_laws.py"
