@@ -1,6 +1,7 @@
 """Configuration: typed dataclasses, filled from YAML files and the command line; no torch here."""
 
 from calm_core.config.load_config import (
+    changes,
     convert,
     differences,
     dump,
@@ -15,6 +16,7 @@ from calm_core.config.load_config import (
 from calm_core.config.schema import check, decides, describe, option
 
 __all__ = [
+    "changes",
     "check",
     "convert",
     "decides",

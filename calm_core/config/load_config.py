@@ -335,6 +335,24 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
     return [(key, before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)]
 
 
+def changes(cls: type, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """`differences` of settings of `cls`, without fields that `old` does not have and that have their default in `new`.
+
+    An earlier version did not have such a field, and what it did is the default.
+    """
+    known, leaves = dict(flatten(old)), flatten_schema(cls)
+
+    def is_new(key: str) -> bool:
+        names = key.split(".")
+        return not any(".".join(names[:count]) in known for count in range(1, len(names) + 1))
+
+    return [
+        (key, before, after)
+        for key, before, after in differences(old, new)
+        if not (is_new(key) and key in leaves and after == leaves[key].default)
+    ]
+
+
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The (dotted key, value) pairs of a nested mapping."""
     for name, value in mapping.items():

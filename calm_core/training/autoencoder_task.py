@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calm_core.autoencoder.model import Autoencoder, autoencoder_loss, save_autoencoder
 from calm_core.checkpoint.load import full_weights
-from calm_core.config import decides, differences
+from calm_core.config import changes, decides
 from calm_core.config.model_config import AutoencoderConfig
 from calm_core.data.dataset import Blend, TrainingSamples, read_batch
 from calm_core.data.store import TokenStore
@@ -59,6 +59,7 @@ class AutoencoderTask:
 
     name = "autoencoder"
     section = "autoencoder_training"
+    shape_type = AutoencoderConfig
     stages: ClassVar[list[dict[str, Any]]] = []  # it has no pipeline
 
     def __init__(
@@ -94,7 +95,7 @@ class AutoencoderTask:
 
     def shared_with(self, model: dict[str, Any]) -> tuple[str, ...]:
         """All weights of an autoencoder of this shape."""
-        for key, theirs, ours in differences(model, self.identity["model"]):
+        for key, theirs, ours in changes(AutoencoderConfig, model, self.identity["model"]):
             if decides(AutoencoderConfig, key, "weights"):
                 raise UserError(
                     f"training.init_from: {key} is {theirs} in that checkpoint and {ours} here; set it to {theirs}."

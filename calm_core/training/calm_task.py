@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calm_core.autoencoder.model import Autoencoder
-from calm_core.config import decides, differences
+from calm_core.config import changes, decides
 from calm_core.config.experiment import EvaluationConfig, SamplesConfig
 from calm_core.config.model_config import ModelShape, TokenLossConfig
 from calm_core.config.training_config import ParallelConfig
@@ -44,6 +44,7 @@ class CalmTask:
 
     name = "calm"
     section = "training"
+    shape_type = ModelShape
 
     def __init__(
         self,
@@ -115,7 +116,8 @@ class CalmTask:
         All of them, those of the backbone where only the rest differs, or all but the side loss's where only that one
         differs.
         """
-        changed = [c for c in differences(model, self.identity["model"]) if decides(ModelShape, c[0], "weights")]
+        found = changes(ModelShape, model, self.identity["model"])
+        changed = [change for change in found if decides(ModelShape, change[0], "weights")]
         network = [c for c in changed if not c[0].startswith("token_loss")]
         side = [c for c in changed if c not in network and decides(TokenLossConfig, c[0].rpartition(".")[2], "weights")]
         for key, theirs, ours in network:

@@ -67,7 +67,7 @@ def is_finished(
         return False
     try:
         newest = open_checkpoint(found[-1])
-        changes = check_same_run(newest, task.identity, resolved)
+        changes = check_same_run(newest, task, resolved)
         if newest.step < config.steps or not task.is_finished():
             return False
         if newest.step == config.steps and not on_first_rank(lambda: is_evaluated(folder.metrics, newest.step)):
@@ -117,7 +117,7 @@ def _resume(found: list[Path], task: Task, engine: Engine, resolved: dict[str, A
     for path in reversed(found):
         try:
             newest = open_checkpoint(path)
-            changes = check_same_run(newest, task.identity, resolved)
+            changes = check_same_run(newest, task, resolved)
             checkpoints.load(newest, engine)
         except DamagedError as damage:
             engine.topology.say(f"{damage} Trying the one before.")
@@ -168,26 +168,22 @@ def _schedule(training: dict[str, Any]) -> tuple[int, ScheduleConfig, float]:
     return training["steps"], schedule, training["optimizer"]["learning_rate"]
 
 
-def check_same_run(
-    checkpoint: Checkpoint, identity: dict[str, Any], resolved: dict[str, Any]
-) -> list[tuple[str, Any, Any]]:
+def check_same_run(checkpoint: Checkpoint, task: Task, resolved: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Compare a run about to resume with the checkpoint it resumes from.
 
     Returns:
-        (key, old value, new value) of each setting that has changed and may change; a key that the checkpoint's version
-        did not have has changed where it is not the default.
+        (key, old value, new value) of each setting that has changed and may change.
 
     Raises:
         UserError: if the model's shape, the data or the seed differ: then it is another run.
     """
-    changed = configuration.differences(checkpoint.state["identity"], identity)
-    if changed:
+    saved, own = checkpoint.state["identity"], task.identity
+    shape = configuration.changes(task.shape_type, saved["model"], own["model"])
+    others = configuration.differences({**saved, "model": None}, {**own, "model": None})
+    if changed := [*((f"model.{key}", old, new) for key, old, new in shape), *others]:
         key, old, new = changed[0]
         raise UserError(
             f"{checkpoint.path} belongs to another run: {key} was {old} and is now {new}; restore it, choose another "
             "`run` folder, or start from these weights by training.init_from."
         )
-    known = dict(configuration.flatten(checkpoint.state["config"]))
-    usual = dict(configuration.flatten(configuration.to_dict(Experiment())))
-    changes = configuration.differences(checkpoint.state["config"], resolved)
-    return [change for change in changes if change[0] in known or change[2] != usual.get(change[0])]
+    return configuration.changes(Experiment, checkpoint.state["config"], resolved)

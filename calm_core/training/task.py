@@ -17,6 +17,7 @@ class Task(Protocol):
     Attributes:
         name: names folders and plots.
         section: section of the configuration with its training settings.
+        shape_type: the class whose fields `identity["model"]` has, with their defaults.
         summary: the model in a few words, for the terminal.
         tokens_per_sample: tokens that one sample trains on.
         flops_per_sample: floating-point operations of its forward and backward pass, as executed.
@@ -26,6 +27,7 @@ class Task(Protocol):
 
     name: str
     section: str
+    shape_type: type
     summary: str
     tokens_per_sample: int
     flops_per_sample: float

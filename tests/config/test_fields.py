@@ -116,3 +116,15 @@ def test_a_field_says_what_it_decides():
     assert not config.decides(PathRoot, "stores.mode", "weights", "training")
     assert config.decides(PathRoot, "stores.cache", "weights")  # it does not say: it may be anything
     assert config.decides(PathRoot, "stores.gone", "weights")
+
+
+def test_a_field_that_came_later_has_changed_where_it_is_not_the_default():
+    now = config.to_dict(PathRoot("runs/x", Stores(rate=0.25)))
+    before = {"run": "runs/x", "stores": {name: value for name, value in now["stores"].items() if name != "keep"}}
+    assert config.changes(PathRoot, before, now) == []
+    assert config.changes(PathRoot, {"run": "runs/x"}, now) == [("stores.rate", None, 0.25)]
+    now["stores"]["keep"] = 5
+    assert config.changes(PathRoot, before, now) == [("stores.keep", None, 5)]
+    now["stores"]["keep"] = 2
+    assert ("stores.keep", None, 2) in config.changes(PathRoot, {"run": "runs/x", "stores": None}, now)
+    assert config.changes(PathRoot, {**now, "seed": 1}, now) == [("seed", 1, None)]
