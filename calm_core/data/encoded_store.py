@@ -81,8 +81,8 @@ class EncodedStore(TokenStore):
 
         What is beyond the range of float16 becomes infinite.
         """
-        pieces = tokens.reshape(-1, self.k).split(ENCODED_AT_ONCE)
-        columns = zip(*(self._encoder().encode(piece) for piece in pieces), strict=True)
+        blocks = tokens.reshape(-1, self.k).split(ENCODED_AT_ONCE)
+        columns = zip(*(self._encoder().encode(block) for block in blocks), strict=True)
         mean, log_std = (torch.cat(column).half().view(*tokens.shape[:-1], self.latent) for column in columns)
         return mean, log_std
 

@@ -52,14 +52,14 @@ def encode_long(encode: Callable[[str], np.ndarray], text: str, longest: int = M
     """
     if len(text) <= longest:
         return encode(text)
-    # A tokenizer that prepends a space to any text supplies the one that a later piece begins with.
+    # A tokenizer that prepends a space to any text supplies the one that a later slice begins with.
     spare = " " if np.array_equal(encode("a b"), np.concatenate([encode("a"), encode("b")])) else ""
-    first, *others = _pieces(text, longest)
-    return np.concatenate([encode(first), *(encode(piece.removeprefix(spare)) for piece in others)])
+    first, *others = _slices(text, longest)
+    return np.concatenate([encode(first), *(encode(other.removeprefix(spare)) for other in others)])
 
 
-def _pieces(text: str, longest: int) -> Iterator[str]:
-    """The text in pieces of at most `longest` characters, each but the first beginning at a single space if it can."""
+def _slices(text: str, longest: int) -> Iterator[str]:
+    """The text in slices of at most `longest` characters, each but the first beginning at a single space if it can."""
     begin = 0
     while len(text) - begin > longest:
         end = begin + longest

@@ -75,7 +75,7 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode([token for token in ids if token not in control], skip_special_tokens=True)
 
     def _encode(self, text: str) -> np.ndarray:
-        return encode_long(lambda piece: np.array(self._raw_ids(piece), np.int32), text)
+        return encode_long(lambda part: np.array(self._raw_ids(part), np.int32), text)
 
     def _raw_ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

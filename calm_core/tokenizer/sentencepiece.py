@@ -26,7 +26,7 @@ from calm_core.tokenizer import MAX_CHARACTERS, Tokenizer, encode_long, text_tok
 
 RARE_CHARACTERS = "\U0010fffd \ue000 ☃ ʬ 𒀀"  # that a vocabulary without byte tokens does not have
 
-PIECE_CHARACTERS = 2000  # the trainer's time grows with the length of what it is given at once
+SLICE_CHARACTERS = 2000  # the trainer's time grows with the length of what it is given at once
 
 KIND = "tokenizer"
 
@@ -113,7 +113,7 @@ def train_tokenizer(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_pieces(texts),
+            sentence_iterator=_slices(texts),
             model_writer=model,
             model_type="bpe",
             vocab_size=config.vocab_size,
@@ -139,12 +139,12 @@ def train_tokenizer(
     return SentencePieceTokenizer(model.getvalue())
 
 
-def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """The texts in pieces that begin at spaces, which tokens contain only at their beginning."""
+def _slices(texts: Iterable[str]) -> Iterator[str]:
+    """The texts in slices that begin at spaces, which tokens contain only at their beginning."""
     for text in texts:
         begin = 0
         while begin < len(text):
-            end = text.find(" ", begin + PIECE_CHARACTERS)
+            end = text.find(" ", begin + SLICE_CHARACTERS)
             end = len(text) if end < 0 else end
             yield text[begin:end]
             begin = end

@@ -89,21 +89,21 @@ class RankTokenizer:
 
     def _encode(self, text: str) -> np.ndarray:
         # `encode_to_numpy` of the library looks for special tokens and is slower.
-        pieces = [np.array(self._encoding.encode_ordinary(piece), np.uint32) for piece in _slices(text)]
-        return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.uint32), *pieces])
+        tokens = [np.array(self._encoding.encode_ordinary(part), np.uint32) for part in _slices(text)]
+        return tokens[0] if len(tokens) == 1 else np.concatenate([np.empty(0, np.uint32), *tokens])
 
 
 def _slices(text: str) -> Iterator[str]:
     """The text in slices that hold at most `MAX_SLICE`, and no run longer than `MAX_RUN`."""
     for begin in range(0, len(text), MAX_SLICE):
-        piece = text[begin : begin + MAX_SLICE]
+        part = text[begin : begin + MAX_SLICE]
         last = 0
-        if any(_run_length(piece, at) > MAX_RUN for at in range(0, len(piece), MAX_RUN)):
-            for run in RUN.finditer(piece):
+        if any(_run_length(part, at) > MAX_RUN for at in range(0, len(part), MAX_RUN)):
+            for run in RUN.finditer(part):
                 for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
-                    yield piece[last:cut]
+                    yield part[last:cut]
                     last = cut
-        yield piece[last:]
+        yield part[last:]
 
 
 def _run_length(text: str, at: int) -> int:
