@@ -14,7 +14,7 @@ from calm_core.model.backbone import transformer_config
 from calm_core.model.costs import Load, target_bytes
 from calm_core.model.heads import GenerativeHead, HeadLoss, Target, head_module
 from calm_core.model.noise import SampleNoise
-from calm_core.plan import flops, kernels, memory, step_time
+from calm_core.plan import flops, memory, step_time
 from calm_core.reference.names import calm_links
 
 S, B, D, L, V = 32, 2, 64, 16, 128
@@ -100,7 +100,7 @@ def test_a_kind_that_is_not_registered_is_an_error_everywhere() -> None:
     for asked in (
         lambda: flops.parameters(shape),
         lambda: memory.activations(shape, load),
-        lambda: kernels.unit_kernels(shape, load),
+        lambda: step_time.unit_kernels(shape, load),
         lambda: step_time.unit_messages(shape, load),
         lambda: calm_links(shape),
     ):
