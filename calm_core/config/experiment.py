@@ -25,7 +25,7 @@ class SamplesConfig:
     )
     max_tokens: int = option(80, "tokens of each continuation, at most", at_least=1)
     while_training: bool = option(
-        False, "continue the prompts at each evaluation too, where every rank holds the whole model"
+        False, "continue the prompts at each evaluation too; rank 0 then holds the weights of the whole model"
     )
     word_texts: int = option(
         0,
@@ -54,19 +54,6 @@ class SamplesConfig:
                 self.options(temperature).for_head(has_logits=head.reads_tokens)
             except UserError as error:
                 raise UserError(f"samples: {error}") from error
-
-    def require_whole_model(self, tensor: int, pipeline: int) -> None:
-        """Refuse samples in training where no rank holds the whole model.
-
-        Raises:
-            UserError: saying what to change.
-        """
-        if self.while_training and tensor * pipeline > 1:
-            raise UserError(
-                "samples.while_training=true needs ranks that hold the whole model, but parallel.tensor or "
-                "parallel.pipeline spreads it: set it to false, and continue prompts from checkpoints by "
-                "pretrain/sample.py."
-            )
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,50 @@ def from_owners(
                 dist.broadcast(piece.of(parameter.data), dist.get_global_rank(group, owner), group)
 
 
+@torch.no_grad()
+def gather(model_parts: Sequence[nn.Module], whole: nn.Module | None) -> None:
+    """Copy the weights of a model that is spread over ranks into a network that rank 0 holds whole. Collective.
+
+    One tensor is on its way at a time. The ranks of the first data-parallel replica, which rank 0 is one of, send their
+    slices of it to each other, by the group that they have for such messages; those of other replicas do nothing.
+
+    Args:
+        model_parts: what this rank holds of the model.
+        whole: the network, with some or all of the model's parameters; None on every rank but 0.
+    """
+    from calm_core.megatron import parallel_state
+
+    if parallel_state.get_data_parallel_rank():
+        return
+    group = parallel_state.get_model_parallel_group()
+    held, wanted = _by_name(model_parts), _by_name([whole] if whole is not None else [])
+    kinds = {name: (local.shape, local.dtype, dim) for name, (local, dim) in held.items()}
+    ranks: list[tuple[dict[str, tuple[torch.Size, torch.dtype, int | None]], list[str]]]
+    ranks = [({}, [])] * dist.get_world_size(group)
+    dist.all_gather_object(ranks, (kinds, list(wanted)), group=group)
+    device = next(iter(held.values()))[0].device
+    for name in ranks[0][1]:
+        holders = [rank for rank, (kinds, _) in enumerate(ranks) if name in kinds]
+        shape, dtype, dim = ranks[holders[0]][0][name]
+        slices = []
+        for holder in holders if dim is not None else holders[:1]:
+            own = holder == dist.get_rank(group)
+            sent = held[name][0].contiguous() if own else torch.empty(shape, dtype=dtype, device=device)
+            dist.broadcast(sent, dist.get_global_rank(group, holder), group)
+            slices.append(sent)
+        if whole is not None:
+            wanted[name][0].copy_(slices[0] if dim is None else torch.cat(slices, dim))
+
+
+def _by_name(model_parts: Sequence[nn.Module]) -> dict[str, tuple[Tensor, int | None]]:
+    """The pieces of these model parts by global name: the values, and the dimension that ranks divide."""
+    return {
+        piece.name: (piece.of(parameter.data), piece.dim)
+        for name, parameter in named_parameters(model_parts)
+        for piece in pieces(name, parameter)
+    }
+
+
 def _data_group() -> tuple[dist.ProcessGroup | None, int, int]:
     """The group of data-parallel ranks, this rank's index in it and its size; (None, 0, 1) without groups."""
     if not dist.is_initialized():

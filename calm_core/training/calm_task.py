@@ -1,7 +1,7 @@
 """Training of CALM: chunk windows in, head loss out."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,8 @@ from calm_core.model.calm import CalmModel
 from calm_core.model.heads import HeadLoss, Target
 from calm_core.model.layers import own_positions
 from calm_core.model.noise import SampleNoise
-from calm_core.model.parameters import initialize
+from calm_core.model.parameters import gather, initialize
+from calm_core.model.single_rank import SingleRank
 from calm_core.plan import flops
 from calm_core.plan.layout import check_layout, describe, pipeline_split, stage_fractions
 from calm_core.tokenizer import Tokenizer
@@ -62,7 +63,6 @@ class CalmTask:
         tokenizer: Tokenizer | None = None,
     ) -> None:
         check_layout(shape, positions, layout)
-        samples.require_whole_model(layout.tensor, layout.pipeline)
         scored_offsets(positions, shape.k)  # refuses windows that are too short to be scored
         self.shape, self.layout, self.seed = shape, layout, seed
         self.split = pipeline_split(shape, positions, layout)
@@ -171,14 +171,24 @@ class CalmTask:
         return Target(target.tokens, mean.float(), log_std.float())
 
     def texts(self, engine: Engine) -> list[dict[str, Any]]:
-        """The continuations of the configured prompts, if there is a tokenizer."""
-        if self._tokenizer is None or engine.topology.rank:
+        """The continuations of the configured prompts, if there is a tokenizer.
+
+        Rank 0 makes them with a network of its own, which holds the whole model for as long as that takes.
+        """
+        if self._tokenizer is None:
             return []
-        model = engine.model_parts[0].eval()
-        loaded = Loaded(model, self._held_out.autoencoder, self._tokenizer, self.samples.positions, self._documents)
+        whole = self._whole_network(engine.dtype) if engine.topology.rank == 0 else None
+        gather(engine.model_parts, whole)
+        if whole is None:
+            return []
+        loaded = Loaded(whole, self._held_out.autoencoder, self._tokenizer, self.samples.positions, self._documents)
         records = continue_prompts(loaded, self._prompts, self.seed)
-        model.train()
         return [{name: record[name] for name in ("temperature", "prompt", "text")} for record in records]
+
+    def _whole_network(self, dtype: torch.dtype) -> CalmModel:
+        """A network of this shape for inference, its weights not yet set, without what only training needs."""
+        shape = replace(self.shape, token_loss=None)
+        return CalmModel(SingleRank.of(shape.backbone, dtype), shape).to(self._device).eval().requires_grad_(False)
 
     def evaluate(self, engine: Engine, stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
         """Brier scores and loss on held-out documents."""

@@ -151,6 +151,7 @@ class Run:
             metrics = self.task.evaluate(self.engine, lambda: self.requests.agreed(topology.device).stop)
             if metrics is None:
                 return False
+            self.watchdog.alive(f"the scores after step {step}")
             self.reporter.evaluation(step, metrics, self.task.texts(self.engine))
         self.watchdog.alive(f"the evaluation after step {step}")
         return True

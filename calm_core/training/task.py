@@ -86,7 +86,10 @@ class Task(Protocol):
         ...
 
     def texts(self, engine: Engine) -> list[dict[str, Any]]:
-        """Continuations of the configured prompts by the current model, on rank 0: temperature, prompt and text."""
+        """Continuations of the configured prompts by the current model, on rank 0: temperature, prompt and text.
+
+        Collective; [] on the other ranks.
+        """
         ...
 
     def is_finished(self) -> bool:

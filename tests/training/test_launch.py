@@ -190,11 +190,6 @@ def test_wandb_gets_the_same_names_and_one_id_over_a_resume(tiny: Path) -> None:
     assert lines[1] >= lines[0] + 2
 
 
-def test_samples_need_a_whole_model(tiny: Path) -> None:
-    with pytest.raises(UserError, match=r"samples\.while_training=true needs ranks that hold the whole model"):
-        experiment(tiny).samples.__class__(while_training=True).require_whole_model(2, 1)
-
-
 def test_a_run_of_relative_paths_is_read_from_another_folder(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tiny)
     (tiny / "tk").mkdir()
