@@ -122,10 +122,12 @@ def curve_with_band(records: Iterable[Record], key: str, name: str, **look: Any)
 def half_interval(record: Record, key: str) -> float | None:
     """Half the width of the 95 % interval of a score; None where its standard error is not known.
 
-    An evaluation says how many standard errors that is, more with few documents; one that does not say it gets two.
+    An evaluation, or the row that a study has of it, says how many standard errors that is, more with few documents;
+    one that does not say it gets two.
     """
     error = record.get(f"{key}_error")
-    factor = (record.get("standard_errors") or {}).get("interval_factor") or 2.0
+    said = record.get("interval_factor") or (record.get("standard_errors") or {}).get("interval_factor")
+    factor = said or 2.0
     return None if error is None else factor * error
 
 

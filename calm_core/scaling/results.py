@@ -144,7 +144,7 @@ def read_results(path: Path) -> list[Row]:
     """
     if not path.exists():
         raise UserError(f"{path} is not there yet: run `scaling_laws.py fit` on this study first.")
-    return pq.read_table(path).to_pylist()
+    return [{"interval_factor": None, **row} for row in pq.read_table(path).to_pylist()]  # older files have none
 
 
 def _row(point: Point, budget: int, step: int, autoencoder: float, evaluation: dict[str, Any]) -> Row:
@@ -169,6 +169,7 @@ def _row(point: Point, budget: int, step: int, autoencoder: float, evaluation: d
         for key in (name, f"{name}_error"):
             value = evaluation.get(key)
             row[key] = None if value is None else float(value)
+    row["interval_factor"] = (evaluation.get("standard_errors") or {}).get("interval_factor")
     likelihood = point.shape.head.reads_tokens
     row["cross_entropy"], row["cross_entropy_error"] = (row["loss"], row["loss_error"]) if likelihood else (None, None)
     return row

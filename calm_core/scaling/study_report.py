@@ -10,7 +10,7 @@ from calm_core.config.scaling_config import ScalingConfig
 from calm_core.errors import UserError
 from calm_core.evaluation.tables import table
 from calm_core.io import read_json, write_json
-from calm_core.report.figure import GREY, Axis, Figure, Trace, draw
+from calm_core.report.figure import GREY, Axis, Figure, Trace, draw, half_interval
 from calm_core.report.page import Paragraph, Section, Table, write_page
 from calm_core.scaling.analysis import analyse, law_curve
 from calm_core.scaling.points import BASELINE, families, plan_table, points
@@ -326,9 +326,9 @@ def equal_compute_figure(config: ScalingConfig, rows: list[Row], measure: str) -
 
 
 def _trace(rows: list[Row], x: str, measure: str, name: str, color: int, line: bool = True) -> Trace:
-    """Points with two standard errors; hovering names the model."""
+    """Points with their 95 % intervals; hovering names the model."""
     ordered = sorted(rows, key=lambda row: row[x])
-    errors = [2 * row[f"{measure}_error"] if row[f"{measure}_error"] else None for row in ordered]
+    errors = [half_interval(row, measure) for row in ordered]
     hover = [f"{row['model']}, {row['tokens']:,} tokens" for row in ordered]
     values = [row[x] for row in ordered], [row[measure] for row in ordered]
     return Trace(name, *values, errors, points=True, line=line, color=color, text=hover)

@@ -21,6 +21,7 @@ def recorded(folder: Path, settings: Experiment, steps: tuple[int, ...], measure
     folder.mkdir(parents=True)
     configuration.save(settings, folder / "config.yaml")
     scores = {"measure": measure, "brier_1": 0.1, "brier_1_error": 0.01, "loss": 3.0, "loss_error": 0.1}
+    scores["standard_errors"] = {"interval_factor": 2.5}
     lines = [json.dumps({"step": step, "kind": "eval", **scores}) for step in steps]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -48,6 +49,7 @@ def test_a_row_for_each_budget_that_was_reached(study: ScalingConfig) -> None:
     assert [row["tokens"] for row in rows[:3]] == [point.tokens(step) for step in point.budget_steps[:3]]
     assert [row["cross_entropy"] for row in rows] == [3.0] * 3 + [None] * 3
     assert {row["measure"] for row in rows} == {MEASURE}
+    assert {row["interval_factor"] for row in rows} == {2.5}
     write_results(rows, results_path(study))
     assert read_results(results_path(study)) == rows
 
@@ -103,7 +105,7 @@ def test_scores_of_another_context_are_refused(study: ScalingConfig) -> None:
 
 def test_points_of_the_file_whose_runs_are_gone_are_kept(study: ScalingConfig, rows: list[Row]) -> None:
     Path(study.run).mkdir()
-    rows = [row | {"measure": MEASURE} for row in rows]
+    rows = [row | {"measure": MEASURE, "interval_factor": None} for row in rows]  # a file of before has no such column
     write_results(rows, results_path(study))
     fit_study(replace(study, fit=replace(study.fit, measures=["cross_entropy"])), write=True)
     assert read_results(results_path(study)) == rows
