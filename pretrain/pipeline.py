@@ -5,6 +5,7 @@ a run that was killed continues where it stopped.
 """
 
 from dataclasses import fields
+from pathlib import Path
 
 from calm_core.config import command
 from calm_core.config.experiment import Experiment
@@ -23,9 +24,11 @@ def run(experiment: Experiment, dry_run: bool) -> int:
         return ExitCode.OK
     if code := until_stopped(lambda: run_stages(experiment)):
         return code
+    from calm_core.report.run_page import write_run_page
     from calm_core.report.summary import format_summary, plot_experiment, write_summary
 
     plot_experiment(experiment)
+    write_run_page(Path(experiment.run))
     print(format_summary(write_summary(experiment)))
     return ExitCode.OK
 

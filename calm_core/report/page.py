@@ -30,7 +30,7 @@ table { border-collapse: collapse; font-size: 0.92em; } td, th { padding: 2px 12
 th { border-bottom: 1px solid #aaa; } tr.marked td { background: #fff4d6; }
 pre { white-space: pre-wrap; background: #f7f7f7; padding: 0.6em; } .note { color: #666; }
 .controls { position: sticky; top: 0; z-index: 2; background: #fff; padding: 0.4em 0; }
-.controls label { margin-right: 1.5em; }
+.controls label { margin-right: 1.5em; white-space: nowrap; display: inline-block; }
 @media (max-width: 600px) { body { margin: 0.5em auto; padding: 0 0.6em; } .figure { height: 280px; } }
 """
 
@@ -210,7 +210,8 @@ def _axis(axis: Axis, columns: Sequence[Sequence[float | None]]) -> dict[str, An
     values = {value for column in columns for value in column if value is not None}
     ends = {end for end in (axis.least, axis.most) if end is not None}
     if len(values | ends) == 1 and (value := next(iter(values | ends))) and not axis.log:
-        layout["range"] = sorted((0.0, 2.0 * value))  # plotly.js would give a single value a range of its own size
+        twice = 1.05 if axis.percent and 0.5 < value <= 1 else 2.0 * value  # no shares above 100 %
+        layout["range"] = sorted((0.0, twice))  # plotly.js would give a single value a range of its own size
     elif ends and len(values) <= 1:
         layout["range"] = [min(values | ends), max(values | ends)]
     return layout

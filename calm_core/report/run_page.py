@@ -20,13 +20,15 @@ from calm_core.report.incidents import ENVELOPE, incidents, shown_time
 from calm_core.report.page import Paragraph, Section, Table, number, write_page
 from calm_core.training.run_log import FIGURES, read_records
 from calm_core.training.stopping import stacks
+from calm_core.workflow.stages import BASELINE
 
 Record = dict[str, Any]
 
 BASELINES = {"unigram_": ("unigram", GREY), "bigram_": ("bigram", 5)}
 
 TERMS = {
-    "loss": "the objective of training; for an energy head it is the energy score, which has no unit and no fixed zero",
+    "loss": "the objective of training: the energy score, which has no unit and no fixed zero, for an energy head; "
+    "cross-entropy in nats a token for AR; the two do not compare",
     "held-out loss": "the same loss on documents that the model has not been trained on, with its standard error",
     "Brier-1": "how well the model's draws predict the next token: 100 % is perfect, unigram is by token frequencies",
     "unigram Brier-1": "the score of token frequencies alone",
@@ -45,7 +47,7 @@ TRAININGS = ("calm", "autoencoder")
 
 @dataclass(frozen=True)
 class Training:
-    """The settings and records of one training run; `final_samples` are the texts of the finished run."""
+    """The settings and records of one training run; of a finished model also its full evaluation and its texts."""
 
     name: str
     folder: Path
@@ -54,6 +56,7 @@ class Training:
     evaluations: list[Record]
     events: list[Record]
     samples: list[Record]
+    full_evaluation: Record
     final_samples: list[Record]
 
 
@@ -68,9 +71,9 @@ def read_training(folder: Path, name: str) -> Training:
     records = read_records(folder / "metrics.jsonl")
     kinds = ([r for r in records if r["kind"] == kind] for kind in ("train", "eval", "event", "sample"))
     settings = dict(configuration.flatten(configuration.read_yaml(folder / "config.yaml")))
-    final = folder.parent / "samples.json"
-    texts = read_json(final) if folder.name == "calm" and final.exists() else []
-    return Training(name, folder, settings, *kinds, texts)
+    left = {"scores": folder / "evaluation.json", "texts": folder.parent / "samples.json"}
+    found = {what: read_json(path) for what, path in left.items() if folder.name == "calm" and path.exists()}
+    return Training(name, folder, settings, *kinds, found.get("scores", {}), found.get("texts", []))
 
 
 def trainings(runs: Sequence[Path]) -> list[Training]:
@@ -131,15 +134,34 @@ def _sections(runs: Sequence[Training], title: str, beside: Path) -> list[Sectio
 
 
 def _summary(runs: Sequence[Training]) -> Table:
-    """A column for each run: what it is, how far it has come, and its last scores beside the baselines."""
-    facts = [_facts(run) for run in runs]
+    """A column for each run: what it is, how far it has come, and its last scores beside the baselines.
+
+    A model by itself has beside it the autoregressive one that its experiment has trained.
+    """
+    shown = [*runs, *(_baseline(runs[0]) if len(runs) == 1 else [])]
+    facts = [_facts(run) for run in shown]
     rows = [[name, *(of_run[name] for of_run in facts)] for name in facts[0]]
-    return Table(["", *(run.name for run in runs)], [row for row in rows if any(row[1:])], about=TERMS)
+    return Table(["", *(run.name for run in shown)], [row for row in rows if any(row[1:])], about=TERMS)
+
+
+def _baseline(run: Training) -> list[Training]:
+    """The autoregressive model of the same training FLOPs that the workflow has trained beside a model, if it has."""
+    folder = run.folder.parent / BASELINE / "calm"
+    known = run.folder.name == "calm" and (folder / "metrics.jsonl").exists()
+    return [read_training(folder, "AR of equal training FLOPs")] if known else []
+
+
+def _last_scores(run: Training) -> Record:
+    """Those of the full evaluation, if it is of the last step, or of the last evaluation in training."""
+    last = run.train[-1]["step"] if run.train else None
+    if run.full_evaluation and run.full_evaluation.get("step") == last:
+        return run.full_evaluation
+    return run.evaluations[-1] if run.evaluations else {}
 
 
 def _facts(run: Training) -> dict[str, str]:
     last = run.train[-1] if run.train else {}
-    evaluated = run.evaluations[-1] if run.evaluations else {}
+    evaluated = _last_scores(run)
     start = next((event for event in reversed(run.events) if event["event"] == "start"), {})
     tokens, hours = _tokens_and_hours(run)
     ranks = f"{count} rank{'s' if count > 1 else ''}" if (count := start.get("ranks")) else ""
@@ -152,7 +174,7 @@ def _facts(run: Training) -> dict[str, str]:
         "tokens/s": number(last.get("tokens_per_second")),
         "mfu": f"{last['mfu']:.1%}" if last.get("mfu") else "",
         "training loss": number(last.get("loss")),
-        "held-out loss": _with_error(evaluated, "loss"),
+        "held-out loss": _with_error(evaluated, "loss") + (" nats" if _kind(run) == "AR" and evaluated else ""),
         "Brier-1": _percent(evaluated, "brier_1"),
         **{f"{name} Brier-1": _percent(evaluated, f"{key}brier_1") for key, (name, _) in BASELINES.items()},
         "BrierLM": _with_error(evaluated, "brier_lm"),

@@ -77,7 +77,8 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         for sample in summary["samples"]
     ]
     scores = table(["score", *names.values(), "bigram", "unigram"], _score_rows(summary, names))
-    return "\n".join([*scores, "", *table(["figure", "value"], figures), "", *samples])
+    meaning = "±: one standard error, over held-out documents"
+    return "\n".join([*scores, meaning, "", *table(["figure", "value"], figures), "", *samples])
 
 
 def _score_rows(summary: Mapping[str, Any], names: Iterable[str]) -> list[list[str]]:

@@ -24,6 +24,8 @@ from calm_core.plan.flops import executed_training
 from calm_core.workflow.ledger import Ledger, stamp
 from calm_core.workflow.process import run_process
 
+BASELINE = "ar"  # the folder of the baseline's experiment, in that of the experiment, and its name in those of stages
+
 
 @dataclass(frozen=True)
 class StageTraining:
@@ -115,7 +117,7 @@ def stages(experiment: Experiment) -> list[Stage]:
 def _models(experiment: Experiment) -> dict[str, Experiment]:
     """The experiment of each model that is trained, by the name that its stages have."""
     compared = experiment.pipeline.baseline and not experiment.head.reads_tokens
-    return {"calm": experiment, **({"ar": baseline(experiment)} if compared else {})}
+    return {"calm": experiment, **({BASELINE: baseline(experiment)} if compared else {})}
 
 
 def baseline(experiment: Experiment) -> Experiment:
@@ -136,7 +138,7 @@ def baseline(experiment: Experiment) -> Experiment:
 
     return replace(
         experiment,
-        run=str(Path(experiment.run) / "ar"),
+        run=str(Path(experiment.run) / BASELINE),
         data=replace(data, tokenizer=str(paths.tokenizer), tokens=str(paths.tokens)),
         head=head,
         training=replace(

@@ -91,6 +91,29 @@ def test_what_happened_and_what_was_set_is_on_it(run: Path) -> None:
     assert "<tr><td>training.steps</td><td>50</td>" in text
 
 
+def explained(page: Path, name: str) -> list[str]:
+    """The cells of the one row of the page's tables that begins with this explained term."""
+    [row] = re.findall(rf"<tr><td><abbr[^>]*>{name}</abbr></td>(.*?)</tr>", page.read_text())
+    return re.findall(r"<td>(.*?)</td>", row)
+
+
+def test_the_full_evaluation_and_the_baseline_stand_at_its_head(run: Path) -> None:
+    """The full evaluation is that of the last step; before that the head has the last one in training."""
+    shutil.copytree(run / "calm", run / "ar" / "calm")
+    assert explained(write_run_page(run), "Brier-1") == ["2.000% ± 0.400%"] * 2
+    scored = {"step": STEPS[-1], "brier_1": 0.03, "brier_1_error": 0.001, "bigram_brier_1": 0.07}
+    (run / "calm" / "evaluation.json").write_text(json.dumps(scored | {"step": STEPS[0]}))
+    (run / "ar" / "calm" / "evaluation.json").write_text(json.dumps(scored | {"brier_1": 0.05}))
+    assert explained(write_run_page(run), "Brier-1") == ["2.000% ± 0.400%", "5.000% ± 0.100%"]
+    (run / "calm" / "evaluation.json").write_text(json.dumps(scored))
+    page = write_run_page(run)
+    assert explained(page, "Brier-1") == ["3.000% ± 0.100%", "5.000% ± 0.100%"]
+    assert explained(page, "bigram Brier-1") == ["7.000%", "7.000%"]
+    assert "AR of equal training FLOPs" in page.read_text()
+    shutil.rmtree(run / "ar")
+    assert explained(write_run_page(run), "Brier-1") == ["3.000% ± 0.100%"]
+
+
 def note(run: Path, *records: dict[str, Any]) -> None:
     """Append records to the metrics of a run."""
     with open(run / "calm" / "metrics.jsonl", "a") as file:
@@ -311,6 +334,13 @@ def test_the_steps_can_be_read_as_tokens_and_hours(run: Path) -> None:
 
 def test_a_single_evaluation_stands_on_the_axis_of_the_whole_run(run: Path) -> None:
     assert figures(write_run_page(run))["one-calm-brier-1"]["layout"]["xaxis"]["range"] == [0, 50]
+
+
+def test_the_axis_of_a_single_share_ends_at_all(run: Path) -> None:
+    note(run, {"step": 50, "kind": "eval", "collision_1": 1.0, "token_accuracy": 0.25})
+    shown = figures(write_run_page(run))
+    assert shown["one-calm-collision_1"]["layout"]["yaxis"]["range"] == [0, 1.05]
+    assert shown["one-calm-token_accuracy"]["layout"]["yaxis"]["range"] == [0, 0.5]
 
 
 # Moves the smoothing control and the x axis as a reader does, and writes what Plotly shows then.
