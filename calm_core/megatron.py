@@ -6,6 +6,7 @@ are written, and wandb is imported by a run that logs to it.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,12 +22,17 @@ def _as_written(function: Callable | None = None, *_: Any, **__: Any) -> Callabl
 
 @contextmanager
 def without_the_unused() -> Iterator[None]:
-    """Let `torch.compile` return its argument, and the unused modules be missing, during an import."""
+    """Let `torch.compile` return its argument, and the unused modules be missing, during an import.
+
+    Megatron-core's warnings that it does without the optional libraries it could use are not shown.
+    """
     compile_, missing = torch.compile, [name for name in _UNUSED if name not in sys.modules]
     torch.compile = _as_written
     sys.modules.update(dict.fromkeys(missing))
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"megatron\.core")
+            yield
     finally:
         torch.compile = compile_
         for name in missing:

@@ -16,7 +16,6 @@ from calm_core.data.store import ChunkStore, Store, TokenStore
 from calm_core.data.tokens import build_tokens
 from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
-from calm_core.evaluation.evaluate import evaluate
 from calm_core.evaluation.held_out import HeldOut, Protocol
 from calm_core.evaluation.ngram import bigram_of
 from calm_core.evaluation.scores import BASELINES
@@ -44,6 +43,8 @@ def evaluate_checkpoint(
     The baselines are those of the tokens in `train`, and None without. With `protocol="paper"` the record has one more,
     `paper`: Brier-n and BrierLM as the paper counts them.
     """
+    from calm_core.evaluation.evaluate import evaluate  # takes seconds, which who only reads a text does not need
+
     counts, bigram = (None, None) if train is None else (train.token_counts(), bigram_of(train))
     windows = Windows(held_out, loaded.positions)
     own = HeldOut(windows, loaded.autoencoder, counts, seed, config, bigram, diagnostics=True)
