@@ -45,9 +45,9 @@ with without_the_unused():
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
     from megatron.core.tensor_parallel import (
+        copy_to_tensor_model_parallel_region,
         gather_from_sequence_parallel_region,
         scatter_to_sequence_parallel_region,
-        vocab_parallel_cross_entropy,
     )
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -87,6 +87,7 @@ __all__ = [
     "TransformerLayer",
     "TransformerLayerSubmodules",
     "VocabParallelEmbedding",
+    "copy_to_tensor_model_parallel_region",
     "gather_from_sequence_parallel_region",
     "get_bias_dropout_add",
     "get_forward_backward_func",
@@ -95,6 +96,5 @@ __all__ = [
     "model_parallel_cuda_manual_seed",
     "parallel_state",
     "scatter_to_sequence_parallel_region",
-    "vocab_parallel_cross_entropy",
     "without_the_unused",
 ]

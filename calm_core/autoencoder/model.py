@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from calm_core.autoencoder.output_layer import linear_cross_entropy, most_probable, sampled_cross_entropy
+from calm_core.autoencoder.output_layer import mean_cross_entropy, most_probable, sampled_cross_entropy
 from calm_core.config.model_config import AutoencoderConfig
 from calm_core.errors import UserError
 from calm_core.io import MANIFEST, format_version, hash_file, read_manifest, replacing, write_manifest
@@ -167,7 +167,7 @@ def autoencoder_loss(model: Autoencoder, tokens: Tensor, noise: Noise) -> Autoen
     hidden, table = model.decode_hidden(latents), model.embedding.weight  # [rows, B, K, hidden], [V, hidden]
     outputs = config.outputs(model.vocab_size, rows * model.k)
     if outputs == model.vocab_size:
-        cross_entropy = linear_cross_entropy(hidden.flatten(0, -2), table, tokens.flatten())
+        cross_entropy = mean_cross_entropy(hidden.flatten(0, -2), table, tokens.flatten())
     else:
         (keys,) = noise.uniform("autoencoder/output", 1, model.vocab_size)
         by_sample, goals = hidden.transpose(0, 1).flatten(1, 2), tokens.transpose(0, 1).flatten(1)

@@ -1,13 +1,11 @@
 """The output layer: cross-entropy, whole or sampled, and most probable tokens, without all logits in memory at once."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from calm_core.config.model_config import padded_vocabulary
+from calm_core.model.linear_cross_entropy import linear_cross_entropy
 
 ROWS_AT_ONCE = 256  # inputs whose logits are held at a time: 32 MB at V = 32,000 in float32
 
@@ -79,67 +77,20 @@ def sampled_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, keys:
     offsets = torch.where(drawn, stands_for.log(), 0.0)
     place = torch.arange(count, device=tokens.device).expand_as(tokens)
     goals = torch.zeros_like(own, dtype=torch.int64).scatter_(1, tokens, place).gather(1, targets)
-    losses = map(linear_cross_entropy, hidden, F.embedding(tokens, weight), goals, offsets)
+    losses = map(mean_cross_entropy, hidden, F.embedding(tokens, weight), goals, offsets)
     return torch.stack(list(losses)).mean()
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, offsets: Tensor | None = None, rows: int = 1024
+def mean_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, offsets: Tensor | None = None, rows: int | None = None
 ) -> Tensor:
     """Mean cross-entropy in nats of `targets [n]` under the logits `hidden [n, d] @ weight [V, d].T + offsets [V]`.
-
-    Matrix products run in the inputs' dtype, softmax and sums in float32 (float64 for float64). The gradients are
-    computed with the loss, `rows` tokens at a time: only their logits are held, not several copies of all n x V.
 
     The products run on a vocabulary padded to `padded_vocabulary`, whose padding has probability 0: with an odd V, such
     as 128,257, the rows of logits are not aligned, for which GPUs have slower kernels.
     """
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _WithGradients.apply(hidden, weight, targets, offsets, rows)
-    losses = [
-        F.cross_entropy(_logits(part, weight, offsets), goal, reduction="sum")
-        for part, goal in zip(hidden.split(rows), targets.split(rows), strict=True)
-    ]
-    return torch.stack(losses).sum() / len(targets)
-
-
-class _WithGradients(torch.autograd.Function):
-    """Computes both gradients in the forward pass, slice by slice of the logits, and keeps only the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, offsets: Tensor | None, rows: int) -> Tensor:
-        precision = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=precision, device=hidden.device)
-        hidden_gradient = torch.empty_like(hidden)
-        vocabulary = len(weight)
-        if padding := padded_vocabulary(vocabulary) - vocabulary:
-            weight = F.pad(weight, (0, 0, 0, padding))
-            offsets = None if offsets is None else F.pad(offsets, (0, padding))
-        weight_gradient = torch.zeros_like(weight, dtype=precision)
-        for start in range(0, len(targets), rows):
-            part, goal = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = _logits(part, weight, offsets)
-            logits[:, vocabulary:] = -torch.inf
-            probabilities = logits.log_softmax(-1)
-            total -= probabilities.gather(1, goal).sum()
-            probabilities.exp_().scatter_add_(1, goal, -torch.ones_like(goal, dtype=precision))
-            slope = probabilities.to(hidden.dtype)  # gradient of the summed loss with respect to the logits
-            torch.mm(slope, weight, out=hidden_gradient[start : start + rows])
-            weight_gradient += slope.T @ part
-        ctx.save_for_backward(hidden_gradient, weight_gradient[:vocabulary])
-        ctx.count, ctx.dtype = len(targets), weight.dtype
-        return total / len(targets)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grad_loss / ctx.count
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        of_hidden = (hidden_gradient * scale).to(hidden_gradient.dtype)
-        return of_hidden, (weight_gradient * scale).to(ctx.dtype), None, None, None
-
-
-def _logits(hidden: Tensor, weight: Tensor, offsets: Tensor | None) -> Tensor:
-    logits = hidden @ weight.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if offsets is None else logits.add_(offsets)
+    vocabulary = len(weight)
+    if padding := padded_vocabulary(vocabulary) - vocabulary:
+        weight = F.pad(weight, (0, 0, 0, padding))
+        offsets = None if offsets is None else F.pad(offsets, (0, padding))
+    return linear_cross_entropy(hidden, weight, targets, offsets=offsets, vocabulary=vocabulary, rows=rows).mean()

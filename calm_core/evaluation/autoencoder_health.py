@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calm_core import config
 from calm_core.autoencoder.model import WEIGHTS, Autoencoder, kl_divergence
-from calm_core.autoencoder.output_layer import linear_cross_entropy
+from calm_core.autoencoder.output_layer import mean_cross_entropy
 from calm_core.config.experiment import Experiment
 from calm_core.data.store import TokenStore
 from calm_core.errors import UserError
@@ -57,7 +57,7 @@ def autoencoder_metrics(
         latents = torch.stack([mean, mean + log_std.exp() * draw[0], mean + sigma * draw[1]])
         hits += (model.decode_tokens(latents) == chunk).sum(1).cpu()
         hidden = model.decode_hidden(latents[1]).flatten(0, -2)
-        nats += linear_cross_entropy(hidden, model.embedding.weight, chunk.flatten()).item() * len(chunk)
+        nats += mean_cross_entropy(hidden, model.embedding.weight, chunk.flatten()).item() * len(chunk)
         means.append(mean)
         log_stds.append(log_std)
     mean, log_std = torch.cat(means), torch.cat(log_stds)

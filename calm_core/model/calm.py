@@ -115,5 +115,5 @@ class CalmModel(nn.Module):
         if not side:
             zero = sum(parameter.sum() for parameter in self.token_loss.parameters()) * 0.0
             return loss._replace(side=zero.float().expand_as(loss.loss))
-        nats = self.token_loss(hidden, target.tokens, noise)
+        nats = self.token_loss(hidden, target, noise)
         return HeadLoss(loss.loss, {**loss.terms, "token_loss": nats.detach()}, self.shape.token_loss.weight * nats)

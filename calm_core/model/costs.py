@@ -19,6 +19,15 @@ TOKEN = 8  # bytes of a token id, int64
 # H100) depend on how many they are; every data-centre GPU since 2017 but the T4 holds this many, or more.
 CUDA_BLOCK = 2**16
 
+# Logits that exist at a time (see `linear_cross_entropy`). On a CPU they stay in its cache. On a GPU the products of a
+# block must outweigh the float32 gradient of the matrix, which each block reads and writes.
+LOGITS_AT_ONCE = {"cpu": 2**18, "cuda": 2**29}
+
+
+def logit_rows(vocabulary: int, device: str) -> int:
+    """Inputs whose logits of `vocabulary` tokens exist at a time on this kind of device."""
+    return max(64, LOGITS_AT_ONCE[device] // vocabulary)
+
 
 class Additive:
     """A dataclass of numbers that add up (`+`) and repeat (`*`) field by field."""
@@ -41,6 +50,7 @@ class Weights(Additive):
         split: parameters, of all kinds, that are divided among tensor-parallel ranks; each rank holds the rest whole.
         summed_outputs: width of the outputs that tensor-parallel ranks sum in the forward pass (`row`, `table`).
         summed_inputs: width of the inputs whose gradient they sum in the backward pass (`column`).
+        gathered_once: those of them that the backward pass does not gather once more (`vocabulary_matrix`).
         tensors: parameters in the sense of torch: matrices, biases, scales, shifts and tables.
     """
 
@@ -50,12 +60,13 @@ class Weights(Additive):
     split: int = 0
     summed_outputs: int = 0
     summed_inputs: int = 0
+    gathered_once: int = 0
     tensors: int = 0
 
     @property
     def replicated(self) -> "Weights":
         """The same, whole on every rank, which sends nothing for them."""
-        return replace(self, split=0, summed_outputs=0, summed_inputs=0)
+        return replace(self, split=0, summed_outputs=0, summed_inputs=0, gathered_once=0)
 
     @property
     def parameters(self) -> int:
@@ -91,6 +102,11 @@ def column(inputs: int, outputs: int, bias: bool = True) -> Weights:
     """A linear layer whose outputs, and so matrix and bias, are divided among tensor-parallel ranks."""
     whole = linear(inputs, outputs, bias)
     return whole + Weights(split=whole.parameters, summed_inputs=inputs)
+
+
+def vocabulary_matrix(width: int, rows: int) -> Weights:
+    """A `column` without bias whose outputs are logits: its gradient is computed in the forward pass."""
+    return column(width, rows, bias=False) + Weights(gathered_once=width)
 
 
 def row(inputs: int, outputs: int, bias: bool = True) -> Weights:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calm_core.model import single_rank
+from calm_core.model.linear_cross_entropy import linear_cross_entropy
 from calm_core.model.single_rank import SingleRank
 
 if TYPE_CHECKING:
@@ -145,6 +145,19 @@ def split_positions(x: Tensor, config: "TransformerConfig | SingleRank") -> Tens
     return scatter_to_sequence_parallel_region(x)
 
 
+def shared_positions(x: Tensor, config: "TransformerConfig | SingleRank") -> Tensor:
+    """All positions `[S, ...]` of `x` `[S', ...]`, for ranks that each compute a part from them.
+
+    The backward pass sums the parts' gradients.
+    """
+    if config.tensor_model_parallel_size == 1:
+        return x
+    from calm_core.megatron import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+
+    share = gather_from_sequence_parallel_region if config.sequence_parallel else copy_to_tensor_model_parallel_region
+    return share(x)
+
+
 def vocabulary_logits(
     matrix: nn.Module, x: Tensor, vocabulary: int, config: "TransformerConfig | SingleRank"
 ) -> Tensor:
@@ -162,10 +175,30 @@ def without_padding(logits: Tensor, vocabulary: int, config: "TransformerConfig 
     return logits.float().masked_fill(padding, -torch.inf)
 
 
-def cross_entropy(logits: Tensor, tokens: Tensor, config: "TransformerConfig | SingleRank") -> Tensor:
-    """-log P(token) in nats `[S, B]` of tokens `[S, B]`, from this rank's logits `[S, B, V / TP]`."""
-    if isinstance(config, SingleRank):
-        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
-    from calm_core.megatron import vocab_parallel_cross_entropy
+def vocabulary_nats(
+    matrix: nn.Module,
+    x: Tensor,
+    tokens: Tensor,
+    vocabulary: int,
+    config: "TransformerConfig | SingleRank",
+    counts: Tensor | None = None,
+    *,
+    compiled: bool,
+) -> Tensor:
+    """-log P(token) in nats `[S', B]` float32 of tokens `[S, B]`, from the logits that `vocabulary_logits` describes.
 
-    return vocab_parallel_cross_entropy(logits, tokens)
+    Their gradient must be proportional to `counts` `[S, B]`, or one number where there are none.
+
+    With sequence parallelism each rank has its part of the logits of all positions, but hands out the losses of its own
+    positions. So the backward pass gathers the gradients of all losses, and sums those of `x` over the ranks.
+    """
+    nats = linear_cross_entropy(
+        shared_positions(x, config).flatten(0, 1),
+        matrix.weight,
+        tokens.flatten(),
+        counts=None if counts is None else counts.flatten(),
+        vocabulary=vocabulary,
+        group=tensor_group(config)[0],
+        compiled=compiled,
+    )
+    return split_positions(nats.view_as(tokens), config)

@@ -76,3 +76,18 @@ def add_layer_norm(
 def add_bias(x: Tensor, bias: Tensor | None) -> Tensor:
     """x + bias."""
     return x if bias is None else x + bias
+
+
+def softmax_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row of `[n, V]`, and the sum of the exponentials lowered by it: `[n, 1]`, float32.
+
+    Of float64 logits they are float64. A row of nothing but -inf has a finite largest one, so that its sum is 0.
+    """
+    raised = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    largest = raised.amax(-1, keepdim=True).clamp(min=torch.finfo(raised.dtype).min)
+    return largest, (raised - largest).exp_().sum(-1, keepdim=True)
+
+
+def softmax_slope(logits: Tensor, shift: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(logits - shift) * factor in `dtype`: `[n, V]` and two of `[n, 1]`, in whose dtype it is computed."""
+    return (logits.to(shift.dtype) - shift).exp_().mul_(factor).to(dtype)

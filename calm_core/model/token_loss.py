@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from calm_core.config.model_config import ModelShape, padded_vocabulary
 from calm_core.model import costs as of
-from calm_core.model.costs import FLOAT32, Activations, Kernels, Load, Weights
-from calm_core.model.layers import column, cross_entropy, linear, own_positions, split_positions, vocabulary_logits
+from calm_core.model import linear_cross_entropy
+from calm_core.model.costs import Activations, Kernels, Load, Weights
+from calm_core.model.heads import Target
+from calm_core.model.layers import column, linear, own_positions, vocabulary_nats
 from calm_core.model.noise import Noise
+from calm_core.model.pointwise import fuses
 
 if TYPE_CHECKING:
     from calm_core.megatron import TransformerConfig
@@ -41,26 +44,28 @@ class TokenLoss(nn.Module):
             self.features = nn.Identity()
             self.out = nn.ModuleList(column(config, d, rows, bias=False) for _ in range(tokens))
 
-    def forward(self, hidden: Tensor, tokens: Tensor, noise: Noise) -> Tensor:
+    def forward(self, hidden: Tensor, target: Target, noise: Noise) -> Tensor:
         """Nats per token at each position this rank works on, `[S', B]` float32; unbiased where positions are left out.
 
         Args:
             hidden: `[S', B, d]`.
-            tokens: of the chunk that follows each position, `[S, B, K]`.
+            target: the chunk that follows each position; of it the tokens, and the weights of the positions.
             noise: which positions (from the sample's offset on, every `every`-th) and which of the K tokens.
         """
         every = self.side.every
         offset = noise.integers("token_loss/position", every, 1)
         chosen = _every(hidden, every, offset)
         features = self.features(hidden.gather(0, chosen.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
-        wanted = tokens.gather(0, _every(tokens, every, offset).unsqueeze(-1).expand(-1, -1, self.k))
-        losses = self._of_tokens(features, wanted, noise).mean(-1)
+        learned = _every(target.tokens, every, offset)
+        wanted = target.tokens.gather(0, learned.unsqueeze(-1).expand(-1, -1, self.k))
+        weights = None if target.weights is None else target.weights.gather(0, learned)
+        losses = self._of_tokens(features, wanted, weights, noise).mean(-1)
         return losses.new_zeros(hidden.shape[:2]).scatter(0, chosen, losses * every)
 
-    def _of_tokens(self, features: Tensor, wanted: Tensor, noise: Noise) -> Tensor:
-        """Nats of each predicted token, `[S', B, tokens]`, from features and the chunks `[S, B, K]`."""
+    def _of_tokens(self, features: Tensor, wanted: Tensor, weights: Tensor | None, noise: Noise) -> Tensor:
+        """Nats of each predicted token, `[S', B, tokens]`, of the chunks `[S, B, K]` at positions of these weights."""
         if not self.side.rank:
-            return torch.stack([self._nats(m, features, wanted[..., i]) for i, m in enumerate(self.out)], -1)
+            return torch.stack([self._nats(m, features, wanted[..., i], weights) for i, m in enumerate(self.out)], -1)
         features = features.unflatten(-1, (-1, self.side.rank))
         if self.side.tokens == "random":
             token = noise.integers("token_loss/token", self.k, len(wanted)).unsqueeze(-1)
@@ -68,12 +73,13 @@ class TokenLoss(nn.Module):
             own = own_positions(token, self.config).unsqueeze(-1)
             features = features.gather(2, own.expand(-1, -1, -1, self.side.rank))
         wanted = wanted[..., : features.shape[2]]
-        nats = self._nats(self.out[0], features.flatten(1, 2), wanted.flatten(1, 2))
+        nats = self._nats(self.out[0], features.flatten(1, 2), wanted.flatten(1, 2), weights)
         return nats.unflatten(1, features.shape[1:3])
 
-    def _nats(self, matrix: nn.Module, features: Tensor, wanted: Tensor) -> Tensor:
-        logits = vocabulary_logits(matrix, features, self.vocabulary, self.config)
-        return split_positions(cross_entropy(logits, wanted.contiguous(), self.config), self.config)
+    def _nats(self, matrix: nn.Module, features: Tensor, wanted: Tensor, weights: Tensor | None) -> Tensor:
+        """Of tokens `[S, n]`, where n is B or the B x T tokens of B chunks, whose positions have weights `[S, B]`."""
+        counts = None if weights is None else weights.repeat_interleave(wanted.shape[1] // weights.shape[1], 1)
+        return vocabulary_nats(matrix, features, wanted, self.vocabulary, self.config, counts, compiled=fuses(self))
 
 
 def _predicted(shape: ModelShape) -> int:
@@ -97,8 +103,8 @@ def weights(shape: ModelShape, uses: int = 1) -> Weights:
         return Weights()
     d, rank = shape.backbone.hidden, shape.token_loss.rank
     if not rank:
-        return of.column(d, shape.vocabulary, bias=False) * _predicted(shape)
-    return of.linear(d, _predicted(shape) * rank) + of.column(rank, shape.vocabulary, bias=False) * uses
+        return of.vocabulary_matrix(d, shape.vocabulary) * _predicted(shape)
+    return of.linear(d, _predicted(shape) * rank) + of.vocabulary_matrix(rank, shape.vocabulary) * uses
 
 
 def applied(shape: ModelShape) -> Weights:
@@ -112,34 +118,38 @@ def training_flops(shape: ModelShape, positions: int) -> int:
 
 
 def kernels(shape: ModelShape, load: Load) -> Kernels:
-    """Kernels of one micro-batch: two products, and the passes of the cross-entropy over the float32 logits."""
+    """Kernels of one micro-batch: the choice of positions, the features, and the cross-entropy."""
     side = shape.token_loss
     if side is None:
         return Kernels()
-    logits = load.rows // side.every * _learned(shape) * padded_vocabulary(shape.vocabulary) // load.layout.tensor
-    features = Kernels()
-    if side.rank:
-        features = of.product() + of.bias_kernel(load.whole(side.rank * _learned(shape)) // side.every)
-    passes = of.pointwise(13 * FLOAT32 * logits, 6 * FLOAT32 * logits, kernels=(25, 16))
-    return features + of.column_product(load) + passes
+    d, learned, inputs = shape.backbone.hidden, _learned(shape), load.rows // side.every
+    chosen = load.whole(d) // side.every
+    # Backward, the gradient of all positions is filled with zeros, scattered into, and added to that of the head.
+    choice = of.pointwise(2 * chosen, chosen + 4 * load.whole(d), kernels=(16, 7))
+    if side.tokens == "random":
+        choice += Kernels(forward=5, backward=2)
+    if not side.rank:
+        choice += Kernels(forward=learned, backward=learned - 1)
+        return choice + linear_cross_entropy.kernels(load, inputs, d, shape.vocabulary) * learned
+    features = of.product() + of.pointwise(0, load.whole(side.rank * _predicted(shape)) // side.every)
+    return choice + features + linear_cross_entropy.kernels(load, inputs * learned, side.rank, shape.vocabulary)
 
 
 def activations(shape: ModelShape, load: Load) -> Activations:
-    """Bytes for one micro-batch.
+    """Bytes for one micro-batch: of each matrix with full rank, or of one.
 
-    Kept: the chosen hidden states, read by the first matrix; the features of the learned tokens, read by the second;
-    the probabilities of this rank's part of the vocabulary in float32. Alive in addition: the logits (forward) and
-    their gradient (backward).
+    The chosen hidden states are read by the matrix of the features, and kept for it.
     """
     side = shape.token_loss
     if side is None:
         return Activations(0)
-    learned = _learned(shape)
-    logits = load.rows // side.every * learned * padded_vocabulary(shape.vocabulary) // load.layout.tensor
-    features = side.rank * learned if side.rank else 0
-    kept = (load.whole(shape.backbone.hidden) + load.whole(features)) // side.every + logits * FLOAT32
-    converted = FLOAT32 if load.width == FLOAT32 else FLOAT32 + load.width
-    return Activations(kept, logits * converted, logits * FLOAT32)
+    d, learned, inputs = shape.backbone.hidden, _learned(shape), load.rows // side.every
+    chosen = load.whole(d) // side.every
+    if side.rank:
+        loss = linear_cross_entropy.activations(load, inputs * learned, side.rank, shape.vocabulary)
+        return Activations(chosen + loss.kept, loss.forward, loss.backward)
+    loss = linear_cross_entropy.activations(load, inputs, d, shape.vocabulary)
+    return Activations(loss.kept * learned, chosen + loss.forward, chosen + loss.backward)
 
 
 def describe(shape: ModelShape) -> str:

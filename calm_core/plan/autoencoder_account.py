@@ -1,9 +1,12 @@
 """The account of a training run of the autoencoder, which is data-parallel alone."""
 
+from dataclasses import replace
+
 from calm_core.config.experiment import Experiment, PlanConfig
 from calm_core.config.model_config import AutoencoderConfig, padded_vocabulary
 from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.model import costs as of
+from calm_core.model import linear_cross_entropy
 from calm_core.model.costs import FLOAT32, TOKEN, Kernels, Load
 from calm_core.plan import flops
 from calm_core.plan.flops import AutoencoderShape
@@ -15,7 +18,6 @@ from calm_core.plan.step_time import Machine, StepTime, UnitWork, accumulation_p
 from calm_core.plan.table import GIB, cost_lines, time_lines
 
 TENSORS = 25  # weights and biases: see `calm_core.autoencoder.model`
-LOGIT_ROWS = 1024  # tokens whose logits are held at once: see `calm_core.autoencoder.output_layer`
 
 
 def describe(experiment: Experiment, vocabulary: int, world: int) -> str:
@@ -118,14 +120,18 @@ def kernels(shape: AutoencoderShape, load: Load, outputs: int) -> Kernels:
     draws = of.noise_kernels(load, load.positions * (k + 2 * shape.latent)) * 3
     posterior = of.pointwise(30 * latents, 20 * latents, kernels=(20, 16))
     decoder = linear(h) + block(1) + linear(k * h) + block(k) + of.rms_norm_kernels(load, k * h)
-    rows, tokens, sampled = padded_vocabulary(outputs), load.rows * k, outputs < shape.vocabulary
-    slices = -(-tokens // LOGIT_ROWS)
-    passes = tokens * rows * (2 * load.width + 5 * FLOAT32) + slices * rows * h * (2 * load.width + 2 * FLOAT32)
-    loss = of.pointwise(passes, 2 * FLOAT32 * rows * h, kernels=(slices * 14, 4))
+    sampled = outputs < shape.vocabulary
+    samples = load.micro_batch if sampled else 1  # each with a matrix of its own
+    loss = linear_cross_entropy.kernels(_eager(load), load.rows * k // samples, h, outputs) * samples
     if sampled:
         table = load.micro_batch * (4 * outputs * h * load.width + 6 * TOKEN * shape.vocabulary)
         loss += of.pointwise(table, table, kernels=(20 * load.micro_batch, 4))
     return encoder + draws + posterior + decoder + loss
+
+
+def _eager(load: Load) -> Load:
+    """The autoencoder is not compiled."""
+    return replace(load, layout=ParallelConfig(compile="never"))
 
 
 def autoencoder_shape(config: AutoencoderConfig, vocabulary: int, k: int) -> AutoencoderShape:
@@ -146,8 +152,8 @@ def activations(shape: AutoencoderShape, load: Load, outputs: int) -> int:
     divergence), the input of the decoder and the dropout mask; of the tokens, the ids before and after dropout.
 
     For the table the cross-entropy keeps a float32 gradient, and backward adds to another; where the vocabulary is not
-    a multiple of that of `padded_vocabulary`, it works on a padded copy. The logits of a slice are held in float32 and
-    twice in the precision of the weights. A sampled output layer has its rows of the table, their ids and their
+    a multiple of that of `padded_vocabulary`, it works on a padded copy. In addition, what the cross-entropy of a block
+    holds. A sampled output layer has its rows of the table, their ids and their
     gradients for each sample, and the table's gradient in the precision of the weights.
     """
     h, k, ffn, latent = shape.hidden, shape.k, shape.ffn, shape.latent
@@ -158,9 +164,9 @@ def activations(shape: AutoencoderShape, load: Load, outputs: int) -> int:
     kept = blocks + encoder + decoder + posterior + 2 * load.rows * k * TOKEN
     sampled, rows = outputs < shape.vocabulary, padded_vocabulary(outputs)
     tables, inputs = (load.micro_batch, load.positions * k) if sampled else (1, load.rows * k)
-    logits = min(LOGIT_ROWS, inputs) * rows * (2 * load.width + FLOAT32)
+    block = linear_cross_entropy.activations(_eager(load), inputs, h, outputs).forward
     copy = 0 if rows == outputs else load.width * rows * h
     gradients = 2 * FLOAT32 * tables * rows * h
     if sampled:
         gradients += tables * outputs * TOKEN + load.width * shape.vocabulary * h
-    return kept + gradients + copy + logits
+    return kept + gradients + copy + block

@@ -136,7 +136,7 @@ def unit_messages(shape: ModelShape, load: Load) -> list[tuple[int, int]]:
 
     The ranks sum the output of a `row`, and the gradient of the input of a `column`. With sequence parallelism a sum is
     a reduce-scatter and an all-gather, as many bytes, and the input of a `column` is gathered once more in the backward
-    pass. The losses' own exchange, a number per position, is omitted.
+    pass, unless its gradient is known by then. The losses' own exchange, a number per position, is omitted.
     """
     entrance, *layers, _ = flops.unit_weights(shape)
     head = head_module(shape.head.kind).costs(shape).training_weights
@@ -152,7 +152,9 @@ def unit_messages(shape: ModelShape, load: Load) -> list[tuple[int, int]]:
 
 def _sent(load: Load, weights: Weights) -> tuple[int, int]:
     tensor, outputs, inputs = load.layout.tensor, weights.summed_outputs, weights.summed_inputs
-    widths = (outputs + inputs, outputs + 2 * inputs) if load.layout.sequence else (2 * outputs, 2 * inputs)
+    widths = (2 * outputs, 2 * inputs)
+    if load.layout.sequence:
+        widths = (outputs + inputs, outputs + 2 * inputs - weights.gathered_once)
     return tuple(load.rows * load.width * width * (tensor - 1) // tensor for width in widths)
 
 

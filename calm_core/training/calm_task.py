@@ -157,18 +157,17 @@ class CalmTask:
         inputs = batch.inputs(self._device) if model.first else None
         target = self._target(batch) if model.last else None
         output = model(inputs, target, noise, self._learns_tokens)
-        if not model.last:
-            return output, partial(_mean_loss, weights=None)
-        weights = position_weights(target.tokens, self.samples.store.padding)
-        return output, partial(_mean_loss, weights=own_positions(weights, model.config))
+        weights = own_positions(target.weights, model.config) if model.last else None
+        return output, partial(_mean_loss, weights=weights)
 
     def _target(self, batch: ChunkBatch) -> Target:
         """What the batch predicts, encoded here where its store holds tokens alone."""
         target = batch.target(self._device)
+        weights = position_weights(target.tokens, self.samples.store.padding)
         if target.mean is not None or not self.shape.latent:
-            return target
+            return replace(target, weights=weights)
         mean, log_std = self.samples.store.encode(target.tokens)
-        return Target(target.tokens, mean.float(), log_std.float())
+        return Target(target.tokens, mean.float(), log_std.float(), weights)
 
     def texts(self, engine: Engine) -> list[dict[str, Any]]:
         """The continuations of the configured prompts, if there is a tokenizer.

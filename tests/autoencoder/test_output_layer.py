@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from calm_core.autoencoder import output_layer
 from calm_core.autoencoder.output_layer import (
     argmax,
-    linear_cross_entropy,
     log_probability,
+    mean_cross_entropy,
     most_probable,
     sampled_cross_entropy,
 )
@@ -33,7 +33,7 @@ def test_values_and_gradients(dtype, tolerance, rows):
     hidden, weight, targets = problem(dtype)
     exact = F.cross_entropy(hidden.double() @ weight.double().T, targets)
     expected = torch.autograd.grad(3 * exact, (hidden, weight))
-    loss = linear_cross_entropy(hidden, weight, targets, rows=rows)
+    loss = mean_cross_entropy(hidden, weight, targets, rows=rows)
     gradients = torch.autograd.grad(3 * loss, (hidden, weight))
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(loss.double(), exact, rtol=tolerance, atol=tolerance)
@@ -59,15 +59,15 @@ class Products(TorchDispatchMode):
 def test_products_run_on_a_padded_vocabulary():
     hidden, weight, targets = problem(torch.float32)
     with Products() as seen:
-        linear_cross_entropy(hidden, weight, targets)
+        mean_cross_entropy(hidden, weight, targets)
     assert seen.sizes == {23, 8, 128}
 
 
 def test_without_gradients_the_value_is_the_same():
     hidden, weight, targets = problem(torch.float64)
-    loss = linear_cross_entropy(hidden, weight, targets)
+    loss = mean_cross_entropy(hidden, weight, targets)
     with torch.no_grad():
-        quiet = linear_cross_entropy(hidden, weight, targets, rows=7)
+        quiet = mean_cross_entropy(hidden, weight, targets, rows=7)
     torch.testing.assert_close(quiet, loss)
     assert not quiet.requires_grad
 

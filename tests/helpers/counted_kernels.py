@@ -1,7 +1,7 @@
 """Counts the kernels that are started, the bytes that they read and write, and the bytes that ranks send.
 
-As a script on several ranks: `OUT NAME...` counts a micro-batch in each layout and writes OUT/NAME-RANK.json, with the
-plan's figures beside those counted.
+As a script on several ranks: `OUT NAME...` counts a micro-batch under each name, LAYOUT or LAYOUT/MODEL, and writes
+OUT/LAYOUT-MODEL-RANK.json, with the plan's figures beside those counted. MODEL is "softmax" or "tokens", a side loss.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from calm_core.config.model_config import HEADS, BackboneConfig, HeadConfig, ModelShape
+from calm_core.config.model_config import HEADS, BackboneConfig, HeadConfig, ModelShape, TokenLossConfig
 from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.topology import distributed
 from calm_core.model.costs import Load
@@ -25,11 +25,13 @@ from calm_core.plan.step_time import unit_work
 S, B = 32, 2
 PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm")
 NO_KERNEL = ("aten._unsafe_view", "aten.promote_types", "aten.empty", "aten.new_empty", "aten.detach", "c10d.")
+BY_INDEX = ("aten.gather.", "aten.scatter")  # of a tensor they read or write what the index names
 LAYOUTS = {
     "tp2": ParallelConfig(tensor=2),
     "tp2-sp": ParallelConfig(tensor=2, sequence=True),
     "tp2-sp-whole-head": ParallelConfig(tensor=2, sequence=True, head="replicated"),
 }
+SIDE = TokenLossConfig(weight=1.0, rank=8)
 
 
 class CountedKernels(TorchDispatchMode):
@@ -46,7 +48,9 @@ class CountedKernels(TorchDispatchMode):
             self._count_message(name, args)
         elif not func.is_view and not name.startswith(NO_KERNEL):
             self.kernels += 1
-            if not name.startswith(PRODUCTS):
+            if name.startswith(BY_INDEX):
+                self.moved += 2 * args[2].numel() * args[0].itemsize + args[2].nbytes
+            elif not name.startswith(PRODUCTS):
                 read = {x.data_ptr(): x.nbytes for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
                 written = [x.nbytes for x in tree_iter(out) if isinstance(x, torch.Tensor)]
                 self.moved += sum(read.values()) + sum(written)
@@ -60,12 +64,12 @@ class CountedKernels(TorchDispatchMode):
         self.sent += times * whole * (ranks - 1) // ranks
 
 
-def shape_of(kind: str = "energy", layers: int = 2, blocks: int = 2) -> ModelShape:
+def shape_of(kind: str = "energy", layers: int = 2, blocks: int = 2, side: TokenLossConfig | None = None) -> ModelShape:
     """A small model."""
     tokens = HEADS[kind].reads_tokens
     head = HeadConfig(kind=kind, blocks=blocks, samples=4, target_samples=32)
     backbone = BackboneConfig(layers=layers, hidden=64, ffn=160, heads=4)
-    return ModelShape(backbone, head, vocabulary=256, k=1 if tokens else 4, latent=0 if tokens else 16)
+    return ModelShape(backbone, head, vocabulary=256, k=1 if tokens else 4, latent=0 if tokens else 16, token_loss=side)
 
 
 def counted(shape: ModelShape, layout: ParallelConfig, dtype: torch.dtype) -> dict[str, dict[str, int]]:
@@ -82,7 +86,8 @@ def counted(shape: ModelShape, layout: ParallelConfig, dtype: torch.dtype) -> di
     target = Target(*(x[:, 1:].transpose(0, 1).contiguous() for x in (tokens, *latents)))
     forward, backward = CountedKernels(), CountedKernels()
     with forward:
-        loss = model(tokens[:, :-1], target, SampleNoise(0, range(B), torch.device("cpu"))).loss.mean()
+        output = model(tokens[:, :-1], target, SampleNoise(0, range(B), torch.device("cpu")))
+        loss = output.loss.mean() if output.side is None else (output.loss + output.side).mean()
     with backward:
         loss.backward()
     names = ("kernels", "moved", "messages", "sent")
@@ -108,12 +113,15 @@ def main() -> None:
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     for name in sys.argv[2:]:
-        with distributed(LAYOUTS[name]) as topology:
+        layout, _, model = name.partition("/")
+        shape = shape_of("softmax") if model == "softmax" else shape_of(side=SIDE if model == "tokens" else None)
+        with distributed(LAYOUTS[layout]) as topology:
             found = {
-                "counted": counted(shape_of(), LAYOUTS[name], torch.bfloat16),
-                "planned": planned(shape_of(), LAYOUTS[name], torch.bfloat16),
+                "counted": counted(shape, LAYOUTS[layout], torch.bfloat16),
+                "planned": planned(shape, LAYOUTS[layout], torch.bfloat16),
             }
-            (Path(sys.argv[1]) / f"{name}-{topology.rank}.json").write_text(json.dumps(found))
+            out = Path(sys.argv[1]) / f"{name.replace('/', '-')}-{topology.rank}.json"
+            out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from live_bytes import LiveBytes, storages
 
 from calm_core.config.experiment import PlanConfig
-from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape
+from calm_core.config.model_config import BackboneConfig, HeadConfig, ModelShape, TokenLossConfig
 from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.distributed.topology import Topology, distributed
 from calm_core.model.noise import SampleNoise
@@ -44,6 +44,8 @@ RUNS = {
     "dp2": (ENERGY, ParallelConfig()),
     "tp2": (ENERGY, ParallelConfig(tensor=2)),
     "tp2-sp": (ENERGY, ParallelConfig(tensor=2, sequence=True)),
+    "tokens": (replace(ENERGY, token_loss=TokenLossConfig(weight=1.0, rank=16)), ParallelConfig()),
+    "full-rank": (replace(ENERGY, token_loss=TokenLossConfig(weight=1.0)), ParallelConfig()),
     "tp2-sp-softmax": (of("softmax"), ParallelConfig(tensor=2, sequence=True)),
     "pp2": (ENERGY, ParallelConfig(pipeline=2)),
     "pp2-virtual2": (ENERGY, ParallelConfig(pipeline=2, virtual=2)),
@@ -74,7 +76,8 @@ def run(shape: ModelShape, topology: Topology) -> dict[str, int]:
         latents = [torch.randn(size, positions + 1, shape.latent)] * 2 if shape.latent else []
         target = Target(*(x[:, 1:].transpose(0, 1).contiguous() for x in (tokens, *latents)))
         output = model(tokens[:, :-1], target, SampleNoise(0, samples, topology.device))
-        return output, lambda output: (output.loss.mean(), {})
+        side = 0.0 if shape.token_loss is None else output.side
+        return output, lambda output: ((output.loss + side).mean(), {})
 
     def step() -> None:
         micro_batches = [list(range(size))] * planned.micro_batches

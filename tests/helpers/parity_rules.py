@@ -47,15 +47,14 @@ def _all_stages() -> tuple[str, Any]:
     return "calm_core.distributed.zero.NormRanks.get_model_parallel_group", one_stage
 
 
-def _gather() -> tuple[str, Any]:
-    """The softmax head gathers the gradients of the losses that it has handed out along the sequence."""
-    from calm_core.megatron import parallel_state
+def _parts() -> tuple[str, Any]:
+    """The gradient of what ranks with parts of the vocabulary read is the sum over the parts."""
+    from calm_core.megatron import gather_from_sequence_parallel_region
 
-    def shared_out(losses: Any, config: Any) -> Any:
-        ranks = parallel_state.get_tensor_model_parallel_world_size()
-        return losses.chunk(ranks)[parallel_state.get_tensor_model_parallel_rank()]
+    def gathered(x: Any, config: Any) -> Any:
+        return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
 
-    return "calm_core.model.heads.softmax.split_positions", shared_out
+    return "calm_core.model.layers.shared_positions", gathered
 
 
 def _own_noise() -> tuple[str, Any]:
@@ -74,6 +73,6 @@ RULES: dict[str, Callable[[], tuple[str, Any]]] = {
     "mark-rest": _mark_rest,
     "count-once": _count_once,
     "all-stages": _all_stages,
-    "gather": _gather,
+    "parts": _parts,
     "own-noise": _own_noise,
 }

@@ -7,7 +7,7 @@
     HEAD/LAYOUT!RULE      six steps without one of the rules by which ranks agree (see `parity_rules`)
     HEAD@bf16/LAYOUT      three steps with bf16 weights and activations
     HEAD@tokens/LAYOUT    three steps with a token side loss (`SIDE_LOSS` has further ones)
-    HEAD@padded/LAYOUT    three steps on windows with chunks of nothing but padding
+    HEAD@padded/LAYOUT    three steps on windows with chunks of nothing but padding; also HEAD@padded-tokens
 """
 
 import os
@@ -44,6 +44,7 @@ SIDE_LOSS = {
     "tokens": {"weight": 2.0, "rank": 6},
     "random-token": {"weight": 2.0, "rank": 6, "tokens": "random", "every": 4},
     "full-rank": {"weight": 2.0, "rank": 0},
+    "padded-tokens": {"weight": 2.0, "rank": 6},
 }
 
 # Layout and samples per micro-batch, of 8 samples a step.
@@ -117,7 +118,7 @@ def train(
     training = experiment.training
     experiment = replace(experiment, parallel=topology.layout)
     rows = calm_rows(experiment)
-    if variant == "padded":
+    if variant.startswith("padded"):
         rows[0].first.manifest["packing"] = "align"  # the store knows its padding then
     task = calm_task(experiment, rows, topology.device)
     parts = task.build(topology, torch.bfloat16 if variant == "bf16" else torch.float32)
@@ -149,7 +150,7 @@ def train(
             count = training.global_batch // (micro_batch * topology.data_size)
             plan = step_samples(step * 8, count, micro_batch, topology.data_rank, topology.data_size)
             batches = [task.load(samples) for samples in plan]
-            if variant == "padded":
+            if variant.startswith("padded"):
                 fill_up(batches, rows[0].first.padding)
             task.begin(step / STEPS)
             results = engine.forward_backward(task.forward_step, batches, shape_of_pass)

@@ -40,7 +40,7 @@ def side_loss(**side: object) -> TokenLoss:
     return module
 
 
-def plain(module: TokenLoss, hidden: Tensor, tokens: Tensor) -> Tensor:
+def plain(module: TokenLoss, hidden: Tensor, target: Target) -> Tensor:
     """Nats of each token that has features, at every position, `[S, B, tokens]`."""
     rank = module.side.rank
     features = module.features(hidden)
@@ -48,30 +48,52 @@ def plain(module: TokenLoss, hidden: Tensor, tokens: Tensor) -> Tensor:
         logits = torch.stack([f @ module.out[0].weight[:V].T for f in features.split(rank, -1)], 2)
     else:
         logits = torch.stack([features @ matrix.weight[:V].T for matrix in module.out], 2)
-    wanted = tokens[..., : logits.shape[2]]
+    wanted = target.tokens[..., : logits.shape[2]]
     return F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none").view(wanted.shape)
 
 
 @pytest.fixture
-def inputs() -> tuple[Tensor, Tensor]:
+def inputs() -> tuple[Tensor, Target]:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(S, B, D, generator=generator), torch.randint(V, (S, B, K), generator=generator)
+    return torch.randn(S, B, D, generator=generator), Target(torch.randint(V, (S, B, K), generator=generator))
 
 
 @pytest.mark.parametrize("side", [{"rank": 5}, {"rank": 0}, {"rank": 5, "tokens": "first"}])
-def test_it_is_the_mean_cross_entropy_of_the_tokens(topology: Topology, inputs: tuple[Tensor, Tensor], side) -> None:
+def test_it_is_the_mean_cross_entropy_of_the_tokens(topology: Topology, inputs: tuple[Tensor, Target], side) -> None:
     module = side_loss(**side)
     assert torch.allclose(module(*inputs, NOISE), plain(module, *inputs).mean(-1), atol=1e-5)
 
 
-def test_a_random_token_is_one_of_the_chunk_and_all_come_up(topology: Topology, inputs: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("side", [{"rank": 5}, {"rank": 0}, {"rank": 5, "tokens": "random", "every": 2}])
+def test_positions_have_their_weights_in_the_gradient(topology: Topology, inputs: tuple[Tensor, Target], side) -> None:
+    """As by finite differences, in the direction of the gradient itself."""
+    module, hidden, target = side_loss(**side).double(), inputs[0].double(), inputs[1]
+    target = replace(target, weights=torch.linspace(0, 2, S * B, dtype=torch.float64).view(S, B))
+
+    def loss() -> Tensor:
+        return 3.0 * (module(hidden, target, NOISE) * target.weights).sum()
+
+    hidden.requires_grad_()
+    gradient = torch.autograd.grad(loss(), (hidden, *module.parameters()))
+    places = [hidden, *module.parameters()]
+    steep = sum((part.square().sum() for part in gradient), torch.zeros(()))
+    rise = []
+    for step in (1e-5, -2e-5):
+        with torch.no_grad():
+            for place, part in zip(places, gradient, strict=True):
+                place += step * part / steep.sqrt()
+            rise.append(loss())
+    assert ((rise[0] - rise[1]) / 2e-5).item() == pytest.approx(steep.sqrt().item(), rel=1e-6)
+
+
+def test_a_random_token_is_one_of_the_chunk_and_all_come_up(topology: Topology, inputs: tuple[Tensor, Target]) -> None:
     module = side_loss(rank=5, tokens="random")
     distance = (module(*inputs, NOISE).unsqueeze(-1) - plain(module, *inputs)).abs()
     assert distance.min(-1).values.max() < 1e-5
     assert set(distance.argmin(-1).flatten().tolist()) == set(range(K))
 
 
-def test_positions_left_out_are_compensated(topology: Topology, inputs: tuple[Tensor, Tensor]) -> None:
+def test_positions_left_out_are_compensated(topology: Topology, inputs: tuple[Tensor, Target]) -> None:
     """Over many samples the mean is that of all positions."""
     module = side_loss(rank=5, every=4)
     every = plain(module, *inputs).mean(-1)
@@ -100,14 +122,14 @@ def test_its_training_flops() -> None:
     assert flops.paper_training(shape(rank=5), 1, S) == flops.paper_training(replace(shape(), token_loss=None), 1, S)
 
 
-def test_the_loss_of_the_head_stays_what_it_is(topology: Topology, inputs: tuple[Tensor, Tensor]) -> None:
+def test_the_loss_of_the_head_stays_what_it_is(topology: Topology, inputs: tuple[Tensor, Target]) -> None:
     """The side loss is a term of its own, and leaves zero gradients in the steps without it."""
     models = []
     for of in (shape(rank=5), replace(shape(), token_loss=None)):
         models.append(CalmModel(transformer_config(BACKBONE, ParallelConfig()), of))
         initialize([models[-1]], 0.2, seed=0)
     tokens, (_, target) = torch.randint(V, (B, S, K)), inputs
-    target = Target(target, torch.randn(S, B, 6), torch.zeros(S, B, 6))
+    target = Target(target.tokens, torch.randn(S, B, 6), torch.zeros(S, B, 6))
     with_side, without = (model(tokens, target, NOISE) for model in models)
     assert torch.equal(with_side.loss, without.loss)
     assert without.side is None

@@ -7,9 +7,10 @@ from torch import Tensor
 from calm_core.autoencoder.model import Autoencoder, autoencoder_loss
 from calm_core.config.model_config import AutoencoderConfig
 from calm_core.config.training_config import ParallelConfig
+from calm_core.model import linear_cross_entropy
 from calm_core.model.costs import FLOAT32, Load
 from calm_core.model.noise import SampleNoise
-from calm_core.plan.autoencoder_account import LOGIT_ROWS, activations, autoencoder_shape
+from calm_core.plan.autoencoder_account import activations, autoencoder_shape
 
 S, B, K, V = 32, 2, 4, 512
 
@@ -31,9 +32,10 @@ def test_the_activations_kept_are_the_tensors_that_autograd_saves(hidden: int, s
         autoencoder_loss(model, tokens, SampleNoise(0, range(B), torch.device("cpu")))
     measured = sum(storage.nbytes() for storage in saved.values()) + tokens.nbytes
     outputs = sampled or V
-    logits = min(LOGIT_ROWS, S * K if sampled else S * B * K) * outputs * 3 * FLOAT32
+    load, inputs = Load(S, B, ParallelConfig(), 4, "cpu"), S * K if sampled else S * B * K
+    block = linear_cross_entropy.activations(load, inputs, hidden, outputs).forward
     another = FLOAT32 * (B * outputs + V if sampled else V) * hidden  # gradient, made by backward
-    predicted = activations(autoencoder_shape(config, V, K), Load(S, B, ParallelConfig(), 4, "cpu"), outputs)
-    predicted -= logits + another
+    predicted = activations(autoencoder_shape(config, V, K), load, outputs)
+    predicted -= block + another
     print(f"hidden {hidden}, sampled {sampled}: predicted {predicted}, measured {measured}")
     assert predicted == pytest.approx(measured, rel=0.015)

@@ -7,7 +7,7 @@ import pytest
 from launching import ROOT, launch
 
 SCRIPT = ROOT / "tests" / "helpers" / "memory_run.py"
-ALONE = ["single", "full", "selective", "softmax", "flow", "diffusion"]
+ALONE = ["single", "full", "selective", "softmax", "tokens", "full-rank", "flow", "diffusion"]
 TOGETHER = ["dp2", "tp2", "tp2-sp", "tp2-sp-softmax", "pp2", "pp2-virtual2"]
 
 

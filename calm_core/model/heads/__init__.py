@@ -26,11 +26,13 @@ class Target:
         tokens: `[S, B, K]` int64.
         mean: `[S, B, l]`, or None where only tokens are known (the softmax head needs no more).
         log_std: `[S, B, l]`, or None likewise.
+        weights: of the positions in the loss that is minimised, `[S, B]`, up to a factor; None if all weigh the same.
     """
 
     tokens: Tensor
     mean: Tensor | None = None
     log_std: Tensor | None = None
+    weights: Tensor | None = None
 
     def latents(self, draws: Tensor) -> Tensor:
         """Draws of the posterior `[S, B, N, l]` from standard normal `draws` `[S, B, N, l]`."""

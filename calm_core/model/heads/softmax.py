@@ -8,19 +8,20 @@ from torch import Tensor, nn
 
 from calm_core.config.model_config import ModelShape, padded_vocabulary
 from calm_core.model import costs as of
-from calm_core.model.costs import FLOAT32, Activations, HeadCosts, Kernels, Load, target_bytes
+from calm_core.model import linear_cross_entropy
+from calm_core.model.costs import Activations, HeadCosts, Kernels, Load, target_bytes
 from calm_core.model.heads import HeadLoss, Target
 from calm_core.model.layers import (
     all_positions,
     column,
-    cross_entropy,
     own_positions,
-    split_positions,
     tensor_group,
     vocabulary_logits,
+    vocabulary_nats,
     without_padding,
 )
 from calm_core.model.noise import Noise
+from calm_core.model.pointwise import fuses
 
 if TYPE_CHECKING:
     from calm_core.megatron import TransformerConfig
@@ -31,11 +32,7 @@ PROBABILITY_BYTES = 1 << 28  # float64 probabilities that a draw holds at a time
 class SoftmaxHead(nn.Module):
     """log P(token | h) = log softmax(W h) over the vocabulary, whose rows are divided among tensor-parallel ranks.
 
-    With sequence parallelism the matrix gathers the hidden states, so each rank has its part of the logits of all
-    positions, but returns the losses of its own positions only. The loss of one position needs gradients in every
-    rank's part of the vocabulary, so the backward pass gathers the gradients of all losses (`split_positions`). Each
-    rank then computes the gradient of the whole loss for its rows of W; the matrix sums the gradients of the hidden
-    states over the ranks and returns to each those of its own positions.
+    `vocabulary_nats` has the losses, and what sequence-parallel ranks exchange for them.
     """
 
     def __init__(self, config: "TransformerConfig", vocabulary: int) -> None:
@@ -46,11 +43,11 @@ class SoftmaxHead(nn.Module):
 
     def loss(self, hidden: Tensor, target: Target, noise: Noise) -> HeadLoss:
         """Cross-entropy in nats of the next token; uses no noise."""
-        return HeadLoss(-self.log_probabilities(hidden, target.tokens.squeeze(-1)), {})
+        return HeadLoss(self._nats(hidden, target.tokens.squeeze(-1), target.weights), {})
 
     def log_probabilities(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """log P of one token at each position, float32 `[S', B]`: hidden `[S', B, d]`, tokens `[S, B]`."""
-        return -split_positions(cross_entropy(self.logits(hidden), tokens.contiguous(), self.config), self.config)
+        return -self._nats(hidden, tokens)
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, noise: Noise, samples: int) -> Tensor:
@@ -67,6 +64,9 @@ class SoftmaxHead(nn.Module):
             for part, own in zip(logits.flatten(0, 1).split(rows), draws.flatten(0, 1).split(rows), strict=True)
         ]
         return own_positions(torch.cat(tokens).view_as(draws), self.config).unsqueeze(-1)
+
+    def _nats(self, hidden: Tensor, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
+        return vocabulary_nats(self.out, hidden, tokens, self.vocabulary, self.config, weights, compiled=fuses(self))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's part of the logits of all positions, float32 `[S, B, V / TP]`; -inf for padding rows."""
@@ -102,34 +102,23 @@ def build(config: "TransformerConfig", shape: ModelShape) -> SoftmaxHead:
 
 def costs(shape: ModelShape) -> HeadCosts:
     """One matrix, applied once per position in training and sampling alike, however many tokens are drawn."""
-    return HeadCosts(of.column(shape.backbone.hidden, shape.vocabulary, bias=False))
+    return HeadCosts(of.vocabulary_matrix(shape.backbone.hidden, shape.vocabulary))
 
 
 def kernels(shape: ModelShape, load: Load) -> Kernels:
-    """Of the final norm, the logits and the cross-entropy, which passes over the float32 logits several times.
-
-    Forward: convert, mask, maximum, subtract, exponentials, sum, divide; backward: two passes, mask, convert.
-    """
-    logits = load.rows * padded_vocabulary(shape.vocabulary) // load.layout.tensor
-    convert = logits * (FLOAT32 + load.width) if load.width < FLOAT32 else 0
-    sums = 3 if load.layout.tensor > 1 else 0
-    return (
-        of.rms_norm_kernels(load, shape.backbone.hidden)
-        + of.column_product(load)
-        + of.pointwise(convert, convert)
-        + of.pointwise(13 * FLOAT32 * logits, 6 * FLOAT32 * logits, kernels=(21, 12))
-        + Kernels(messages_forward=sums)
-    )
+    """Of the final norm, the cross-entropy, and backward the mean of its losses."""
+    d = shape.backbone.hidden
+    loss = linear_cross_entropy.kernels(load, load.rows, d, shape.vocabulary)
+    return of.rms_norm_kernels(load, d) + loss + Kernels(backward=2)
 
 
 def activations(shape: ModelShape, load: Load) -> Activations:
-    """Of the final norm, the logits and the cross-entropy.
+    """Of the final norm and the cross-entropy.
 
-    Kept: what the norm keeps; the hidden states, which the matrix reads; the probabilities of this rank's part of the
-    vocabulary in float32, which the cross-entropy keeps; the targets. In the forward pass the float32 logits exist in
-    addition, with bf16 weights also those in bf16; in the backward pass, the gradient of the logits.
+    Kept: what the norm keeps; what the cross-entropy keeps; the targets. Its inputs, which the norm returns, exist in
+    the forward pass.
     """
-    d, logits = shape.backbone.hidden, load.rows * padded_vocabulary(shape.vocabulary) // load.layout.tensor
-    kept = load.rms_norm(d) + load.whole(d) + logits * FLOAT32 + target_bytes(shape, load)
-    converted = FLOAT32 if load.width == FLOAT32 else FLOAT32 + load.width
-    return Activations(kept, logits * converted, logits * FLOAT32, load.gathered(d))
+    d = shape.backbone.hidden
+    loss = linear_cross_entropy.activations(load, load.rows, d, shape.vocabulary)
+    kept = load.rms_norm(d) + loss.kept + target_bytes(shape, load)
+    return Activations(kept, loss.forward + load.whole(d), loss.backward)

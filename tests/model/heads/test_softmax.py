@@ -51,10 +51,10 @@ def test_loss_and_gradients_are_those_of_the_plain_cross_entropy(
     weight = head.out.weight.detach()[:V].clone().requires_grad_()
     theirs, ours = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     expected = F.cross_entropy((theirs @ weight.T).flatten(0, 1), tokens.flatten(), reduction="none").view(S, B)
-    loss = head.loss(ours, Target(tokens.unsqueeze(-1)), noise([])).loss
+    each = torch.linspace(1, 2, S * B).view(S, B)
+    loss = head.loss(ours, Target(tokens.unsqueeze(-1), weights=each), noise([])).loss
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(-head.log_probabilities(hidden, tokens), expected)
-    each = torch.linspace(1, 2, S * B).view(S, B)
     (loss * each).sum().backward()
     (expected * each).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)

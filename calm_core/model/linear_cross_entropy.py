@@ -1,0 +1,214 @@
+"""Cross-entropy of a linear layer's logits, of which only a block of inputs exists at a time.
+
+The gradients are computed with the loss, block by block, so that no logits are kept or computed again for the backward
+pass. Its condition: the gradient of the losses is proportional to counts that are known in the forward pass.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from calm_core.config.model_config import padded_vocabulary
+from calm_core.model import costs as of
+from calm_core.model import pointwise
+from calm_core.model.costs import FLOAT32, Activations, Kernels, Load, logit_rows
+
+
+def linear_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    counts: Tensor | None = None,
+    offsets: Tensor | None = None,
+    vocabulary: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    compiled: bool = False,
+    rows: int | None = None,
+) -> Tensor:
+    """-log P(target) in nats `[n]` under the softmax of the logits `features [n, r] @ weight [V, r].T + offsets [V]`.
+
+    Products run in the inputs' dtype; softmax, losses and sums over blocks in float32 (float64 for float64).
+
+    The ranks of a `group` have the rows of one matrix in turn, as many each, and the same features, targets and counts.
+    Each gets the losses, the gradient of its rows, and its part of the features' gradient, whose sum is the caller's.
+
+    Args:
+        features: the inputs.
+        weight: this rank's rows of the matrix.
+        targets: tokens.
+        counts: `[n]`, at least 0, to which the gradient of the losses is proportional; None if it is one number.
+        offsets: of this rank's rows.
+        vocabulary: tokens; further rows pad the matrix and have probability 0. None: all rows are tokens.
+        group: the ranks among which the vocabulary is divided.
+        compiled: whether the work between the products is compiled.
+        rows: inputs in a block; None: as many as the device works well with.
+    """
+    part = _Part(len(weight), vocabulary, group, offsets, compiled)
+    rows = rows or logit_rows(len(weight), features.device.type)
+    if torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad):
+        counts = torch.ones(len(targets), device=features.device) if counts is None else counts
+        return _WithGradients.apply(features, weight, targets, counts, part, rows)
+    blocks = zip(features.split(rows), targets.split(rows), strict=True)
+    return torch.cat([part.softmax(part.logits(x, weight), goals).nats for x, goals in blocks])
+
+
+class _Softmax(NamedTuple):
+    """What is known of the softmax of a block of n inputs over the whole vocabulary.
+
+    Attributes:
+        shift: the largest logit, which all are lowered by, `[n, 1]`.
+        total: the sum of all exponentials, lowered by the same, `[n, 1]`.
+        nats: of the targets, `[n]`.
+        goals: the rows of the targets in this rank's matrix, `[n, 1]`; of another rank's, any row.
+        own: whether this rank has the target, `[n, 1]`; None if it has all.
+    """
+
+    shift: Tensor
+    total: Tensor
+    nats: Tensor
+    goals: Tensor
+    own: Tensor | None = None
+
+
+class _Part:
+    """A rank's rows of the matrix."""
+
+    def __init__(
+        self, rows: int, vocabulary: int | None, group: dist.ProcessGroup | None, offsets: Tensor | None, compiled: bool
+    ) -> None:
+        self.rows, self.group, self.offsets = rows, group, offsets
+        self.first = 0 if group is None else rows * dist.get_rank(group)
+        self.tokens = rows if vocabulary is None else min(rows, max(0, vocabulary - self.first))
+        self._sums, self._slope = pointwise.softmax_sums, pointwise.softmax_slope
+        if compiled:
+            self._sums, self._slope = pointwise.compiled(self._sums), pointwise.compiled(self._slope)
+
+    def logits(self, features: Tensor, weight: Tensor) -> Tensor:
+        """Of these rows, `[n, V]`, -inf for those that are no token."""
+        logits = features @ weight.T
+        if self.offsets is not None:
+            logits = logits + self.offsets
+        if self.tokens < self.rows:
+            logits[:, self.tokens :] = -torch.inf
+        return logits
+
+    def softmax(self, logits: Tensor, targets: Tensor) -> _Softmax:
+        """Of logits `[n, V]` and targets `[n]`. The ranks of a group exchange one message."""
+        shift, total = self._sums(logits)
+        goals, own = targets.unsqueeze(1), None
+        if self.group is not None:
+            goals = goals - self.first
+            own = (goals >= 0) & (goals < self.rows)
+            goals = goals.clamp(0, self.rows - 1)
+        goal = logits.gather(1, goals)
+        if self.group is None:
+            return _Softmax(shift, total, (total.log() - (goal - shift)).squeeze(1), goals)
+        mine = torch.stack([shift, total, torch.where(own, goal.to(shift.dtype), 0.0)])
+        every = mine.new_empty(dist.get_world_size(self.group) * len(mine), *shift.shape)
+        dist.all_gather_into_tensor(every, mine, group=self.group)
+        shifts, totals, goal_logits = every.unflatten(0, (-1, len(mine))).unbind(1)
+        largest = shifts.amax(0)
+        whole = (totals * (shifts - largest).exp()).sum(0)
+        nats = whole.log() - (goal_logits.sum(0) - largest)
+        return _Softmax(largest, whole, nats.squeeze(1), goals, own)
+
+    def slope(self, logits: Tensor, known: _Softmax, counts: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient, with respect to the logits, of the sum of losses times counts."""
+        scale = counts.to(known.total.dtype).unsqueeze(1)
+        slope = self._slope(logits, known.shift, scale / known.total, dtype)
+        # At the target the probability less one, of which both are float32.
+        at_goal = (torch.expm1(-known.nats.unsqueeze(1)) * scale).to(dtype)
+        if known.own is not None:
+            at_goal = torch.where(known.own, at_goal, slope.gather(1, known.goals))
+        return slope.scatter_(1, known.goals, at_goal)
+
+
+class _WithGradients(torch.autograd.Function):
+    """Keeps the gradients of the sum of losses times counts, and multiplies them by what backward asks for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, counts: Tensor, part: _Part, rows: int
+    ) -> Tensor:
+        precision = torch.promote_types(features.dtype, torch.float32)
+        of_features = torch.empty_like(features)
+        of_weight = torch.zeros(weight.shape, dtype=precision, device=weight.device)
+        nats = []
+        for start in range(0, len(targets), rows):
+            block = slice(start, start + rows)
+            logits = part.logits(features[block], weight)
+            known = part.softmax(logits, targets[block])
+            slope = part.slope(logits, known, counts[block], features.dtype)
+            torch.mm(slope, weight, out=of_features[block])
+            if weight.dtype == precision:
+                torch.addmm(of_weight, slope.T, features[block], out=of_weight)
+            else:
+                of_weight += slope.T @ features[block]
+            nats.append(known.nats)
+        ctx.save_for_backward(of_features, of_weight, counts)
+        ctx.dtype = weight.dtype
+        return torch.cat(nats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        of_features, of_weight, counts = ctx.saved_tensors
+        counts = counts.to(gradient.dtype)
+        scale = gradient.sum() / counts.sum().clamp(min=torch.finfo(gradient.dtype).tiny)
+        apart = (gradient - scale * counts).abs().amax()
+        wrong = apart > 1e-3 * gradient.abs().amax()  # false of what is not finite: the step that follows refuses it
+        torch._assert_async(~wrong, "the gradient is not proportional to the counts")
+        return (of_features * scale).to(of_features.dtype), (of_weight * scale).to(ctx.dtype), None, None, None, None
+
+
+def kernels(load: Load, inputs: int, width: int, rows: int) -> Kernels:
+    """Kernels for `inputs` of this width and a matrix of so many rows, divided among the tensor-parallel ranks.
+
+    All products are in the forward pass; the backward pass multiplies the gradients by a number. Eagerly, the functions
+    of `pointwise` pass over the logits of a block twelve times in float32; compiled, the sums read them twice, and the
+    slope reads and writes them. The ranks exchange one message a block; with sequence parallelism they gather the
+    inputs, and backward the gradients of the losses. Backward they sum the gradients of the inputs.
+    """
+    parallel, gathers, narrow = load.layout.tensor > 1, load.layout.sequence, load.width < FLOAT32
+    part = padded_vocabulary(rows) // load.layout.tensor
+    blocks, table, logits = -(-inputs // logit_rows(part, load.device)), part * width, inputs * part
+    convert = FLOAT32 + load.width if narrow else 0
+    if load.compiled:
+        softmax = of.pointwise(4 * load.width * logits, 0, kernels=(2 * blocks, 0))
+    else:
+        passes = (12 * FLOAT32 + 3 * convert) * logits
+        softmax = of.pointwise(passes, 0, kernels=((11 if narrow else 8) * blocks, 0))
+    padding = padded_vocabulary(rows) > rows
+    added = (FLOAT32 + convert) * table * blocks if narrow else 0  # to the gradient of the matrix; a product adds else
+    return softmax + Kernels(
+        forward=2 + blocks * (12 + 2 * narrow + padding + (16 + narrow) * parallel),
+        backward=16 + narrow,
+        moved_forward=FLOAT32 * table + added,
+        moved_backward=2 * load.width * inputs * width + (2 * FLOAT32 + convert) * table,
+        messages_forward=blocks * parallel + gathers,
+        messages_backward=parallel + gathers,
+    )
+
+
+def activations(load: Load, inputs: int, width: int, rows: int) -> Activations:
+    """Bytes for such inputs and such a matrix.
+
+    Kept: the gradients of the inputs, and of the matrix in float32; losses and counts. In the forward pass, the logits
+    of a block with its exponentials (eager also in float32), the part of the matrix's gradient that a block of bf16
+    adds, and the inputs of all ranks with sequence parallelism. In the backward pass, both gradients multiplied, that
+    of the matrix also converted to bf16.
+    """
+    narrow, part = load.width < FLOAT32, padded_vocabulary(rows) // load.layout.tensor
+    table, features = part * width, inputs * width * load.width
+    added = table * load.width if narrow else 0
+    each = 2 * load.width if load.compiled or not narrow else load.width + 2 * FLOAT32
+    block = min(inputs, logit_rows(part, load.device)) * part * each
+    return Activations(
+        kept=features + FLOAT32 * table + 2 * FLOAT32 * inputs,
+        forward=block + added + (features if load.layout.sequence else 0),
+        backward=features + FLOAT32 * table + added,
+    )
