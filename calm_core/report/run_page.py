@@ -228,11 +228,11 @@ def _with_other_x(run: Training, trace: Trace | None) -> Trace | None:
 
 
 def _losses(runs: Sequence[Training], prefix: str) -> list[Figure | Paragraph]:
-    """The losses in one figure for each kind of loss: those of different kinds do not compare."""
+    """The losses in one figure for each kind of loss: those of different kinds cannot be compared."""
     figures: list[Figure | Paragraph] = []
     kinds = list(dict.fromkeys(map(_kind, runs)))
     if len(kinds) > 1:
-        note = f"Losses of {', '.join(kinds)} are of different kinds and do not compare: each has a figure of its own."
+        note = f"Losses of {', '.join(kinds)} are of different kinds and cannot be compared: each has its own figure."
         figures.append(Paragraph(note, note=True))
     for kind in kinds:
         traces = []

@@ -41,7 +41,7 @@ def collect(config: ScalingConfig) -> list[Row]:
 
     Raises:
         UserError: if a model or an autoencoder was trained by other settings than the study's, or models were scored
-            under measures that do not compare.
+            under measures that cannot be compared.
     """
     rows, planned = [], points(config)
     require_as_planned(config, planned)
@@ -110,7 +110,7 @@ def with_stored(config: ScalingConfig, rows: list[Row]) -> tuple[list[Row], int]
     So a results file never loses a point.
 
     Raises:
-        UserError: if the file holds points that the study does not plan, or scores that do not compare.
+        UserError: if the file holds points that the study does not plan, or scores that cannot be compared.
     """
     path = results_path(config)
     found = {(row["model"], row["budget"]) for row in rows}

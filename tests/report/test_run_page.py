@@ -296,7 +296,7 @@ def test_losses_of_different_kinds_are_not_drawn_on_one_axis(run: Path, tmp_path
     names = [{trace["name"] for trace in shown[f"calm-loss-{n}"]["data"] if "name" in trace} for n in (0, 1)]
     assert names[0] == {"one/calm training", "one/calm held-out"}
     assert names[1] == {"two/calm training", "two/calm held-out"}
-    assert "are of different kinds and do not compare" in (tmp_path / "comparison.html").read_text()
+    assert "are of different kinds and cannot be compared" in (tmp_path / "comparison.html").read_text()
 
 
 def test_a_run_has_one_colour_in_all_figures(run: Path, tmp_path: Path) -> None:
