@@ -11,11 +11,12 @@ SECTIONS = ("data", "autoencoder", "autoencoder_training", "profile", "plan")
 
 
 def train(experiment: Experiment, dry_run: bool) -> ExitCode:
-    """Train, or print what would be trained."""
+    """Train, or check that it could start and print what would be trained."""
     if dry_run:
         from calm_core.plan.dry_run import plan_autoencoder
+        from calm_core.training.launch import check_autoencoder
 
-        return plan_autoencoder(experiment, SECTIONS)
+        return plan_autoencoder(experiment, SECTIONS, check_autoencoder)
     from calm_core.report.run_page import write_run_page
     from calm_core.training.launch import run_autoencoder
 

@@ -12,11 +12,12 @@ SECTIONS = ("data", "model", "head", "parallel", "training", "evaluation", "samp
 
 
 def train(experiment: Experiment, dry_run: bool) -> ExitCode:
-    """Train, or print what would be trained."""
+    """Train, or check that it could start and print what would be trained."""
     if dry_run:
         from calm_core.plan.dry_run import plan_calm
+        from calm_core.training.launch import check_calm
 
-        return plan_calm(experiment, SECTIONS)
+        return plan_calm(experiment, SECTIONS, check_calm)
     from calm_core.report.run_page import write_run_page
     from calm_core.training.launch import run_calm
 

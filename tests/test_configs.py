@@ -26,7 +26,7 @@ def load(name: str) -> Experiment:
 def test_it_can_be_planned(path: Path, capsys: pytest.CaptureFixture) -> None:
     experiment = config.load(Experiment, path, [])
     plan = plan_autoencoder if path.stem.startswith("autoencoder") else plan_calm
-    assert plan(experiment, ("data", "plan")) == 0
+    assert plan(experiment, ("data", "plan"), lambda *_: []) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"run: {experiment.run}\nseed: 0\ndata:\n")
     assert "TOO MUCH" not in text
@@ -34,7 +34,7 @@ def test_it_can_be_planned(path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_the_plan_of_the_largest_model(capsys: pytest.CaptureFixture) -> None:
     experiment = config.load(Experiment, ROOT / "configs" / "calm_xl.yaml", ["plan.world=512", "plan.price=2"])
-    plan_calm(experiment, ("plan",))
+    plan_calm(experiment, ("plan",), lambda *_: [])
     text = capsys.readouterr().out
     for line in (
         "model: 1829.8M parameters without the autoencoder, vocabulary 128257",
@@ -59,7 +59,7 @@ def test_the_plan_of_the_largest_model(capsys: pytest.CaptureFixture) -> None:
 def test_a_plan_needs_to_know_the_vocabulary(tmp_path: Path) -> None:
     experiment = config.load(Experiment, None, [f"run={tmp_path}", "data.tokenizer=some.model"])
     with pytest.raises(UserError, match=r"data\.vocabulary is not set, and the plan needs to know that of some\.model"):
-        plan_calm(experiment, ("plan",))
+        plan_calm(experiment, ("plan",), lambda *_: [])
     assert vocabulary(config.load(Experiment, None, [f"run={tmp_path}", "tokenizer.vocab_size=999"])) == 999
     (tmp_path / "tokens").mkdir()
     manifest = {"kind": "tokens", "format_version": format_version("tokens"), "vocab_size": 77}

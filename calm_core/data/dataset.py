@@ -69,7 +69,7 @@ class Rows(NamedTuple):
 
 def token_rows(data: DataConfig, paths: Paths, share: slice = ALL) -> Rows:
     """Single tokens: of the token stores of `data.blend`, or of `paths.tokens`; `share` as in `chunk_rows`."""
-    return _open(data, _folders(data, "tokens", paths), partial(TokenStore, verify=data.verify, share=share))
+    return _open(data, store_folders(data, "tokens", paths), partial(TokenStore, verify=data.verify, share=share))
 
 
 def chunk_rows(data: DataConfig, paths: Paths, autoencoder: Autoencoder, share: slice = ALL) -> Rows:
@@ -88,8 +88,8 @@ def chunk_rows(data: DataConfig, paths: Paths, autoencoder: Autoencoder, share: 
             )
         encoder = cache(partial(FoldedEncoder, autoencoder))
         open_store = partial(EncodedStore, autoencoder=autoencoder, verify=data.verify, share=share, encoder=encoder)
-        return _open(data, _folders(data, "tokens", paths), open_store)
-    rows = _open(data, _folders(data, "chunks", paths), partial(ChunkStore, verify=data.verify, share=share))
+        return _open(data, store_folders(data, "tokens", paths), open_store)
+    rows = _open(data, store_folders(data, "chunks", paths), partial(ChunkStore, verify=data.verify, share=share))
     for store in rows.train.stores:
         store.require(data.k, autoencoder.content_hash)
         if store.packing != data.packing:
@@ -107,7 +107,7 @@ def _open(data: DataConfig, folders: list[Path], open_store: Callable[[Path, str
     return Rows(Blend(stores, data.blend or [StoreShare()]), open_store(folders[0], "held_out"))
 
 
-def _folders(data: DataConfig, kind: Literal["tokens", "chunks"], paths: Paths) -> list[Path]:
+def store_folders(data: DataConfig, kind: Literal["tokens", "chunks"], paths: Paths) -> list[Path]:
     """The stores of one kind that the blend names, or the one of the run."""
     for number, share in enumerate(data.blend):
         if not getattr(share, kind):

@@ -12,6 +12,7 @@ from torch import Tensor
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.config.data_config import Packing
 from calm_core.config.experiment import EvaluationConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.data.dataset import Windows
 from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
@@ -155,17 +156,29 @@ class HeldOut:
             UserError: if the held-out split is too small to give every rank one.
         """
         ranks, size, available = topology.data_size, self.config.micro_batch, len(self.windows)
-        count = min(self.config.windows or available, available)
+        count = self.count(topology.layout, topology.world)
         if ranks == 1 and topology.layout.pipeline == 1:
             return np.array_split(_chosen(available, count), range(size, count, size))
-        together = size * ranks * topology.layout.micro_batch_multiple
+        return list(_chosen(available, count).reshape(-1, ranks, size)[:, topology.data_rank])
+
+    def count(self, layout: ParallelConfig, world: int) -> int:
+        """The windows that a world of ranks in a layout scores; see `micro_batches`.
+
+        Raises:
+            UserError: if the held-out split is too small to give every rank one micro-batch.
+        """
+        ranks, size, available = layout.data_parallel(world), self.config.micro_batch, len(self.windows)
+        count = min(self.config.windows or available, available)
+        if ranks == 1 and layout.pipeline == 1:
+            return count
+        together = size * ranks * layout.micro_batch_multiple
         count = max(count // together, 1) * together
         if count > available:
             raise UserError(
                 f"the held-out split has {available} windows, fewer than the {together} that one pass of all ranks "
                 f"takes (evaluation.micro_batch={size}): lower evaluation.micro_batch or raise data.held_out."
             )
-        return list(_chosen(available, count).reshape(-1, ranks, size)[:, topology.data_rank])
+        return count
 
     def description(self) -> dict[str, Any]:
         """What is measured: the name of BrierLM, scored positions of a window, draws at each, chunks of a draw.

@@ -1,6 +1,11 @@
-"""`--dry-run` of the trainings: prints the resolved configuration and the plan; starts nothing and needs no data."""
+"""`--dry-run` of the trainings: prints the resolved configuration and the plan; starts nothing and needs no data.
+
+Where the data is there, the checks that the training makes of it before its first step are made too.
+"""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 from calm_core import config as configuration
 from calm_core.config.experiment import Experiment
@@ -16,9 +21,12 @@ from calm_core.plan.layout import rank_groups
 from calm_core.plan.run_cost import data_cost, evaluation_time, run_cost
 from calm_core.plan.search import candidates, largest_micro_batch
 
+Check = Callable[[Experiment, int], list[Path]]
+"""Makes the checks of a training over this many ranks; the artefacts that it misses."""
 
-def plan_calm(experiment: Experiment, sections: tuple[str, ...]) -> ExitCode:
-    """Print the plan of training CALM.
+
+def plan_calm(experiment: Experiment, sections: tuple[str, ...], check: Check) -> ExitCode:
+    """Print the plan of training CALM, after `check` has found that it can start.
 
     Raises:
         UserError: if the run could not start with this configuration.
@@ -37,12 +45,13 @@ def plan_calm(experiment: Experiment, sections: tuple[str, ...]) -> ExitCode:
     autoencoder = None if experiment.head.reads_tokens else _autoencoder_shape(experiment)
     trained_on = found.tokens_per_step * training.steps
     data = data_cost(autoencoder, shape.vocabulary, _corpus_tokens(experiment, trained_on), plan)
-    _print(experiment, sections, f"{text}\n\n{table.data_line(data)}")
+    checked = _checked(check(experiment, world))
+    _print(experiment, sections, f"{text}\n\n{table.data_line(data)}\n{checked}")
     return ExitCode.OK
 
 
-def plan_autoencoder(experiment: Experiment, sections: tuple[str, ...]) -> ExitCode:
-    """Print the plan of training the autoencoder.
+def plan_autoencoder(experiment: Experiment, sections: tuple[str, ...], check: Check) -> ExitCode:
+    """Print the plan of training the autoencoder, after `check` has found that it can start.
 
     Raises:
         UserError: if the run could not start with this configuration.
@@ -53,7 +62,8 @@ def plan_autoencoder(experiment: Experiment, sections: tuple[str, ...]) -> ExitC
     trained_on = training.steps * training.global_batch * training.positions * experiment.data.k
     tokens = _corpus_tokens(experiment, trained_on)
     data = data_cost(_autoencoder_shape(experiment), vocabulary(experiment), tokens, experiment.plan)
-    _print(experiment, sections, f"{text}\n\n{table.data_line(data)}")
+    checked = _checked(check(experiment, world))
+    _print(experiment, sections, f"{text}\n\n{table.data_line(data)}\n{checked}")
     return ExitCode.OK
 
 
@@ -93,6 +103,13 @@ def _corpus_tokens(experiment: Experiment, trained_on: int) -> float:
 
 def _autoencoder_shape(experiment: Experiment) -> AutoencoderShape:
     return autoencoder_shape(experiment.autoencoder, vocabulary(experiment), experiment.data.k)
+
+
+def _checked(awaited: list[Path]) -> str:
+    """What a dry run has checked, as a line."""
+    if awaited:
+        return f"checked: settings, run folder; not there yet, so not checked: {', '.join(map(str, awaited))}"
+    return "checked as when the training starts: settings, run folder, data, the checkpoint that it starts from"
 
 
 def _world(experiment: Experiment, least: int) -> int:

@@ -13,6 +13,7 @@ from calm_core.autoencoder.model import Autoencoder, autoencoder_loss, save_auto
 from calm_core.checkpoint.load import full_weights
 from calm_core.config import changes, decides
 from calm_core.config.model_config import AutoencoderConfig
+from calm_core.config.training_config import ParallelConfig
 from calm_core.data.dataset import Blend, TrainingSamples, read_batch
 from calm_core.data.store import TokenStore
 from calm_core.distributed.collectives import on_first_rank
@@ -86,6 +87,9 @@ class AutoencoderTask:
         self._cross_entropy = "cross_entropy" if outputs == self.vocab_size else "sampled_cross_entropy"
         self._held_out, self._artefact, self._train = held_out, artefact, train
         self._device = torch.device("cpu")
+
+    def check(self, layout: ParallelConfig, world: int) -> None:
+        """Every rank holds the whole model: nothing to refuse."""
 
     def build(self, topology: Topology, dtype: torch.dtype) -> list[MegatronModule]:
         """The whole model on every rank; the initial weights depend on the seed alone."""

@@ -92,9 +92,12 @@ class CalmTask:
         self._device = torch.device("cpu")
         self._columns = train.first.read_columns
 
+    def check(self, layout: ParallelConfig, world: int) -> None:
+        """Refuse too few held-out windows for these ranks; `CalmTask` itself has refused a layout that does not fit."""
+        self._held_out.count(layout, world)
+
     def build(self, topology: Topology, dtype: torch.dtype) -> list[MegatronModule]:
         """This rank's parts of the network; the initial weights depend on the seed alone."""
-        self._held_out.micro_batches(topology)  # refuses too few windows for these ranks
         self._device = topology.device
         store = self.samples.store
         needed = needed_columns(store, first=topology.first, last=topology.last)

@@ -16,9 +16,10 @@ from calm_core.distributed.optimizer import learning_rate_factor
 from calm_core.distributed.topology import Topology
 from calm_core.errors import ExitCode, UserError
 from calm_core.training.batch_loader import Loader, step_samples
+from calm_core.training.checks import RunProgress, check_start, resolved
 from calm_core.training.hardware import StepProfiler, deterministic, explain_out_of_memory
 from calm_core.training.reporter import Reporter
-from calm_core.training.resume import RunProgress, check_samples, is_finished, start, state_of
+from calm_core.training.resume import is_finished, start, state_of
 from calm_core.training.run_log import RunFolder, is_evaluated
 from calm_core.training.stopping import Requests, Watchdog
 from calm_core.training.task import Task
@@ -48,15 +49,15 @@ def train(
     Raises:
         UserError: if the folder or a checkpoint does not fit this run, or its loss remains not finite or a spike.
     """
-    resolved = configuration.to_dict(configuration.with_absolute_paths(experiment))
-    check(task, config, topology, folder)
+    settings = resolved(experiment)
+    on_first_rank(lambda: check_start(task, config, topology.layout, topology.world, folder, settings))
     watchdog = Watchdog(config.hang_start_minutes, config.hang_minutes, topology.rank, folder.logs)
     out_of_memory = explain_out_of_memory(task.section)
     with deterministic(config.deterministic), out_of_memory, watchdog, ExitStack() as stack:
         on_first_rank(lambda: stack.enter_context(folder.locked()))
-        if is_finished(task, config, topology, folder, resolved):
+        if is_finished(task, config, topology, folder, settings):
             return ExitCode.OK
-        engine, progress = start(task, config, topology, folder, resolved)
+        engine, progress = start(task, config, topology, folder, settings)
         stack.callback(engine.close)
         on_first_rank(lambda: configuration.save(experiment, folder.config))
         run = Run(
@@ -65,9 +66,9 @@ def train(
             folder,
             engine,
             progress,
-            resolved,
+            settings,
             watchdog,
-            stack.enter_context(Reporter(task, config, folder, engine, progress, resolved, write_page)),
+            stack.enter_context(Reporter(task, config, folder, engine, progress, settings, write_page)),
             stack.enter_context(Requests(folder.path)),
             stack.enter_context(Saver(folder.checkpoints, engine, save_policy(config))),
             stack.enter_context(open_loader(task, config, topology, progress)),
@@ -197,20 +198,3 @@ def check_skipped(progress: RunProgress, engine: Engine, config: TrainingConfig)
         f"training stopped at step {progress.step}: {reason}; the weights are those of the last good step, and "
         "metrics.jsonl names the documents of the skipped steps; try a lower learning rate."
     )
-
-
-def check(task: Task, config: TrainingConfig, topology: Topology, folder: RunFolder) -> None:
-    """Refuse settings that cannot work, before anything is written.
-
-    Raises:
-        UserError: naming them.
-    """
-    config.micro_batches(topology.data_size, topology.layout.micro_batch_multiple)
-    if not folder.checkpoints.exists():
-        check_samples(task, config, RunProgress())
-    timeout = topology.layout.timeout_minutes
-    if config.hang_minutes >= timeout:  # a collective that times out ends the run without stacks
-        raise UserError(
-            f"training.hang_minutes={config.hang_minutes:g} is not below parallel.timeout_minutes={timeout:g}, which "
-            "would end the run first, without stacks: lower the first or raise the second."
-        )

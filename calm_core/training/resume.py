@@ -1,33 +1,20 @@
 """How a run begins: with initial weights, with those of another run, or from a checkpoint of its own; its progress."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from calm_core import config as configuration
 from calm_core.checkpoint import load as checkpoints
 from calm_core.checkpoint.folder import Checkpoint, DamagedError, list_checkpoints, open_checkpoint
-from calm_core.config.experiment import Experiment
 from calm_core.config.training_config import ScheduleConfig, TrainingConfig
 from calm_core.distributed.collectives import on_first_rank
 from calm_core.distributed.engine import Engine
 from calm_core.distributed.optimizer import UpdateHistory, decay_start, learning_rate_factor
 from calm_core.distributed.topology import Topology, choose_dtype
-from calm_core.errors import UserError
+from calm_core.training.checks import RunProgress, check_same_run, check_samples, check_settings, none_undamaged
 from calm_core.training.run_log import RunFolder, is_evaluated
 from calm_core.training.task import Task
-
-
-@dataclass(frozen=True)
-class RunProgress:
-    """Steps done and samples consumed."""
-
-    step: int = 0
-    consumed: int = 0
-
-    def after(self, samples: int) -> "RunProgress":
-        """The progress after one more step of this many samples."""
-        return RunProgress(self.step + 1, self.consumed + samples)
 
 
 def state_of(
@@ -41,17 +28,6 @@ def state_of(
         "config": resolved,
         "identity": identity,
     }
-
-
-def check_samples(task: Task, config: TrainingConfig, progress: RunProgress) -> None:
-    """Refuse a run whose remaining steps need more samples than the stores have.
-
-    Raises:
-        UserError: saying how many they have.
-    """
-    remaining = config.steps - progress.step
-    if remaining > 0:
-        task.require(progress.consumed + remaining * config.global_batch)
 
 
 def is_finished(
@@ -95,11 +71,7 @@ def start(
     Raises:
         UserError: if the folder, `training.resume_from` or `training.init_from` does not fit this run.
     """
-    found = list_checkpoints(folder.checkpoints)
-    if found and config.resume == "never":
-        raise UserError(f"{folder.path} already holds a run: choose another `run` folder or training.resume=auto.")
-    if not found and config.resume_from:
-        found = [Path(config.resume_from)]
+    found = check_settings(config, topology.layout, topology.world, folder)
     model_parts = task.build(topology, choose_dtype(config.precision, topology))
     if config.init_from and not found:
         source = open_checkpoint(Path(config.init_from))
@@ -128,9 +100,7 @@ def _resume(found: list[Path], task: Task, engine: Engine, resolved: dict[str, A
         values = newest.state["progress"]
         engine.optimizer.detector.history = UpdateHistory.restored(values)
         return RunProgress(values["step"], values["consumed"])
-    raise UserError(
-        f"{found[0].parent} holds no undamaged checkpoint: restore one, or move the folder away to start over."
-    )
+    raise none_undamaged(found)
 
 
 def rate_jump(checkpoint: Checkpoint, section: str, resolved: dict[str, Any]) -> list[str]:
@@ -166,24 +136,3 @@ def _schedule(training: dict[str, Any]) -> tuple[int, ScheduleConfig, float]:
     """Steps, schedule and peak learning rate of the training settings of a resolved configuration."""
     schedule = configuration.convert(training["schedule"], ScheduleConfig)
     return training["steps"], schedule, training["optimizer"]["learning_rate"]
-
-
-def check_same_run(checkpoint: Checkpoint, task: Task, resolved: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Compare a run about to resume with the checkpoint it resumes from.
-
-    Returns:
-        (key, old value, new value) of each setting that has changed and may change.
-
-    Raises:
-        UserError: if the model's shape, the data or the seed differ: then it is another run.
-    """
-    saved, own = checkpoint.state["identity"], task.identity
-    shape = configuration.changes(task.shape_type, saved["model"], own["model"])
-    others = configuration.differences({**saved, "model": None}, {**own, "model": None})
-    if changed := [*((f"model.{key}", old, new) for key, old, new in shape), *others]:
-        key, old, new = changed[0]
-        raise UserError(
-            f"{checkpoint.path} belongs to another run: {key} was {old} and is now {new}; restore it, choose another "
-            "`run` folder, or start from these weights by training.init_from."
-        )
-    return configuration.changes(Experiment, checkpoint.state["config"], resolved)

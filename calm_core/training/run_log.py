@@ -60,6 +60,18 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.logs = path / "logs"
 
+    def require_run(self) -> None:
+        """Refuse a folder with other contents than a run's.
+
+        Raises:
+            UserError: naming it.
+        """
+        found = self.path.iterdir() if self.path.exists() and not self.config.exists() else ()
+        if any(path.name not in _BEFORE_CONFIG for path in found):
+            raise UserError(
+                f"{self.path} holds something other than a run: move it away or choose another `run` folder."
+            )
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the folder for this process until the end of the block; the lock ends with the process.
@@ -70,10 +82,7 @@ class RunFolder:
             UserError: if another process trains in this folder, or it holds something other than a run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        if not self.config.exists() and any(path.name not in _BEFORE_CONFIG for path in self.path.iterdir()):
-            raise UserError(
-                f"{self.path} holds something other than a run: move it away or choose another `run` folder."
-            )
+        self.require_run()
         with ExitStack() as stack:
             try:
                 stack.enter_context(file_lock(self.path / _LOCK))

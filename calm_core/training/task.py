@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed.engine import Engine
 from calm_core.distributed.topology import Topology
 from calm_core.megatron import MegatronModule
@@ -33,6 +34,14 @@ class Task(Protocol):
     flops_per_sample: float
     stages: list[dict[str, Any]]
     identity: dict[str, Any]
+
+    def check(self, layout: ParallelConfig, world: int) -> None:
+        """Refuse a layout of a world of ranks that model or data do not fit.
+
+        Raises:
+            UserError: naming what to change.
+        """
+        ...
 
     def build(self, topology: Topology, dtype: torch.dtype) -> list[MegatronModule]:
         """This rank's model parts with their initial weights."""
