@@ -97,9 +97,14 @@ def list_column(rows: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1])
 
 
+def values_of(array: pa.Array) -> np.ndarray:
+    """The values of an array without nulls, a view of the shard; `to_numpy` would import pandas."""
+    return np.from_dlpack(array)
+
+
 def rows_of(column: pa.FixedSizeListArray) -> np.ndarray:
     """A fixed-size list column as an array `[rows, width]`, a view of the shard."""
-    return column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), column.type.list_size)
+    return values_of(column.flatten()).reshape(len(column), column.type.list_size)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -307,8 +312,8 @@ class TokenStore(Store):
         tokens = batch.column("tokens")
         # The list's own values and offsets: the shard is whole, so its column starts at offset 0.
         return ShardView(
-            columns={"tokens": tokens.values.to_numpy(zero_copy_only=True)},
-            open_documents=lambda: (batch.column("document"), tokens.offsets.to_numpy(zero_copy_only=True)),
+            columns={"tokens": values_of(tokens.values)},
+            open_documents=lambda: (batch.column("document"), values_of(tokens.offsets)),
         )
 
 
@@ -368,7 +373,7 @@ class ChunkStore(Store):
     def _open(self, index: int) -> ShardView:
         def documents() -> tuple[pa.StringArray, np.ndarray]:
             sidecar = read_shard(self.folder / self.shards[index]["sidecar"]["file"])
-            return sidecar.column("document"), np.append(0, np.cumsum(sidecar.column("chunks").to_numpy()))
+            return sidecar.column("document"), np.append(0, np.cumsum(values_of(sidecar.column("chunks"))))
 
         batch = read_shard(self.folder / self.shards[index]["file"])
         names = [name for name in batch.schema.names if name != "document"]

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +114,19 @@ def test_pieces_of_a_shard_hold_its_documents(lengths, k, rows, skipped):
         begun = inside.stop
     assert begun == len(lengths)
     assert found == [int(np.searchsorted(offsets, row * k, side="right")) - 1 for row in range(count)]
+
+
+READING = """
+import sys
+from calm_core.data.store import TokenStore
+store = TokenStore(sys.argv[1], "train")
+print(len(store.read(0, 5, ("tokens",))["tokens"]), store.document(4) != "", "pandas" in sys.modules)
+"""
+
+
+def test_reading_a_store_does_not_import_pandas(tokens):
+    done = subprocess.run([sys.executable, "-c", READING, str(tokens)], capture_output=True, text=True, check=True)
+    assert done.stdout == "5 True False\n"
 
 
 def test_rows_are_read_across_shards(tokens):
