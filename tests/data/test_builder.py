@@ -214,7 +214,7 @@ def test_a_half_made_store_of_other_inputs_is_refused(tmp_path):
 
 def test_a_folder_of_something_else_is_refused_and_kept(config, tokenizer, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="something other than a store of tokens"):
         build_tokens(config, tokenizer, tmp_path)
     assert contents(tmp_path).keys() == {"thesis.tex"}
 
