@@ -45,8 +45,12 @@ class Window:
         return self.waited / len(self.metrics) / self.seconds
 
     def means(self) -> dict[str, float]:
-        """The mean of each metric over the steps."""
-        return {name: sum(step[name] for step in self.metrics) / len(self.metrics) for name in self.metrics[0]}
+        """The mean of each metric over the steps that have it: a token loss may end between two lines."""
+        values: dict[str, list[float]] = {}
+        for step in self.metrics:
+            for name, value in step.items():
+                values.setdefault(name, []).append(value)
+        return {name: sum(of) / len(of) for name, of in values.items()}
 
 
 class Reporter:

@@ -58,6 +58,11 @@ def test_a_run_with_it_resumes_and_is_used_without_it(
         assert f"starting from {which} of" in capsys.readouterr().out
 
 
+def test_it_may_end_between_two_lines_of_metrics(tiny: Path) -> None:
+    assert train(tiny, *SIDE, "training.log_every=2") == ExitCode.OK
+    assert ["token_loss" in line for line in steps(tiny)] == [True, True, False]  # of steps 1-2, 3-4, 5-6; ends after 3
+
+
 def test_the_autoencoder_has_none(tiny: Path) -> None:
     with pytest.raises(UserError, match=r"autoencoder_training.token_loss.weight has no effect"):
         config.load(Experiment, tiny / "config.yaml", ["autoencoder_training.token_loss.weight=1"])
