@@ -60,7 +60,9 @@ class SamplesConfig:
 class PipelineConfig:
     """How the stages of the workflow are started."""
 
-    processes: int = option(2, "processes of each training; at most one per GPU where there are GPUs", at_least=1)
+    processes: int = option(
+        2, "processes that train or score a model together; at most one per GPU where there are GPUs", at_least=1
+    )
     nodes: int = option(0, "on a cluster: nodes that train a model; 0 means those of its launcher", at_least=0)
     shares: int = option(
         1, "on a cluster: tasks of an array that tokenize, and that encode chunks, together", at_least=1

@@ -240,7 +240,13 @@ def _model_stages(name: str, experiment: Experiment) -> list[Stage]:
             processes=_processes(experiment),
             training=StageTraining(run, experiment.training, experiment.parallel),
         ),
-        Stage(f"evaluate_{name}", "pretrain/evaluate.py", [str(run), "--output", str(result), *draws], result),
+        Stage(
+            f"evaluate_{name}",
+            "pretrain/evaluate.py",
+            [str(run), "--output", str(result), *draws],
+            result,
+            processes=_processes(experiment),
+        ),
         Stage(
             "sample" if name == "calm" else f"sample_{name}",
             "pretrain/sample.py",

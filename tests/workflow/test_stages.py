@@ -38,12 +38,12 @@ def test_a_head_that_reads_tokens_has_neither_autoencoder_nor_chunks(experiment)
     assert [stage.name for stage in plan] == names
 
 
-def test_trainings_and_they_alone_run_under_torchrun(experiment):
+def test_what_trains_or_scores_a_model_runs_under_torchrun(experiment):
     def distributed(processes: int) -> list[str]:
         plan = stages(replace(experiment, pipeline=PipelineConfig(processes=processes)))
         return [stage.name for stage in plan if "calm_core.distributed.torchrun" in stage.command]
 
-    assert distributed(2) == ["train_autoencoder", "train_calm"]
+    assert distributed(2) == ["train_autoencoder", "train_calm", "evaluate_calm"]
     assert distributed(1) == []
 
 
