@@ -94,7 +94,8 @@ def test_the_paper_scores_every_position_by_two_draws():
 def test_held_out_windows_are_divided_among_the_ranks() -> None:
     def own(rank: int, ranks: int, layout: ParallelConfig, available: int = 40, **options: int) -> list[np.ndarray]:
         subject = held_out(available=available, **{"windows": 16, "micro_batch": 2, **options})
-        return subject.micro_batches(SimpleNamespace(data_rank=rank, data_size=ranks, layout=layout))
+        world = ranks * layout.tensor * layout.pipeline
+        return subject.micro_batches(SimpleNamespace(data_rank=rank, data_size=ranks, world=world, layout=layout))
 
     alone = np.stack(own(0, 1, ParallelConfig()))
     assert alone.shape == (8, 2)
@@ -108,6 +109,6 @@ def test_held_out_windows_are_divided_among_the_ranks() -> None:
 
 def test_a_single_rank_scores_every_window() -> None:
     found = held_out(available=11, windows=0, micro_batch=4).micro_batches(
-        SimpleNamespace(data_rank=0, data_size=1, layout=ParallelConfig())
+        SimpleNamespace(data_rank=0, data_size=1, world=1, layout=ParallelConfig())
     )
     assert [batch.tolist() for batch in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
