@@ -11,7 +11,7 @@ import torch
 
 from calm_core.config.experiment import SamplesConfig
 from calm_core.data.store import TokenStore
-from calm_core.evaluation.clustered import clustered_mean
+from calm_core.evaluation.clustered import clustered_mean, interval_factor
 from calm_core.evaluation.ngram import BigramModel, bigram_of
 from calm_core.inference.generate import generate
 from calm_core.inference.load_model import Loaded
@@ -27,11 +27,13 @@ class KnownShare:
     Attributes:
         share: of the words.
         standard_error: clustered by text; None of a single text.
+        half_interval: half of a 95 % interval, by Student's t.
         words: that were looked up.
     """
 
     share: float
     standard_error: float | None
+    half_interval: float | None
     words: int
 
 
@@ -63,7 +65,9 @@ def known_share(texts: Sequence[Sequence[str]], known: frozenset[str]) -> KnownS
     text = torch.arange(len(texts)).repeat_interleave(torch.tensor([len(text) for text in texts]))
     result = clustered_mean(found.unsqueeze(1), text)
     error = result.standard_error.item()
-    return KnownShare(result.mean.item(), None if math.isnan(error) else error, len(found))
+    if math.isnan(error):
+        return KnownShare(result.mean.item(), None, None, len(found))
+    return KnownShare(result.mean.item(), error, interval_factor(len(texts)) * error, len(found))
 
 
 def count_words(loaded: Loaded, train: TokenStore, config: SamplesConfig, seed: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from calm_core.errors import UserError
 from calm_core.io import read_json
 from calm_core.plan import flops
 from calm_core.plan.dry_run import model_shape
-from calm_core.report.figure import GREY, STEPS, Axis, Figure, Trace, brier_axis, curve, curve_with_band
+from calm_core.report.figure import GREY, STEPS, Axis, Figure, Trace, brier_axis, curve, curve_with_band, half_interval
 from calm_core.report.incidents import ENVELOPE, incidents, shown_time
 from calm_core.report.page import Paragraph, Section, Table, number, write_page
 from calm_core.training.run_log import FIGURES, read_records
@@ -29,11 +29,11 @@ BASELINES = {"unigram_": ("unigram", GREY), "bigram_": ("bigram", 5)}
 TERMS = {
     "loss": "the objective of training: the energy score, which has no unit and no fixed zero, for an energy head; "
     "cross-entropy in nats a token for AR; the two do not compare",
-    "held-out loss": "the same loss on documents that the model has not been trained on, with its standard error",
+    "held-out loss": "the same loss on documents that the model was not trained on, with half of its 95 % interval",
     "Brier-1": "how well the model's draws predict the next token: 100 % is perfect, unigram is by token frequencies",
     "unigram Brier-1": "the score of token frequencies alone",
     "bigram Brier-1": "the score of token frequencies given the token before",
-    "BrierLM": "100 times the geometric mean of Brier-1 to Brier-4; given where all four exceed two standard errors",
+    "BrierLM": "100 times the geometric mean of Brier-1 to Brier-4; none unless their 95 % intervals all lie above 0",
     "model FLOPs utilisation": "FLOPs that the model needs over those that the device could have executed",
     "mfu": "model FLOPs utilisation: FLOPs that the model needs over those that the device could have executed",
     "gradient norm": "norm of the gradient before clipping",
@@ -375,10 +375,10 @@ def _figure(runs: Sequence[Training], name: str, title: str, traces: Iterable[Tr
 
 def _percent(record: Record, key: str) -> str:
     """A score as the terminal shows it."""
-    value, error = record.get(key), record.get(f"{key}_error")
-    return "" if value is None else f"{value:.3%}" + (f" ± {error:.3%}" if error is not None else "")
+    value, half = record.get(key), half_interval(record, key)
+    return "" if value is None else f"{value:.3%}" + (f" ± {half:.3%}" if half is not None else "")
 
 
 def _with_error(record: Record, key: str) -> str:
-    value, error = record.get(key), record.get(f"{key}_error")
-    return "" if value is None else number(value) + (f" ± {error:.2g}" if error is not None else "")
+    value, half = record.get(key), half_interval(record, key)
+    return "" if value is None else number(value) + (f" ± {half:.2g}" if half is not None else "")

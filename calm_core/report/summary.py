@@ -12,7 +12,7 @@ from calm_core import config as configuration
 from calm_core.config.experiment import Experiment
 from calm_core.evaluation.tables import table
 from calm_core.io import hash_bytes, read_json, write_json
-from calm_core.report.figure import plot_brier, plot_loss
+from calm_core.report.figure import half_interval, plot_brier, plot_loss
 from calm_core.training.run_log import read_metrics
 from calm_core.workflow.stages import stages
 
@@ -24,8 +24,8 @@ def write_summary(experiment: Experiment) -> dict[str, Any]:
 
     `ar` is the baseline of the same training FLOPs, if the workflow has trained one; `words` the share of generated
     words that the training documents have, by model and temperature. `tokens_per_second` is the median over the lines
-    of a training's metrics.jsonl; standard errors are clustered by document, or by generated text; `seconds` count
-    every attempt of a stage.
+    of a training's metrics.jsonl; standard errors are clustered by document, or by generated text, and half of a 95 %
+    interval is as many of them as Student's t asks for; `seconds` count every attempt of a stage.
     """
     run, paths, trainings = Path(experiment.run), experiment.paths, _trainings(experiment)
     models = {name: folder for name, folder in trainings.items() if name != "autoencoder"}
@@ -77,7 +77,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         for sample in summary["samples"]
     ]
     scores = table(["score", *names.values(), "bigram", "unigram"], _score_rows(summary, names))
-    meaning = "±: one standard error, over held-out documents"
+    meaning = "±: half of a 95 % interval by Student's t, over held-out documents or generated texts"
     return "\n".join([*scores, meaning, "", *table(["figure", "value"], figures), "", *samples])
 
 
@@ -102,7 +102,7 @@ def _score_rows(summary: Mapping[str, Any], names: Iterable[str]) -> list[list[s
 
 def _brier_lm(models: Sequence[Mapping[str, Any]]) -> list[dict[str, float | None]]:
     """BrierLM of the models, then of the bigram table."""
-    own = [{"value": model["brier_lm"], "standard_error": model["brier_lm_error"]} for model in models]
+    own = [{"value": model["brier_lm"], "half_interval": model["brier_lm_half_interval"]} for model in models]
     return [*own, models[0]["bigram_brier_lm"]]
 
 
@@ -113,6 +113,7 @@ def _scores(scored: Mapping[str, Any]) -> dict[str, Any]:
         "brier": [_with_error(scored, f"brier_{n}") for n in range(1, depth + 1)],
         "brier_lm": scored["brier_lm"],
         "brier_lm_error": scored["brier_lm_error"],
+        "brier_lm_half_interval": half_interval(scored, "brier_lm"),
         "brier_lm_reason": scored["brier_lm_reason"],
         "measure": scored["measure"],
         "unigram_brier": [scored[f"unigram_brier_{n}"] for n in range(1, depth + 1)],
@@ -136,7 +137,7 @@ def _words(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 
 
 def _as_figure(share: Mapping[str, Any]) -> dict[str, Any]:
-    return {"value": share["share"], "standard_error": share["standard_error"], "words": share["words"]}
+    return {"value": share["share"], **{name: share.get(name) for name in ("standard_error", "half_interval", "words")}}
 
 
 def _trainings(experiment: Experiment) -> dict[str, Path]:
@@ -161,14 +162,15 @@ def _rebuilt(autoencoder_run: Path) -> dict[str, float]:
 
 
 def _with_error(result: Mapping[str, Any], name: str) -> dict[str, float | None]:
-    return {"value": result.get(name), "standard_error": result.get(f"{name}_error")}
+    error, half = result.get(f"{name}_error"), half_interval(result, name)
+    return {"value": result.get(name), "standard_error": error, "half_interval": half}
 
 
 def _shown(measured: Mapping[str, float | None], form: str) -> str:
     if measured["value"] is None:
         return "none"
-    error = measured["standard_error"]
-    return f"{measured['value']:{form}}" + (f" ± {error:{form}}" if error is not None else "")
+    half = measured["half_interval"]
+    return f"{measured['value']:{form}}" + (f" ± {half:{form}}" if half is not None else "")
 
 
 def _tokens_per_second(folder: Path) -> float | None:

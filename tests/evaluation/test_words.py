@@ -25,6 +25,7 @@ def test_the_share_has_an_error_that_counts_texts() -> None:
     assert share.share == pytest.approx(5 / 6)
     assert share.words == 6
     assert share.standard_error == pytest.approx(1 / 6)  # of the means 1, 1 and 1/2
+    assert share.half_interval == pytest.approx(4.303 / 6, abs=1e-3)  # Student's t with 2 degrees of freedom
     assert known_share([["a", "c"]], frozenset("a")).standard_error is None
 
 

@@ -100,18 +100,19 @@ def explained(page: Path, name: str) -> list[str]:
 def test_the_full_evaluation_and_the_baseline_stand_at_its_head(run: Path) -> None:
     """The full evaluation is that of the last step; before that the head has the last one in training."""
     shutil.copytree(run / "calm", run / "ar" / "calm")
-    assert explained(write_run_page(run), "Brier-1") == ["2.000% ± 0.400%"] * 2
+    assert explained(write_run_page(run), "Brier-1") == ["2.000% ± 0.800%"] * 2
     scored = {"step": STEPS[-1], "brier_1": 0.03, "brier_1_error": 0.001, "bigram_brier_1": 0.07}
+    scored |= {"standard_errors": {"interval_factor": 2.5}}
     (run / "calm" / "evaluation.json").write_text(json.dumps(scored | {"step": STEPS[0]}))
     (run / "ar" / "calm" / "evaluation.json").write_text(json.dumps(scored | {"brier_1": 0.05}))
-    assert explained(write_run_page(run), "Brier-1") == ["2.000% ± 0.400%", "5.000% ± 0.100%"]
+    assert explained(write_run_page(run), "Brier-1") == ["2.000% ± 0.800%", "5.000% ± 0.250%"]
     (run / "calm" / "evaluation.json").write_text(json.dumps(scored))
     page = write_run_page(run)
-    assert explained(page, "Brier-1") == ["3.000% ± 0.100%", "5.000% ± 0.100%"]
+    assert explained(page, "Brier-1") == ["3.000% ± 0.250%", "5.000% ± 0.250%"]
     assert explained(page, "bigram Brier-1") == ["7.000%", "7.000%"]
     assert "AR of equal training FLOPs" in page.read_text()
     shutil.rmtree(run / "ar")
-    assert explained(write_run_page(run), "Brier-1") == ["3.000% ± 0.100%"]
+    assert explained(write_run_page(run), "Brier-1") == ["3.000% ± 0.250%"]
 
 
 def note(run: Path, *records: dict[str, Any]) -> None:
