@@ -79,7 +79,7 @@ def evaluate(
     finally:
         for part, mode in zip(model_parts, modes, strict=True):
             part.train(mode)
-    count = sum(map(len, windows)) * topology.data_size
+    count = held_out.count(topology.layout, topology.world)
     return {"windows": count, **held_out.description(), **summarize(_gathered(found, topology))}
 
 

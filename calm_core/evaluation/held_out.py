@@ -149,28 +149,33 @@ class HeldOut:
         """The windows that this data-parallel rank scores, a micro-batch at a time; every rank has the same number.
 
         `config.windows` of them (0: all) are spread over the split, so that a subset sees as many documents as it can.
-        A single rank scores them all, its last micro-batch may be smaller. Otherwise the number is rounded down to
-        whole micro-batches on every rank.
+        Without pipeline stages they are the same for any number of ranks; micro-batches differ in size by one at most.
 
         Raises:
             UserError: if the held-out split is too small to give every rank one.
         """
-        ranks, size, available = topology.data_size, self.config.micro_batch, len(self.windows)
-        count = self.count(topology.layout, topology.world)
-        if ranks == 1 and topology.layout.pipeline == 1:
-            return np.array_split(_chosen(available, count), range(size, count, size))
-        return list(_chosen(available, count).reshape(-1, ranks, size)[:, topology.data_rank])
+        ranks, size = topology.data_size, self.config.micro_batch
+        chosen = _chosen(len(self.windows), self.count(topology.layout, topology.world))
+        parts = min(-(-len(chosen) // (ranks * size)), len(chosen) // ranks) * ranks
+        return np.array_split(chosen, parts)[topology.data_rank :: ranks]
 
     def count(self, layout: ParallelConfig, world: int) -> int:
         """The windows that a world of ranks in a layout scores; see `micro_batches`.
+
+        With pipeline stages it is rounded down to whole micro-batches on every rank.
 
         Raises:
             UserError: if the held-out split is too small to give every rank one micro-batch.
         """
         ranks, size, available = layout.data_parallel(world), self.config.micro_batch, len(self.windows)
         count = min(self.config.windows or available, available)
-        if ranks == 1 and layout.pipeline == 1:
-            return count
+        if layout.pipeline == 1:
+            if available < ranks:
+                raise UserError(
+                    f"the held-out split has {available} windows, fewer than the {ranks} data-parallel ranks that "
+                    "share them: raise data.held_out or start fewer ranks."
+                )
+            return max(count, ranks)
         together = size * ranks * layout.micro_batch_multiple
         count = max(count // together, 1) * together
         if count > available:

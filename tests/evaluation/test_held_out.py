@@ -104,7 +104,26 @@ def test_held_out_windows_are_divided_among_the_ranks() -> None:
     assert sorted(np.concatenate(shares).flatten()) == alone.flatten().tolist()
     assert len(own(0, 1, ParallelConfig(pipeline=3, virtual=2))) % 3 == 0
     with pytest.raises(UserError, match=r"has 40 windows, fewer than the 48 .*lower evaluation\.micro_batch"):
-        own(0, 4, ParallelConfig(), micro_batch=12)
+        own(0, 4, ParallelConfig(pipeline=2), micro_batch=12)
+    with pytest.raises(UserError, match=r"has 3 windows, fewer than the 4 data-parallel ranks .*start fewer"):
+        own(0, 4, ParallelConfig(), available=3)
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 9), st.integers(1, 9))
+def test_any_number_of_ranks_scores_the_same_windows(available: int, windows: int, size: int, ranks: int) -> None:
+    subject, ranks = held_out(available=available, windows=windows, micro_batch=size), min(ranks, available, windows)
+    one, *_ = worlds = [
+        [
+            subject.micro_batches(SimpleNamespace(data_rank=rank, data_size=n, world=n, layout=ParallelConfig()))
+            for rank in range(n)
+        ]
+        for n in (1, ranks)
+    ]
+    for shares in worlds:
+        assert len({len(share) for share in shares}) == 1
+        assert all(1 <= len(batch) <= size + 1 for share in shares for batch in share)
+        scored = sorted(int(window) for share in shares for batch in share for window in batch)
+        assert scored == sorted(int(window) for batch in one[0] for window in batch)
 
 
 def test_a_single_rank_scores_every_window() -> None:
