@@ -22,7 +22,7 @@ def test_the_demo_learns(tmp_path):
     assert code == 0, output[-5000:]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["autoencoder"]["token_accuracy"] >= 0.995
-    assert summary["autoencoder"]["token_accuracy_sigma_0.3"] >= 0.98
+    assert summary["autoencoder"]["token_accuracy_sigma_0.3"] >= 0.97  # the posterior has a sigma of 0.12
     calm = summary["calm"]
     scores, bigram = [score["value"] for score in calm["brier"]], calm["bigram_brier"]
     assert scores[0] >= 1.25 * bigram[0]
