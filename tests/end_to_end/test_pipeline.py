@@ -95,7 +95,7 @@ def test_a_second_run_skips_every_stage(config, run):
     assert output.count("finished before") == STAGES
     after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     written = {path.name for path in after if after[path] != before.get(path)}
-    assert written <= {"config.yaml", "summary.json", "loss.png", "brier.png"}
+    assert written <= {"config.yaml", "summary.json", "loss.png", "brier.png", "report.html"}
 
 
 def test_with_given_products_and_killed_in_the_middle_of_training_it_reaches_the_same_end(config, run):
