@@ -110,7 +110,7 @@ def test_too_few_held_out_windows_for_all_ranks(tiny: Path) -> None:
     changes = [f"run={tiny}", "evaluation.micro_batch=4", "evaluation.windows=0", "training.global_batch=4096"]
     experiment = config.load(Experiment, tiny / "config.yaml", changes)
     assert check_calm(experiment, 1) == []
-    with pytest.raises(UserError, match=r"held-out split has \d+ windows, fewer than the 8192 that one pass of all"):
+    with pytest.raises(UserError, match=r"held-out split has \d+ windows, fewer than the 2048 data-parallel ranks"):
         check_calm(experiment, 2048)
 
 
