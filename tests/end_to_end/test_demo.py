@@ -25,10 +25,12 @@ def test_the_demo_learns(tmp_path):
     assert summary["autoencoder"]["token_accuracy_sigma_0.3"] >= 0.97  # the posterior has a sigma of 0.12
     calm = summary["calm"]
     scores, bigram = [score["value"] for score in calm["brier"]], calm["bigram_brier"]
+    # Floors below what was reached (2.0, 6, 24 and 85 times the table, BrierLM 12.6 times, 74 % of the words): sums in
+    # another order, on another processor, lead to another model.
     assert scores[0] >= 1.25 * bigram[0]
     assert all(own >= 2 * table for own, table in zip(scores[1:], bigram[1:], strict=True))
-    assert calm["brier_lm"] is not None  # all four are significant
-    assert calm["brier_lm"] >= 10 * 100 * math.prod(bigram) ** 0.25
-    assert summary["words"]["0.5"]["calm"]["value"] >= 0.7  # of the words that it writes, those that the corpus has
+    assert all(score["value"] > 3 * score["standard_error"] for score in calm["brier"][:3])
+    assert math.prod(scores) >= 8**4 * math.prod(bigram)
+    assert summary["words"]["0.5"]["calm"]["value"] >= 0.65  # of the words that it writes, those that the corpus has
     assert calm["loss_shuffled"]["value"] > calm["loss"]["value"]
     assert all(sample["text"].strip() for sample in summary["samples"])
