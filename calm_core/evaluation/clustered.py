@@ -1,7 +1,8 @@
 """Means over positions whose standard errors count documents, not positions; and BrierLM, made of four of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,18 @@ def interval_factor(clusters: int) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(clusters - 1, (1 + CONFIDENCE) / 2))
+
+
+def half_interval(record: Mapping[str, Any], key: str) -> float | None:
+    """Half the width of the 95 % interval of a score; None where its standard error is not known.
+
+    An evaluation, or the row that a study has of it, says how many standard errors that is, more with few documents;
+    one that does not say it gets two.
+    """
+    error = record.get(f"{key}_error")
+    said = record.get("interval_factor") or (record.get("standard_errors") or {}).get("interval_factor")
+    factor = said or 2.0
+    return None if error is None else factor * error
 
 
 @dataclass(frozen=True)

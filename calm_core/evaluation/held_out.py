@@ -149,7 +149,8 @@ class HeldOut:
         """The windows that this data-parallel rank scores, a micro-batch at a time; every rank has the same number.
 
         `config.windows` of them (0: all) are spread over the split, so that a subset sees as many documents as it can.
-        Without pipeline stages they are the same for any number of ranks; micro-batches differ in size by one at most.
+        Without pipeline stages they are the same for any number of ranks; micro-batches differ in size by one at
+        most, and have one window too many at most.
 
         Raises:
             UserError: if the held-out split is too small to give every rank one.

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calm_core.evaluation.brier import MAX_TOKENS
+from calm_core.evaluation.clustered import half_interval
 
 
 def checkpoint_table(result: Mapping[str, Any]) -> str:
@@ -183,5 +184,5 @@ def _value(result: Mapping[str, Any], name: str) -> str:
 
 def _with_interval(result: Mapping[str, Any], name: str, form: str) -> str:
     """A score, and half of its 95 % interval where there is one."""
-    error, factor = result[f"{name}_error"], result["standard_errors"]["interval_factor"]
-    return f"{result[name]:{form}}" + (f" ± {factor * error:{form}}" if error is not None else "")
+    half = half_interval(result, name)
+    return f"{result[name]:{form}}" + (f" ± {half:{form}}" if half is not None else "")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calm_core.evaluation.clustered import half_interval
 from calm_core.io import replacing
 
 if TYPE_CHECKING:  # matplotlib takes most of a second, which a page does not need
@@ -117,18 +118,6 @@ def curve_with_band(records: Iterable[Record], key: str, name: str, **look: Any)
     return Trace(
         name, [r["step"] for r in known], [r[key] for r in known], band if any(band) else None, points=True, **look
     )
-
-
-def half_interval(record: Record, key: str) -> float | None:
-    """Half the width of the 95 % interval of a score; None where its standard error is not known.
-
-    An evaluation, or the row that a study has of it, says how many standard errors that is, more with few documents;
-    one that does not say it gets two.
-    """
-    error = record.get(f"{key}_error")
-    said = record.get("interval_factor") or (record.get("standard_errors") or {}).get("interval_factor")
-    factor = said or 2.0
-    return None if error is None else factor * error
 
 
 def draw(figures: Sequence[Figure], *paths: Path, width: float = 6.0, height: float = 4.0) -> None:

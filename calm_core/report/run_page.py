@@ -12,10 +12,11 @@ import numpy as np
 from calm_core import config as configuration
 from calm_core.config.experiment import Experiment
 from calm_core.errors import UserError
+from calm_core.evaluation.clustered import half_interval
 from calm_core.io import read_json
 from calm_core.plan import flops
 from calm_core.plan.dry_run import model_shape
-from calm_core.report.figure import GREY, STEPS, Axis, Figure, Trace, brier_axis, curve, curve_with_band, half_interval
+from calm_core.report.figure import GREY, STEPS, Axis, Figure, Trace, brier_axis, curve, curve_with_band
 from calm_core.report.incidents import ENVELOPE, incidents, shown_time
 from calm_core.report.page import Paragraph, Section, Table, number, write_page
 from calm_core.training.run_log import FIGURES, read_records

@@ -10,9 +10,10 @@ from typing import Any
 
 from calm_core import config as configuration
 from calm_core.config.experiment import Experiment
+from calm_core.evaluation.clustered import half_interval
 from calm_core.evaluation.tables import table
 from calm_core.io import hash_bytes, read_json, write_json
-from calm_core.report.figure import half_interval, plot_brier, plot_loss
+from calm_core.report.figure import plot_brier, plot_loss
 from calm_core.training.run_log import read_metrics
 from calm_core.workflow.stages import stages
 

@@ -8,9 +8,10 @@ import numpy as np
 
 from calm_core.config.scaling_config import ScalingConfig
 from calm_core.errors import UserError
+from calm_core.evaluation.clustered import half_interval
 from calm_core.evaluation.tables import table
 from calm_core.io import read_json, write_json
-from calm_core.report.figure import GREY, Axis, Figure, Trace, draw, half_interval
+from calm_core.report.figure import GREY, Axis, Figure, Trace, draw
 from calm_core.report.page import Paragraph, Section, Table, write_page
 from calm_core.scaling.analysis import analyse, law_curve
 from calm_core.scaling.points import BASELINE, families, plan_table, points
