@@ -45,12 +45,11 @@ def run(script: str, arguments: list[str]) -> int:
 
 def run_ranks(ranks: int, script: str, arguments: list[str]) -> int:
     """Fork the ranks; the exit code of the first that fails, which ends the others, or 0."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    running = set()
+    port, running = store_port(), set()
     for rank in range(ranks):
         if (child := os.fork()) == 0:
             end_with_parent()
-            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": store.port}
+            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in world.items()}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
             os._exit(run(script, arguments))
@@ -63,6 +62,26 @@ def run_ranks(ranks: int, script: str, arguments: list[str]) -> int:
                 os.kill(other, signal.SIGKILL)
             return max(os.waitstatus_to_exitcode(status), 1)
     return 0
+
+
+def store_port() -> int:
+    """The port of a store for the ranks to meet at, in a process of its own that ends with this one.
+
+    The store's thread takes locks of the C library (to name an address, say), which a rank forked at that moment would
+    hold for ever: so the process that forks the ranks has no such thread.
+    """
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        end_with_parent()
+        try:
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            os.write(writing, b"%d\n" % store.port)
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writing)
+    with open(reading) as answer:
+        return int(answer.readline())
 
 
 def lead(output: str, environment: dict[str, str], ranks: int, script: str, *arguments: str) -> None:
