@@ -102,20 +102,28 @@ def backends(device: torch.device, layout: ParallelConfig) -> str:
     )
 
 
+# What says so where an error has no class of its own: the CPU's allocator, CUDA and NCCL, cuBLAS.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 @contextmanager
 def explain_out_of_memory(section: str) -> Iterator[None]:
     """Raise a failure to allocate memory as a `UserError`: another try with the same settings would fail the same way.
+
+    Any other error passes: a lost connection to another rank, for example, is worth a retry.
 
     Args:
         section: section of the configuration with the training settings.
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):  # the CPU allocator has no class
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not any(words in str(error) for words in _OUT_OF_MEMORY):
             raise
+        first, *_ = str(error).splitlines() or [type(error).__name__]
         raise UserError(
-            f"out of memory ({str(error).splitlines()[0]}): lower {section}.micro_batch, set parallel.recompute=full, "
+            f"out of memory ({first}): lower {section}.micro_batch, set parallel.recompute=full, "
             "or spread the model over more ranks by parallel.tensor or parallel.pipeline."
         ) from error
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from calm_core.config.training_config import ParallelConfig
@@ -42,8 +43,26 @@ def test_out_of_memory_names_the_key_to_lower() -> None:
         torch.empty(1 << 55, dtype=torch.uint8)
     with pytest.raises(UserError, match=r"lower training\.micro_batch"), explain_out_of_memory("training"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-    with pytest.raises(RuntimeError, match="another failure"), explain_out_of_memory("training"):
-        raise RuntimeError("another failure")
+    with pytest.raises(UserError, match=r"out of memory \(MemoryError\): lower"), explain_out_of_memory("training"):
+        raise MemoryError
+    with pytest.raises(UserError, match=r"lower training\.micro_batch"), explain_out_of_memory("training"):
+        raise dist.DistBackendError("ncclUnhandledCudaError: Call to CUDA failed.\nCuda failure 2 'out of memory'")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("another failure"),
+        dist.DistBackendError("NCCL communicator was aborted on rank 3"),
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+        NotImplementedError("no such kernel"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_that_is_no_lack_of_memory_stays_as_it_is(error: RuntimeError) -> None:
+    """Its exit code asks for a retry; each of these is a `RuntimeError`."""
+    with pytest.raises(type(error), match=str(error)), explain_out_of_memory("training"):
+        raise error
 
 
 @pytest.mark.parametrize(
