@@ -47,7 +47,7 @@ class Checkpoint:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and (path / "manifest.json").exists()]
-    return sorted(found, key=_step)
+    return sorted(found, key=step_of)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -84,7 +84,7 @@ def begin(final: Path) -> Path:
 
 def finish(partial: Path, final: Path, state: dict[str, Any], checksums: dict[str, str]) -> None:
     """Complete a checkpoint whose tensors are written and synced: write its manifest and rename it."""
-    manifest = {"format_version": FORMAT_VERSION, "step": _step(final), "state": state, "files": checksums}
+    manifest = {"format_version": FORMAT_VERSION, "step": step_of(final), "state": state, "files": checksums}
     sync(partial / "tensors")
     write_json(partial / "manifest.json", {"checksum": _checksum_of_values(manifest), **manifest})
     shutil.rmtree(final, ignore_errors=True)  # a damaged checkpoint of the same step
@@ -98,9 +98,9 @@ def retire(newest: Path, keep: int, milestones: Collection[int] = ()) -> list[Pa
     These are the other checkpoints and what interrupted saves and deletions left behind. A checkpoint after `newest`
     is damaged, or the run would have resumed from it: it is not counted.
     """
-    older = [path for path in list_checkpoints(newest.parent) if _step(path) <= _step(newest)]
+    older = [path for path in list_checkpoints(newest.parent) if step_of(path) <= step_of(newest)]
     for path in older[:-keep]:
-        if _step(path) in milestones:
+        if step_of(path) in milestones:
             continue
         deleting = path.with_name(path.name + _DELETING)  # not a checkpoint any more, even when half deleted
         shutil.rmtree(deleting, ignore_errors=True)
@@ -121,7 +121,8 @@ def damaged_files(checkpoint: Checkpoint, selection: slice) -> list[Path]:
     return [path for path in paths if not path.exists() or hash_file(path) != checkpoint.checksums[path.name]]
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The training step of a checkpoint's folder, by its name."""
     return int(path.name.removeprefix("step-"))
 
 

@@ -1,12 +1,17 @@
-"""How a run begins: with initial weights, with those of another run, or from a checkpoint of its own; its progress."""
+"""How a run begins: with initial weights, with those of another run, or from a checkpoint of its own; its progress.
+
+Which checkpoint it is, rank 0 decides for all: on a shared file system another node may not see yet, or no more, what
+the first one sees, and ranks that decide differently would wait for each other.
+"""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from calm_core import config as configuration
 from calm_core.checkpoint import load as checkpoints
-from calm_core.checkpoint.folder import Checkpoint, DamagedError, list_checkpoints, open_checkpoint
+from calm_core.checkpoint.folder import Checkpoint, DamagedError, list_checkpoints, open_checkpoint, step_of
 from calm_core.config.training_config import ScheduleConfig, TrainingConfig
 from calm_core.distributed.collectives import on_first_rank
 from calm_core.distributed.engine import Engine
@@ -38,13 +43,13 @@ def is_finished(
     Raises:
         UserError: if the checkpoint belongs to another run.
     """
-    found = list_checkpoints(folder.checkpoints)
+    found = on_first_rank(lambda: list_checkpoints(folder.checkpoints))
     if not found or config.resume == "never":
         return False
     try:
-        newest = open_checkpoint(found[-1])
+        newest = on_first_rank(lambda: open_checkpoint(found[-1]))
         changes = check_same_run(newest, task, resolved)
-        if newest.step < config.steps or not task.is_finished():
+        if newest.step < config.steps or not on_first_rank(task.is_finished):
             return False
         if newest.step == config.steps and not on_first_rank(lambda: is_evaluated(folder.metrics, newest.step)):
             return False
@@ -66,15 +71,15 @@ def is_finished(
 def start(
     task: Task, config: TrainingConfig, topology: Topology, folder: RunFolder, resolved: dict[str, Any]
 ) -> tuple[Engine, RunProgress]:
-    """The engine and the progress to continue from: those of the newest usable checkpoint, if there is any.
+    """The engine and the progress to continue from: those of the newest usable checkpoint, if there is any. Collective.
 
     Raises:
         UserError: if the folder, `training.resume_from` or `training.init_from` does not fit this run.
     """
-    found = check_settings(config, topology.layout, topology.world, folder)
+    found = on_first_rank(lambda: check_settings(config, topology.layout, topology.world, folder))
     model_parts = task.build(topology, choose_dtype(config.precision, topology))
     if config.init_from and not found:
-        source = open_checkpoint(Path(config.init_from))
+        source = on_first_rank(lambda: open_checkpoint(Path(config.init_from)))
         shared = task.shared_with(source.state["identity"]["model"])
         checkpoints.load_weights(source, model_parts, only=shared)
         which = " ".join(f"{name}*" for name in shared) + " alone" if all(shared) else "all weights"
@@ -88,14 +93,14 @@ def start(
 def _resume(found: list[Path], task: Task, engine: Engine, resolved: dict[str, Any]) -> RunProgress:
     for path in reversed(found):
         try:
-            newest = open_checkpoint(path)
+            newest = on_first_rank(partial(open_checkpoint, path))
             changes = check_same_run(newest, task, resolved)
             checkpoints.load(newest, engine)
         except DamagedError as damage:
             engine.topology.say(f"{damage} Trying the one before.")
             continue
         notes = [f"resume: {key} was {old}, is now {new}" for key, old, new in changes]
-        notes += rate_jump(newest, task.section, resolved)
+        notes += on_first_rank(partial(rate_jump, newest, task.section, resolved))
         engine.topology.say("\n".join([f"resumed from {path}", *notes]))
         values = newest.state["progress"]
         engine.optimizer.detector.history = UpdateHistory.restored(values)
@@ -120,7 +125,7 @@ def rate_jump(checkpoint: Checkpoint, section: str, resolved: dict[str, Any]) ->
     new = new_peak * learning_rate_factor(step, new_steps, new_schedule)
     if step <= start or new <= 1.01 * old:
         return []
-    usable = [path for path in list_checkpoints(checkpoint.path.parent) if open_checkpoint(path).step <= start]
+    usable = [path for path in list_checkpoints(checkpoint.path.parent) if step_of(path) <= start]
     advice = (
         f"to decay once, give a new `run` folder and {section}.resume_from={usable[-1]}"
         if usable

@@ -132,6 +132,15 @@ def test_a_spike_on_one_of_two_ranks_changes_nothing_on_either(tiny: Path) -> No
 
 
 @pytest.mark.slow
+def test_a_rank_that_does_not_see_the_checkpoints_resumes_with_the_others(tiny: Path) -> None:
+    for steps, words in ((2, ""), (4, "resumed from "), (4, "finished: ")):
+        assert words in launch(2, FAULTY, "stale", *arguments(tiny, steps), seconds=60)
+    assert saved_steps(tiny)[-1] == 4
+    records = read_metrics(tiny / "calm" / "metrics.jsonl", "train")
+    assert [(record["step"], record["samples"]) for record in records] == [(n, 8 * n) for n in (1, 2, 3, 4)]
+
+
+@pytest.mark.slow
 def test_a_rank_that_stands_still_is_missed_by_the_others(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A stopped process can write and end nothing: the other rank does, and torchrun kills the stopped one."""
     with running(torchrun(2, SCRIPT, *arguments(tiny, 10_000), "training.hang_minutes=0.1")) as process:

@@ -1,8 +1,8 @@
-"""`train_calm.py` with a fault in rank 1: `faulty_rank.py hang|spike|die CONFIG [key=value ...]`.
+"""`train_calm.py` with a fault in rank 1: `faulty_rank.py hang|spike|die|stale CONFIG [key=value ...]`.
 
 `hang`: it never comes back from the first micro-batch of step 3. `spike`: its loss in step 7 is fifty times too large.
 `die`: it is killed when step 5 is done and step 6 has not begun. The faults count this process's micro-batches, two a
-step.
+step. `stale`: it sees no checkpoints, as on a file system that shows new files late.
 """
 
 import os
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from calm_core import config
 from calm_core.config.experiment import Experiment
 from calm_core.training import calm_task as calm
+from calm_core.training import checks, resume
 from calm_core.training.launch import run_calm
 
 MICRO_BATCHES = 2  # a step
@@ -55,7 +56,15 @@ def spiked(loss_of: Any) -> Any:
     return loss
 
 
+def see_no_checkpoints() -> None:
+    """Let the start of a run find no checkpoint in any folder."""
+    for module in (checks, resume):
+        module.list_checkpoints = lambda folder: []
+
+
 if __name__ == "__main__":
     FaultyTask.fault = sys.argv[1]
+    if FaultyTask.fault == "stale" and os.environ["RANK"] == "1":
+        see_no_checkpoints()
     calm.CalmTask = FaultyTask
     raise SystemExit(run_calm(config.load(Experiment, Path(sys.argv[2]), sys.argv[3:])))
