@@ -19,6 +19,23 @@ HASH_BYTES = 16
 
 PARTIAL = ".partial"
 
+# What a network file system answers while its server or the connection is away: another try may succeed.
+_PASSING = {
+    errno.EAGAIN,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EIO,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+
 NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 FORMAT_VERSIONS = {"chunks": 2}  # since packed documents run on from shard to shard
@@ -26,6 +43,11 @@ FORMAT_VERSIONS = {"chunks": 2}  # since packed documents run on from shard to s
 MANIFEST = "manifest.json"
 
 CHECKSUM = "checksum"  # of the manifest's other fields; those of earlier versions have none
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a file could not be read for a reason that may be gone at the next try, and that no user can correct."""
+    return isinstance(error, OSError) and error.errno in _PASSING
 
 
 def new_hash() -> "hashlib.blake2b":
@@ -155,6 +177,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
+        if may_pass(error):
+            raise
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged, it is not valid JSON ({error}): make it again.") from error

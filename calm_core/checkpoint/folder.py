@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from calm_core.errors import UserError
-from calm_core.io import hash_bytes, hash_file, sync, write_json
+from calm_core.io import hash_bytes, hash_file, may_pass, sync, write_json
 
 FORMAT_VERSION = 2
 
@@ -60,6 +60,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
     except OSError as error:
+        if may_pass(error):
+            raise
         raise UserError(
             f"{path} is not a complete checkpoint: give a folder step-N that holds a manifest.json."
         ) from error

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from calm_core.checkpoint.folder import Checkpoint, DamagedError, begin, damaged_files, finish
 from calm_core.errors import UserError
-from calm_core.io import hash_bytes, new_hash, sync
+from calm_core.io import hash_bytes, may_pass, new_hash, sync
 from calm_core.model.parameters import named_parameters, pieces
 
 INDEX = "index.json"
@@ -151,6 +151,8 @@ class TensorFolder:
                 for name, tensor in index.items()
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if may_pass(error):
+                raise
             raise DamagedError(
                 f"{folder / INDEX} is not an index of tensors ({error}): use another checkpoint."
             ) from error
@@ -178,6 +180,8 @@ class TensorFolder:
                 self._files[file] = safe_open(path, framework="pt")
             return self._files[file].get_slice(key)[part]
         except (OSError, SafetensorError) as error:
+            if may_pass(error):
+                raise
             raise DamagedError(f"{path} is not readable ({error}): use another checkpoint.") from error
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from calm_core.config.data_config import Packing, Verify
 from calm_core.errors import UserError
-from calm_core.io import hash_file, read_manifest, replacing, source_hash, store_hash
+from calm_core.io import hash_file, may_pass, read_manifest, replacing, source_hash, store_hash
 
 AUTO_FULL_BYTES = 4 << 30  # a store up to this size is read whole each time it is opened
 
@@ -45,6 +45,8 @@ def read_shard(path: Path) -> pa.RecordBatch:
         with pa.memory_map(str(path)) as source:
             return pa.ipc.open_file(source).get_batch(0)
     except (pa.ArrowInvalid, OSError) as error:
+        if may_pass(error):
+            raise
         raise UserError(f"The shard {path} cannot be read ({error}): make its store again.") from error
 
 

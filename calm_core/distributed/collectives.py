@@ -10,6 +10,7 @@ from torch import Tensor
 
 from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
+from calm_core.io import may_pass
 
 
 def reduce_scatter(whole: Tensor, group: dist.ProcessGroup) -> Callable[[], None]:
@@ -86,7 +87,7 @@ def on_every_rank(action: Callable[[], T]) -> list[T]:
     except UserError as error:
         failure = type(error), str(error)
     except OSError as error:
-        failure = UserError, str(error)
+        failure = RuntimeError if may_pass(error) else UserError, str(error)
     except Exception as error:
         failure = RuntimeError, f"{type(error).__name__}: {error}"
     outcomes: list[Any] = [None] * dist.get_world_size()
