@@ -14,6 +14,7 @@ from calm_core.data.chunks import build_chunks
 from calm_core.data.dataset import Rows, Windows, chunk_rows, token_rows
 from calm_core.data.store import ChunkStore, Store, TokenStore
 from calm_core.data.tokens import build_tokens
+from calm_core.distributed.collectives import on_every_rank, on_first_rank
 from calm_core.distributed.topology import Topology
 from calm_core.errors import UserError
 from calm_core.evaluation.held_out import HeldOut, Protocol
@@ -175,15 +176,19 @@ def _load(path: Path, topology: Topology) -> tuple[Checkpoint, Loaded]:
 def _newest(path: Path, action: Callable[[Path], T]) -> T:
     """What `action` makes of the checkpoint that `path` means; of the newer one where training removes it meanwhile.
 
+    Collective: training may save one at any time, and all ranks must score the same.
+
     Raises:
         UserError: there is no complete checkpoint, or the newest one does not serve.
     """
     while True:
-        found = find_checkpoint(path)
+        found = on_first_rank(lambda: find_checkpoint(path))
+        made: list[T] = []
         try:
-            return action(found)
-        except (UserError, OSError, RuntimeError):
-            if find_checkpoint(path) == found:
+            on_every_rank(lambda found=found, made=made: made.append(action(found)))
+            return made[0]
+        except (UserError, RuntimeError):
+            if on_first_rank(lambda: find_checkpoint(path)) == found:
                 raise
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ROOT
+from launching import ROOT, launch
 
 from calm_core import config
 from calm_core.autoencoder.model import Autoencoder, load_autoencoder, save_autoencoder
@@ -193,6 +193,10 @@ def test_a_checkpoint_that_training_removes_gives_way_to_the_newer_one(
         [result] = module.compare([run], None, 0, 0, settings, topology, tmp_path)
     assert found[0] == old
     assert (result["step"], result["checkpoint"]) == (3, str(newer))
+
+
+def test_all_ranks_score_the_same_checkpoint() -> None:
+    assert "taken: ['step-2', 'step-2']" in launch(2, ROOT / "tests" / "helpers" / "late_rank.py")
 
 
 def test_the_papers_protocol_needs_its_context_or_a_name_of_its_own(
