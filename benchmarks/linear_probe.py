@@ -18,8 +18,7 @@ from torch.nn.functional import cross_entropy
 from calm_core.checkpoint.folder import open_checkpoint
 from calm_core.data.dataset import Windows
 from calm_core.data.store import ChunkStore
-from calm_core.evaluation.brier import BrierTerms, brier_terms
-from calm_core.evaluation.clustered import clustered_mean
+from calm_core.evaluation.brier import BrierTerms, brier_terms, clustered_mean
 from calm_core.evaluation.tables import table
 from calm_core.inference.load_model import Loaded, find_checkpoint, load_for_inference, paths_of
 from calm_core.model.noise import SampleNoise

@@ -14,8 +14,7 @@ from calm_core.data.dataset import needed_columns, read_batch
 from calm_core.distributed.collectives import from_last_stage
 from calm_core.distributed.schedule import Pass, forward_only
 from calm_core.distributed.topology import Topology
-from calm_core.evaluation.brier import MAX_TOKENS
-from calm_core.evaluation.clustered import BrierAccumulator, ClusteredMean, brier_lm, interval_factor
+from calm_core.evaluation.brier import MAX_TOKENS, BrierAccumulator, ClusteredMean, brier_lm, interval_factor
 from calm_core.evaluation.held_out import HeldOut, ScoredPositions
 from calm_core.evaluation.scores import (
     Draws,

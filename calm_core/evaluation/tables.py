@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from calm_core.evaluation.brier import MAX_TOKENS
-from calm_core.evaluation.clustered import half_interval
+from calm_core.evaluation.brier import MAX_TOKENS, half_interval
 
 
 def checkpoint_table(result: Mapping[str, Any]) -> str:

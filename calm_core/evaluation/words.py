@@ -11,7 +11,7 @@ import torch
 
 from calm_core.config.experiment import SamplesConfig
 from calm_core.data.store import TokenStore
-from calm_core.evaluation.clustered import clustered_mean, interval_factor
+from calm_core.evaluation.brier import clustered_mean, interval_factor
 from calm_core.evaluation.ngram import BigramModel, bigram_of
 from calm_core.inference.generate import generate
 from calm_core.inference.load_model import Loaded

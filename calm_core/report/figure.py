@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calm_core.evaluation.clustered import half_interval
+from calm_core.evaluation.brier import half_interval
 from calm_core.io import replacing
 
 if TYPE_CHECKING:  # matplotlib takes most of a second, which a page does not need

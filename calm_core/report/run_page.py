@@ -12,7 +12,7 @@ import numpy as np
 from calm_core import config as configuration
 from calm_core.config.experiment import Experiment
 from calm_core.errors import UserError
-from calm_core.evaluation.clustered import half_interval
+from calm_core.evaluation.brier import half_interval
 from calm_core.io import read_json
 from calm_core.plan import flops
 from calm_core.plan.dry_run import model_shape

@@ -10,7 +10,7 @@ from typing import Any
 
 from calm_core import config as configuration
 from calm_core.config.experiment import Experiment
-from calm_core.evaluation.clustered import half_interval
+from calm_core.evaluation.brier import half_interval
 from calm_core.evaluation.tables import table
 from calm_core.io import hash_bytes, read_json, write_json
 from calm_core.report.figure import plot_brier, plot_loss

@@ -8,7 +8,7 @@ import numpy as np
 
 from calm_core.config.scaling_config import ScalingConfig
 from calm_core.errors import UserError
-from calm_core.evaluation.clustered import half_interval
+from calm_core.evaluation.brier import half_interval
 from calm_core.evaluation.tables import table
 from calm_core.io import read_json, write_json
 from calm_core.report.figure import GREY, Axis, Figure, Trace, draw

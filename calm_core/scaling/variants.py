@@ -12,7 +12,7 @@ from calm_core import config as configuration
 from calm_core.config.experiment import Experiment
 from calm_core.config.model_config import HeadConfig
 from calm_core.config.scaling_config import VariantConfig, VariantsConfig
-from calm_core.evaluation.clustered import interval_factor
+from calm_core.evaluation.brier import interval_factor
 from calm_core.evaluation.tables import table
 from calm_core.io import read_json, write_json
 from calm_core.plan.dry_run import model_shape, vocabulary

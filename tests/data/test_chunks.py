@@ -11,28 +11,12 @@ from calm_core.data.chunks import build_chunks, chunk_offsets, chunked, text_tok
 from calm_core.data.dataset import chunk_rows
 from calm_core.data.store import ChunkStore, TokenStore
 from calm_core.errors import UserError
-from calm_core.evaluation.clustered import BrierAccumulator, clustered_mean
 
 
 def test_only_the_pad_that_ends_a_chunk_is_no_text():
     tokens = torch.tensor([[5, 6, 7, 8], [5, 0, 7, 0], [0, 5, 0, 0], [0, 0, 0, 0]])
     assert text_tokens(tokens, 0).int().tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
     assert text_tokens(tokens, None).all()
-
-
-def test_a_score_that_does_not_count_leaves_no_trace():
-    torch.manual_seed(0)
-    values, documents = torch.randn(40, 2, dtype=torch.float64), torch.arange(40) % 5
-    counted = torch.stack([torch.ones(40, dtype=torch.bool), torch.rand(40) < 0.6], 1)
-    accumulator = BrierAccumulator(2)
-    accumulator.add(values.where(counted, torch.nan), documents, counted)
-    found = accumulator.result()
-    for column in range(2):
-        chosen = counted[:, column]
-        alone = clustered_mean(values[chosen][:, column : column + 1], documents[chosen])
-        assert torch.allclose(found.mean[column], alone.mean[0])
-        assert torch.allclose(found.standard_error[column], alone.standard_error[0])
-    assert found.positions == 40
 
 
 PAD = 0

@@ -18,7 +18,7 @@ from calm_core.data.dataset import Windows
 from calm_core.data.store import ChunkStore, TokenStore
 from calm_core.distributed.engine import Engine
 from calm_core.distributed.topology import Topology
-from calm_core.evaluation.clustered import BrierAccumulator
+from calm_core.evaluation.brier import BrierAccumulator
 from calm_core.evaluation.evaluate import ClusteredScores, evaluate, summarize
 from calm_core.evaluation.held_out import HeldOut
 from calm_core.megatron import ModelType
