@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from calm_core.autoencoder.output_layer import mean_cross_entropy, most_probable, sampled_cross_entropy
 from calm_core.config.model_config import AutoencoderConfig
 from calm_core.errors import UserError
 from calm_core.io import MANIFEST, format_version, hash_file, read_manifest, replacing, write_manifest
 from calm_core.model.noise import Noise
+from calm_core.model.output_layer import mean_cross_entropy, most_probable, sampled_cross_entropy
 
 CHUNKS_AT_ONCE = 4096  # chunks decoded at a time, to bound the memory of their hidden states
 

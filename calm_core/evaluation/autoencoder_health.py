@@ -10,11 +10,11 @@ from torch import Tensor
 
 from calm_core import config
 from calm_core.autoencoder.model import WEIGHTS, Autoencoder, kl_divergence
-from calm_core.autoencoder.output_layer import mean_cross_entropy
 from calm_core.config.experiment import Experiment
 from calm_core.data.store import TokenStore
 from calm_core.errors import UserError
 from calm_core.model.noise import stream_seed
+from calm_core.model.output_layer import mean_cross_entropy
 
 FROZEN = "frozen"
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from calm_core.autoencoder.model import Autoencoder
-from calm_core.autoencoder.output_layer import log_probability
 from calm_core.data.chunks import text_tokens
 from calm_core.data.dataset import ChunkBatch
 from calm_core.evaluation.brier import (
@@ -31,6 +30,7 @@ from calm_core.model.calm import CalmModel
 from calm_core.model.heads import Target
 from calm_core.model.layers import gathered_positions, own_positions
 from calm_core.model.noise import SampleNoise, stream_seed
+from calm_core.model.output_layer import log_probability
 
 BASELINES = [
     *(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from calm_core.autoencoder.model import Autoencoder
-from calm_core.autoencoder.output_layer import log_probability, most_probable
 from calm_core.inference.temperature import occurrences
+from calm_core.model.output_layer import log_probability, most_probable
 
 UNDECODED = -1
 

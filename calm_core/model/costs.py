@@ -19,7 +19,7 @@ TOKEN = 8  # bytes of a token id, int64
 # H100) depend on how many they are; every data-centre GPU since 2017 but the T4 holds this many, or more.
 CUDA_BLOCK = 2**16
 
-# Logits that exist at a time (see `linear_cross_entropy`). On a CPU they stay in its cache. On a GPU the products of a
+# Logits that exist at a time (see `output_layer`). On a CPU they stay in its cache. On a GPU the products of a
 # block must outweigh the float32 gradient of the matrix, which each block reads and writes.
 LOGITS_AT_ONCE = {"cpu": 2**18, "cuda": 2**29}
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from calm_core.model import single_rank
-from calm_core.model.linear_cross_entropy import linear_cross_entropy
+from calm_core.model.output_layer import linear_cross_entropy
 from calm_core.model.single_rank import SingleRank
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from calm_core.config.model_config import ModelShape, padded_vocabulary
 from calm_core.model import costs as of
-from calm_core.model import linear_cross_entropy
+from calm_core.model import output_layer
 from calm_core.model.costs import Activations, Kernels, Load, Weights
 from calm_core.model.heads import Target
 from calm_core.model.layers import column, linear, own_positions, vocabulary_nats
@@ -130,9 +130,9 @@ def kernels(shape: ModelShape, load: Load) -> Kernels:
         choice += Kernels(forward=5, backward=2)
     if not side.rank:
         choice += Kernels(forward=learned, backward=learned - 1)
-        return choice + linear_cross_entropy.kernels(load, inputs, d, shape.vocabulary) * learned
+        return choice + output_layer.kernels(load, inputs, d, shape.vocabulary) * learned
     features = of.product() + of.pointwise(0, load.whole(side.rank * _predicted(shape)) // side.every)
-    return choice + features + linear_cross_entropy.kernels(load, inputs * learned, side.rank, shape.vocabulary)
+    return choice + features + output_layer.kernels(load, inputs * learned, side.rank, shape.vocabulary)
 
 
 def activations(shape: ModelShape, load: Load) -> Activations:
@@ -146,9 +146,9 @@ def activations(shape: ModelShape, load: Load) -> Activations:
     d, learned, inputs = shape.backbone.hidden, _learned(shape), load.rows // side.every
     chosen = load.whole(d) // side.every
     if side.rank:
-        loss = linear_cross_entropy.activations(load, inputs * learned, side.rank, shape.vocabulary)
+        loss = output_layer.activations(load, inputs * learned, side.rank, shape.vocabulary)
         return Activations(chosen + loss.kept, loss.forward, loss.backward)
-    loss = linear_cross_entropy.activations(load, inputs, d, shape.vocabulary)
+    loss = output_layer.activations(load, inputs, d, shape.vocabulary)
     return Activations(loss.kept * learned, chosen + loss.forward, chosen + loss.backward)
 
 

@@ -6,7 +6,7 @@ from calm_core.config.experiment import Experiment, PlanConfig
 from calm_core.config.model_config import AutoencoderConfig, padded_vocabulary
 from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.model import costs as of
-from calm_core.model import linear_cross_entropy
+from calm_core.model import output_layer
 from calm_core.model.costs import FLOAT32, TOKEN, Kernels, Load
 from calm_core.plan import flops
 from calm_core.plan.flops import AutoencoderShape
@@ -122,7 +122,7 @@ def kernels(shape: AutoencoderShape, load: Load, outputs: int) -> Kernels:
     decoder = linear(h) + block(1) + linear(k * h) + block(k) + of.rms_norm_kernels(load, k * h)
     sampled = outputs < shape.vocabulary
     samples = load.micro_batch if sampled else 1  # each with a matrix of its own
-    loss = linear_cross_entropy.kernels(_eager(load), load.rows * k // samples, h, outputs) * samples
+    loss = output_layer.kernels(_eager(load), load.rows * k // samples, h, outputs) * samples
     if sampled:
         table = load.micro_batch * (4 * outputs * h * load.width + 6 * TOKEN * shape.vocabulary)
         loss += of.pointwise(table, table, kernels=(20 * load.micro_batch, 4))
@@ -164,7 +164,7 @@ def activations(shape: AutoencoderShape, load: Load, outputs: int) -> int:
     kept = blocks + encoder + decoder + posterior + 2 * load.rows * k * TOKEN
     sampled, rows = outputs < shape.vocabulary, padded_vocabulary(outputs)
     tables, inputs = (load.micro_batch, load.positions * k) if sampled else (1, load.rows * k)
-    block = linear_cross_entropy.activations(_eager(load), inputs, h, outputs).forward
+    block = output_layer.activations(_eager(load), inputs, h, outputs).forward
     copy = 0 if rows == outputs else load.width * rows * h
     gradients = 2 * FLOAT32 * tables * rows * h
     if sampled:

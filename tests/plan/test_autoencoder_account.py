@@ -7,7 +7,7 @@ from torch import Tensor
 from calm_core.autoencoder.model import Autoencoder, autoencoder_loss
 from calm_core.config.model_config import AutoencoderConfig
 from calm_core.config.training_config import ParallelConfig
-from calm_core.model import linear_cross_entropy
+from calm_core.model import output_layer
 from calm_core.model.costs import FLOAT32, Load
 from calm_core.model.noise import SampleNoise
 from calm_core.plan.autoencoder_account import activations, autoencoder_shape
@@ -33,7 +33,7 @@ def test_the_activations_kept_are_the_tensors_that_autograd_saves(hidden: int, s
     measured = sum(storage.nbytes() for storage in saved.values()) + tokens.nbytes
     outputs = sampled or V
     load, inputs = Load(S, B, ParallelConfig(), 4, "cpu"), S * K if sampled else S * B * K
-    block = linear_cross_entropy.activations(load, inputs, hidden, outputs).forward
+    block = output_layer.activations(load, inputs, hidden, outputs).forward
     another = FLOAT32 * (B * outputs + V if sampled else V) * hidden  # gradient, made by backward
     predicted = activations(autoencoder_shape(config, V, K), load, outputs)
     predicted -= block + another

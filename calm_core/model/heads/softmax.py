@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from calm_core.config.model_config import ModelShape, padded_vocabulary
 from calm_core.model import costs as of
-from calm_core.model import linear_cross_entropy
+from calm_core.model import output_layer
 from calm_core.model.costs import Activations, HeadCosts, Kernels, Load, target_bytes
 from calm_core.model.heads import HeadLoss, Target
 from calm_core.model.layers import (
@@ -108,7 +108,7 @@ def costs(shape: ModelShape) -> HeadCosts:
 def kernels(shape: ModelShape, load: Load) -> Kernels:
     """Of the final norm, the cross-entropy, and backward the mean of its losses."""
     d = shape.backbone.hidden
-    loss = linear_cross_entropy.kernels(load, load.rows, d, shape.vocabulary)
+    loss = output_layer.kernels(load, load.rows, d, shape.vocabulary)
     return of.rms_norm_kernels(load, d) + loss + Kernels(backward=2)
 
 
@@ -119,6 +119,6 @@ def activations(shape: ModelShape, load: Load) -> Activations:
     the forward pass.
     """
     d = shape.backbone.hidden
-    loss = linear_cross_entropy.activations(load, load.rows, d, shape.vocabulary)
+    loss = output_layer.activations(load, load.rows, d, shape.vocabulary)
     kept = load.rms_norm(d) + loss.kept + target_bytes(shape, load)
     return Activations(kept, loss.forward + load.whole(d), loss.backward)
