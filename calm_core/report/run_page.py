@@ -13,13 +13,13 @@ from calm_core import config as configuration
 from calm_core.config.experiment import Experiment
 from calm_core.errors import UserError
 from calm_core.evaluation.brier import half_interval
-from calm_core.io import read_json
+from calm_core.io import read_json, read_json_lines
 from calm_core.plan import flops
 from calm_core.plan.dry_run import model_shape
 from calm_core.report.figure import GREY, STEPS, Axis, Figure, Trace, brier_axis, curve, curve_with_band
 from calm_core.report.incidents import ENVELOPE, incidents, shown_time
 from calm_core.report.page import Paragraph, Section, Table, number, write_page
-from calm_core.training.run_log import FIGURES, read_records
+from calm_core.training.run_log import FIGURES
 from calm_core.training.stopping import stacks
 from calm_core.workflow.stages import BASELINE
 
@@ -69,7 +69,7 @@ def read_training(folder: Path, name: str) -> Training:
     """
     if not (folder / "metrics.jsonl").exists():
         raise UserError(f"{folder} holds no training run (metrics.jsonl is missing): give a folder such as runs/demo.")
-    records = read_records(folder / "metrics.jsonl")
+    records = read_json_lines(folder / "metrics.jsonl")
     kinds = ([r for r in records if r["kind"] == kind] for kind in ("train", "eval", "event", "sample"))
     settings = dict(configuration.flatten(configuration.read_yaml(folder / "config.yaml")))
     left = {"scores": folder / "evaluation.json", "texts": folder.parent / "samples.json"}
