@@ -4,11 +4,13 @@ import random
 from dataclasses import asdict
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from calm_core.config.training_config import ScheduleConfig, SpikeConfig
-from calm_core.distributed.optimizer import UpdateHistory, Verdict, judge, learning_rate_factor, limit
+from calm_core.distributed.optimizer import UpdateHistory, Verdict, buckets, judge, learning_rate_factor, limit
 from calm_core.errors import UserError
 from calm_core.training.resume import RunProgress
 
@@ -136,3 +138,19 @@ def test_without_a_detector_nothing_is_remembered() -> None:
 def test_settings_that_are_refused(change: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         SpikeConfig(**change)
+
+
+def test_buckets_hold_parameters_of_one_kind_the_last_ones_first() -> None:
+    def parameter(*shape: int, **marks: bool) -> nn.Parameter:
+        made = nn.Parameter(torch.zeros(shape))
+        made.__dict__.update(marks)
+        return made
+
+    first, second, third = (parameter(2, size, tensor_model_parallel=True) for size in (50, 3, 3))
+    whole, bias, norm = parameter(2, 3), parameter(5), parameter(4, sequence_parallel=True)
+    found = buckets([first, bias, norm, second, whole, third], size=12)
+    # The two small matrices fill a bucket; what waits for a sum over tensor-parallel ranks is last.
+    wanted = [[third, second], [first], [whole], [bias], [norm]]
+    assert [[id(p) for p in members] for members in found] == [[id(p) for p in members] for members in wanted]
+    assert len(buckets([first, second], size=1)) == 2
+    assert len(buckets([first, second], size=10**9)) == 1

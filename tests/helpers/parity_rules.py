@@ -19,7 +19,7 @@ def dropped(rule: str) -> Iterator[None]:
 
 def _sum() -> tuple[str, Any]:
     """Sequence-parallel ranks sum the gradients of what each holds whole."""
-    return "calm_core.distributed.zero.Zero._sum_over_positions", lambda zero, bucket: None
+    return "calm_core.distributed.engine.Zero._sum_over_positions", lambda zero, bucket: None
 
 
 def _mark_backbone() -> tuple[str, Any]:
@@ -34,7 +34,7 @@ def _mark_rest() -> tuple[str, Any]:
 
 def _count_once() -> tuple[str, Any]:
     """What tensor-parallel ranks hold whole counts once in the gradient norm."""
-    return "calm_core.distributed.zero.is_split", lambda parameter: True
+    return "calm_core.distributed.engine.is_split", lambda parameter: True
 
 
 def _all_stages() -> tuple[str, Any]:
@@ -44,7 +44,7 @@ def _all_stages() -> tuple[str, Any]:
     def one_stage(ranks: Any) -> Any:
         return parallel_state.get_tensor_and_data_parallel_group()
 
-    return "calm_core.distributed.zero.NormRanks.get_model_parallel_group", one_stage
+    return "calm_core.distributed.engine.NormRanks.get_model_parallel_group", one_stage
 
 
 def _parts() -> tuple[str, Any]:

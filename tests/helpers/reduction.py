@@ -55,8 +55,7 @@ def gather_gradients(engine: Any) -> None:
 
 def reduced(rank: int, topology: Any, dtype: torch.dtype) -> dict[str, Any]:
     """The record of this rank."""
-    from calm_core.distributed.engine import Engine, Pass
-    from calm_core.distributed.zero import Zero
+    from calm_core.distributed.engine import Engine, Pass, Zero
     from calm_core.megatron import MegatronModule, ModelType, TransformerConfig
 
     class Network(MegatronModule):
