@@ -9,10 +9,10 @@ from calm_core.model import costs as of
 from calm_core.model import output_layer
 from calm_core.model.costs import FLOAT32, TOKEN, Kernels, Load
 from calm_core.plan import flops
+from calm_core.plan.account import run_cost
 from calm_core.plan.flops import AutoencoderShape
 from calm_core.plan.layout import accumulation
 from calm_core.plan.memory import states
-from calm_core.plan.run_cost import run_cost
 from calm_core.plan.search import chosen_micro_batch
 from calm_core.plan.step_time import Machine, StepTime, UnitWork, accumulation_pass, stage_pass, update_time
 from calm_core.plan.table import GIB, cost_lines, time_lines

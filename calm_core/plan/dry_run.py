@@ -14,11 +14,10 @@ from calm_core.errors import ExitCode, UserError
 from calm_core.io import MANIFEST, read_manifest
 from calm_core.model.costs import Load
 from calm_core.plan import flops, table
-from calm_core.plan.account import account
+from calm_core.plan.account import account, data_cost, evaluation_time, run_cost
 from calm_core.plan.autoencoder_account import autoencoder_shape, describe
 from calm_core.plan.flops import AutoencoderShape
 from calm_core.plan.layout import rank_groups
-from calm_core.plan.run_cost import data_cost, evaluation_time, run_cost
 from calm_core.plan.search import candidates, largest_micro_batch
 
 Check = Callable[[Experiment, int], list[Path]]

@@ -7,8 +7,7 @@ from calm_core.config.experiment import PlanConfig
 from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.model import token_loss
 from calm_core.plan import flops
-from calm_core.plan.account import Account, PipelineStage
-from calm_core.plan.run_cost import DataCost, RunCost
+from calm_core.plan.account import Account, DataCost, PipelineStage, RunCost
 from calm_core.plan.search import Candidate
 from calm_core.plan.step_time import StepTime
 
