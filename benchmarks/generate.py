@@ -34,7 +34,7 @@ K, LATENT, WIDTH, DRAWS, PREFIX = 4, 128, 256, 200, 32
 
 
 class Specials:
-    """The special tokens, which are all that sampling asks a tokenizer for; random draws are to go on for ever."""
+    """The special tokens, which are all that sampling asks a tokenizer for; random draws must never end a document."""
 
     eos, pad = -2, 0
 

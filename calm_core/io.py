@@ -38,7 +38,7 @@ _PASSING = {
 
 NO_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
-FORMAT_VERSIONS = {"chunks": 2}  # since packed documents run on from shard to shard
+FORMAT_VERSIONS = {"chunks": 2}  # since packed documents continue across shards
 
 MANIFEST = "manifest.json"
 
@@ -199,7 +199,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Append a line with `record` to a file and fsync it; after a line that was cut short, on a line of its own."""
+    """Append a line with `record` to a file and fsync it; on a new line even if the last one was cut short."""
     with open(path, "a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)

@@ -1,8 +1,8 @@
 """What the project uses of Megatron-core, imported without what it does not use.
 
 Megatron-core decorates its fused functions by `torch.compile`, and its inference engine imports wandb: both take
-seconds in every process. None of these functions is on our path: `model.pointwise` compiles our own. They stay as they
-are written, and wandb is imported by a run that logs to it.
+seconds in every process. We call none of these functions: `model.pointwise` compiles our own. They stay uncompiled,
+and wandb is imported by a run that logs to it.
 """
 
 import sys
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-_UNUSED = ("wandb", "torch.utils.tensorboard")  # Megatron-core does without those that are not installed
+_UNUSED = ("wandb", "torch.utils.tensorboard")  # Megatron-core works without them
 
 
 def _as_written(function: Callable | None = None, *_: Any, **__: Any) -> Callable:
@@ -24,7 +24,7 @@ def _as_written(function: Callable | None = None, *_: Any, **__: Any) -> Callabl
 def without_the_unused() -> Iterator[None]:
     """Let `torch.compile` return its argument, and the unused modules be missing, during an import.
 
-    Megatron-core's warnings that it does without the optional libraries it could use are not shown.
+    Megatron-core's warnings about optional libraries that are not installed are not shown.
     """
     compile_, missing = torch.compile, [name for name in _UNUSED if name not in sys.modules]
     torch.compile = _as_written

@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _no_action() -> None:
-    raise UserError(f"scaling_laws.py wants one of {', '.join(ACTIONS)} as its first argument; --help says more.")
+    raise UserError(f"scaling_laws.py needs one of {', '.join(ACTIONS)} as its first argument; --help says more.")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def test_no_rooms_import_each_other_even_by_way_of_others() -> None:
 
 
 def test_one_module_imports_megatron_core() -> None:
-    """It leaves out what takes seconds to import, which works only for who comes first."""
+    """It skips what takes seconds to import, which works only if it is the first to import it."""
     importing = {
         path.name
         for path in LIBRARY.rglob("*.py")

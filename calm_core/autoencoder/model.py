@@ -20,8 +20,8 @@ from calm_core.model.output_layer import mean_cross_entropy, most_probable, samp
 
 CHUNKS_AT_ONCE = 4096  # chunks decoded at a time, to bound the memory of their hidden states
 
-# Of the initial embedding beside matrices of 1 / sqrt(inputs). The embedding is also the output layer: it must tell
-# tokens apart to the encoder without making the first logits large.
+# Of the initial embedding, with matrices of 1 / sqrt(inputs). The embedding is also the output layer: the encoder must
+# be able to distinguish tokens by it, and the first logits must not be large.
 EMBEDDING_STD = 0.2
 INITIAL_SIGMA = 0.3  # of the posterior of a mirrored autoencoder: near that of a trained one
 DROPPED_TOKEN = 0  # the id that replaces a dropped token; `pad` in tokenizers trained here
@@ -84,8 +84,8 @@ class Autoencoder(nn.Module):
     def _mirror(self) -> None:
         """Start the decoder as the transpose of the encoder, and every block as the identity.
 
-        A latent is then a random projection of its tokens' embeddings. Its transpose brings back the sum of each
-        embedding, shortened, and of noise that has no preferred direction: the nearest row of the table is often right.
+        A latent is then a random projection of its tokens' embeddings. Its transpose gives the sum of each
+        embedding, scaled down, and noise without a preferred direction: the nearest row of the table is often right.
         """
         for block in filter(lambda module: isinstance(module, SwigluBlock), self.modules()):
             nn.init.zeros_(block.down.weight)
@@ -260,7 +260,7 @@ def load_autoencoder(folder: Path, device: str = "cpu", dtype: torch.dtype = tor
 
 
 class _SkippedInitialisation(TorchFunctionMode):
-    """Leave out initial weights: they are about to be loaded, and torch imports its compiler to draw them on "meta"."""
+    """Skip the initialization of weights that are about to be loaded: on "meta", torch imports its compiler for it."""
 
     def __torch_function__(self, function: Callable, _: Any, args: Sequence = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

@@ -50,7 +50,7 @@ class Requirements:
 
 
 def problems_of_node(promised: int, folders: Iterable[Path], required: Requirements) -> list[str]:
-    """Every fault of this node by itself, one phrase each; `promised` is the number of GPUs that Slurm gave it."""
+    """Every fault of this node, one phrase each; `promised` is the number of GPUs that Slurm gave it."""
     free = psutil.virtual_memory().available / GIB
     few = [] if free >= required.memory_gib else [f"{free:.1f} GiB of memory free, {required.memory_gib:g} needed"]
     disks = [problem for folder in (required.scratch, *folders) if (problem := _unwritable(folder))]

@@ -21,7 +21,7 @@ REFUSED = re.compile(
     "presently disabled|pending execution|already complet|permission denied|configuration is not available"
 )
 
-FIRST_PORT, PORTS = 20_000, 10_000  # below the ports that the system gives out by itself
+FIRST_PORT, PORTS = 20_000, 10_000  # below the ports that the system assigns automatically
 
 
 class SlurmError(UserError):

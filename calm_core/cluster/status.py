@@ -24,7 +24,7 @@ from calm_core.io import append_json_line, read_json, read_json_lines, write_jso
 # Prefixes of the environment variables that decide how a job runs; none may hold a secret.
 RECORDED = ("SLURM_", "NCCL_", "CALM_", "CUDA_", "OMP_", "GLOO_", "TORCH_", "UCX_", "FI_")
 
-BUILDING = "building"  # the journal of `data.builder`, which needs packages that the host may lack
+BUILDING = "building"  # the journal of `data.builder`, which needs packages that the host may not have
 
 FAILURES = ("failure", "bad nodes", "no all-reduce")
 

@@ -1,4 +1,4 @@
-"""The steps of a job (srun), the signals that Slurm sends meanwhile, and the process of each rank.
+"""The steps of a job (srun), the signals that Slurm sends while they run, and the process of each rank.
 
 `python -m calm_core.cluster.steps RECORDS SCRIPT ARGUMENTS` is one rank under srun. It runs the script and writes
 RECORDS/RANK.json when the script has ended: srun returns the code of a process that it killed itself, not the code of

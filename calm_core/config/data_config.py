@@ -79,7 +79,9 @@ class DataConfig:
     )
     k: int = option(4, "K, tokens per chunk", belongs_to="chunks")
     packing: Packing = option(
-        "pack", "pack: documents run on in chunks; align: each begins a chunk, padded to its end", belongs_to="chunks"
+        "pack",
+        "pack: documents follow each other without a gap; align: each begins a chunk, and padding fills its last one",
+        belongs_to="chunks",
     )
     latents: Literal["stored", "encode"] = option(
         "stored",

@@ -132,7 +132,7 @@ class PlanConfig:
     matrix_share: float = option(0.6, "fraction of the peak that large matrix products reach", above=0, at_most=1)
     memory_gbs: float = option(2600.0, "GB/s that kernels read and write in a device's memory", above=0)
     launch_us: float = option(10.0, "microseconds of the host for each kernel that it launches", at_least=0)
-    collective_us: float = option(20.0, "microseconds that a message takes beside its bytes", at_least=0)
+    collective_us: float = option(20.0, "latency of a message in microseconds, besides its bytes", at_least=0)
     node_devices: int = option(8, "devices of a node", at_least=1)
     node_gbs: float = option(300.0, "GB/s that a device sends to others of its node (NVLink)", above=0)
     network_gbs: float = option(40.0, "GB/s that a device sends to other nodes (InfiniBand)", above=0)

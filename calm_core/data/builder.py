@@ -224,7 +224,7 @@ class ArrayTask:
         """The task that `i/n` names, for argparse."""
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if not match or int(match[1]) >= int(match[2]):
-            raise argparse.ArgumentTypeError(f"{text!r} is no task: write i/n with i from 0 to n - 1, such as 0/8")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a task: write i/n with i from 0 to n - 1, such as 0/8")
         return cls(int(match[1]), int(match[2]))
 
 

@@ -1,7 +1,8 @@
 """Chunk stores: K tokens and their latents in float16, made from token shards and a frozen autoencoder.
 
-With packing `pack` documents run on, across shards too: chunk c of a split holds its tokens from c·K on, and pad fills
-the last chunk of the split. With `align` each document begins a chunk, and pad fills its last one.
+With packing `pack` documents follow each other without a gap, across shards too: chunk c of a split holds its tokens
+from c·K on, and pad fills the last chunk of the split. With `align` each document begins a chunk, and pad fills its
+last one.
 
 Tokens are the same on every machine. Latents are rounded as the processor's kernels round: machines with other vector
 instructions (AVX2, AVX-512, a GPU) write float16 values that may differ in the last bit.
@@ -166,8 +167,8 @@ class ChunkStoreBuild:
     def _text(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of the chunks of an input, and the offsets of its documents in them, with the end.
 
-        Packed documents run on: the first tokens of a shard may belong to a chunk of the shard before, and its last
-        chunk may end in the shards that follow.
+        Packed documents continue across shards: the first tokens of a shard may belong to a chunk of the shard before,
+        and its last chunk may end in the shards that follow.
         """
         store, index = self.inputs[number]
         shard = store.shard(index)
@@ -271,7 +272,7 @@ def documents_of(starts: np.ndarray, rows: range) -> tuple[np.ndarray, range, bo
     Returns:
         The document of each chunk, as an index into the second result.
         The documents of these chunks, including one that begins in the chunks before.
-        Whether there is such a one.
+        Whether the first of them begins in the chunks before.
     """
     if not rows:
         return np.empty(0, np.int64), range(len(starts) - 1), False

@@ -19,8 +19,8 @@ from calm_core.io import source_hash
 class EncodedStore(TokenStore):
     """One split of a token store, its documents packed into chunks; a row is a chunk, with the columns of `ChunkStore`.
 
-    The encoder is built on the autoencoder's device when the first latent is read. A training run reads the tokens
-    alone, in a thread beside the step, and has them encoded in the step.
+    The encoder is built on the autoencoder's device when the first latent is read. A training run reads only
+    the tokens, in a thread that runs during the step before, and has them encoded in the step.
     """
 
     read_columns = ("tokens",)

@@ -1,7 +1,7 @@
 """How a corpus is split into training and held-out text: by document, or by position where documents are few.
 
 By document, a hash of its text decides, so that a document stays on its side as the corpus grows. By position, the end
-of every document is held out, and the text before that end is left out as a gap.
+of every document is held out, and some text before it is skipped as a gap.
 """
 
 import re
@@ -17,7 +17,7 @@ from calm_core.data.corpus import Tally, corpus_documents, sources
 
 TRAIN, HELD_OUT = "train", "held_out"
 
-FEWEST_DOCUMENTS = 2  # held out by document, or there is nothing to tell the scatter of the scores by
+FEWEST_DOCUMENTS = 2  # held out by document: fewer would leave the scores without standard errors
 
 MANY_DOCUMENTS = 100  # from here on more documents are held out where data.held_out gives too little text
 

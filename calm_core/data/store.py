@@ -175,7 +175,7 @@ class Store:
         # A shard counts the documents that begin in it; its first document may have begun in the shard before.
         begun = [0, *accumulate(shard["documents"] for shard in self.shards)]
         continued = [*(int(shard.get("continues", False)) for shard in self.shards), 0]
-        self._first_documents = [before - goes_on for before, goes_on in zip(begun, continued, strict=True)]
+        self._first_documents = [before - continues for before, continues in zip(begun, continued, strict=True)]
         self.shard = lru_cache(maxsize=OPEN_SHARDS)(self._open_checked)
 
     def __len__(self) -> int:
@@ -207,7 +207,7 @@ class Store:
 
     @property
     def padding(self) -> int | None:
-        """The token that fills the last row of a document; None if documents run on."""
+        """The token that fills the last row of a document; None if documents follow each other without a gap."""
         return self.manifest["pad"] if self.packing == "align" else None
 
     @property
@@ -335,7 +335,7 @@ class ChunkStore(Store):
 
     @property
     def packing(self) -> Packing:
-        """`pack`: documents run on; `align`: each begins a chunk."""
+        """`pack`: documents follow each other without a gap; `align`: each begins a chunk."""
         return self.manifest.get("packing", "pack")
 
     @property

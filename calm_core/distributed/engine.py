@@ -26,10 +26,10 @@ from calm_core.distributed.schedule import ForwardStep, Pass
 from calm_core.distributed.topology import Topology
 from calm_core.megatron import MegatronModule, parallel_state, without_the_unused
 
-with without_the_unused():  # DeepSpeed's optimizer imports it at its start, compiled
+with without_the_unused():  # DeepSpeed's optimizer imports it, and it compiles functions when imported
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
-# It prints a memory report at each step of its start, and collects all garbage before: no setting turns that off.
+# It prints memory reports while it starts, and collects garbage before each: no setting turns that off.
 bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
@@ -135,7 +135,7 @@ class Zero(BF16_Optimizer):
                 parameter.main_grad = gradient.view_as(parameter)
                 hook = partial(self._accumulate, bucket=bucket)
                 self._grad_acc_hooks.append(parameter.register_post_accumulate_grad_hook(hook))
-        # Those that first wait for a sum over the tensor-parallel ranks are last.
+        # The buckets that must first be summed over the tensor-parallel ranks are last.
         self._unsummed = sum(not is_summed(parameters[0]) for parameters in self.bf16_groups)
         self._missing = [math.inf] * len(self.bf16_groups)
         self._reductions: list[Callable[[], None]] = []

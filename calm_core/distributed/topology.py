@@ -158,7 +158,7 @@ def _leaving(leave: Callable[[], None]) -> Iterator[None]:
 def _leave_groups() -> None:
     """Destroy the groups of the layout, which Megatron-core does not, and the models that refer to them in cycles.
 
-    Each gloo group has polling threads: those of earlier layouts would slow down a process that walks through several.
+    Each gloo group has polling threads: those of earlier layouts would slow down a process that uses several in turn.
     """
     from calm_core.megatron import parallel_state
 

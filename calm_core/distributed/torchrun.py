@@ -1,7 +1,7 @@
 """torchrun with a meaningful exit code: `python -m calm_core.distributed.torchrun OPTIONS SCRIPT ARGUMENTS`.
 
 torchrun itself always ends with 1 and a trace if a process failed. Here the exit code is that of the process
-that failed first, so that a bad configuration can be told from a failure worth a retry.
+that failed first, so that a bad configuration can be distinguished from a failure worth a retry.
 """
 
 import logging

@@ -202,9 +202,8 @@ def half_interval(record: Mapping[str, Any], key: str) -> float | None:
     one that does not say it gets two.
     """
     error = record.get(f"{key}_error")
-    said = record.get("interval_factor") or (record.get("standard_errors") or {}).get("interval_factor")
-    factor = said or 2.0
-    return None if error is None else factor * error
+    factor = record.get("interval_factor") or (record.get("standard_errors") or {}).get("interval_factor")
+    return None if error is None else (factor or 2.0) * error
 
 
 @dataclass(frozen=True)
@@ -258,7 +257,7 @@ class BrierAccumulator:
             values: `[P, n]`.
             documents: the document of each position, `[P]` int64.
             counted: which values count, `[P, n]` bool; None: all.
-            blocks: a number for each short run of neighbouring positions, ascending in the text, `[P]` int64; it serves
+            blocks: a number for each short run of neighbouring positions, ascending in the text, `[P]` int64; used
                 where all positions turn out to be of one document. None: there is one block.
         """
         values, documents = values.detach().cpu().double(), documents.cpu()
@@ -281,7 +280,7 @@ class BrierAccumulator:
 
         The clusters are the documents; where there is only one, up to `BLOCKS` blocks of consecutive positions. The
         residual of a cluster with the fraction a of the positions is divided by sqrt(1 - 2 a + sum of all a^2), which
-        makes the variance unbiased if clusters vary alike: for equal ones that is the factor C / (C - 1).
+        makes the variance unbiased if clusters vary equally: for equal sizes that is the factor C / (C - 1).
         """
         filled = (self._counts > 0).any(1)
         documents, cluster = self._keys[filled, 0].unique(return_inverse=True)

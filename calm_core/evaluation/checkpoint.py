@@ -44,7 +44,7 @@ def evaluate_checkpoint(
     The baselines are those of the tokens in `train`, and None without. With `protocol="paper"` the record has one more,
     `paper`: Brier-n and BrierLM as the paper counts them.
     """
-    from calm_core.evaluation.evaluate import evaluate  # takes seconds, which who only reads a text does not need
+    from calm_core.evaluation.evaluate import evaluate  # takes seconds, and tokenizing a text does not need it
 
     counts, bigram = (None, None) if train is None else (train.token_counts(), bigram_of(train))
     windows = Windows(held_out, loaded.positions)
@@ -174,12 +174,12 @@ def _load(path: Path, topology: Topology) -> tuple[Checkpoint, Loaded]:
 
 
 def _newest(path: Path, action: Callable[[Path], T]) -> T:
-    """What `action` makes of the checkpoint that `path` means; of the newer one where training removes it meanwhile.
+    """`action` on the checkpoint that `path` means, or on a newer one if training removes it in the meantime.
 
     Collective: training may save one at any time, and all ranks must score the same.
 
     Raises:
-        UserError: there is no complete checkpoint, or the newest one does not serve.
+        UserError: there is no complete checkpoint, or the newest one cannot be used.
     """
     while True:
         found = on_first_rank(lambda: find_checkpoint(path))

@@ -32,7 +32,7 @@ from calm_core.model.calm import CalmModel
 from calm_core.model.layers import own_positions
 from calm_core.model.noise import SampleNoise
 
-Progress = Callable[[int], object]
+OnProgress = Callable[[int], object]
 """`progress(windows)`: this many more windows are scored."""
 
 ClusteredScores = tuple[tuple[str, ...], tuple[Tensor, Tensor, Tensor]]
@@ -47,12 +47,12 @@ def evaluate(
     topology: Topology,
     held_out: HeldOut,
     stop: Callable[[], bool] | None = None,
-    progress: Progress = lambda windows: None,
+    progress: OnProgress = lambda windows: None,
 ) -> dict[str, Any] | None:
     """Score a model on held-out windows, divided among the data-parallel ranks. Collective.
 
     Args:
-        model_parts: what this rank holds of the model; put into evaluation mode meanwhile.
+        model_parts: what this rank holds of the model; in evaluation mode during the call.
         topology: the layout.
         held_out: what the model is scored on.
         stop: asked on every rank between micro-batches whether to stop; its answer must be the same on all ranks.
@@ -197,10 +197,10 @@ def summarize(parts: Iterable[ClusteredScores]) -> dict[str, Any]:
     also of the bigram table if it was scored.
 
     `brier_lm` is None with a `brier_lm_reason` unless Brier-1..4 are all significant. A single document is divided into
-    blocks of positions; an error is None where there is a single block, too. `standard_errors` says what they rest on,
-    and how many of them a 95 % interval goes to either side. Of the variance of a scored position's Brier-n,
-    `variance_within_n` is due to the draws and falls with their number, `variance_between_n` to the position and falls
-    with the number of positions alone.
+    blocks of positions; an error is also None where there is a single block. `standard_errors` says what they are
+    computed over, and how many of them a 95 % interval extends to either side. Of the variance of a scored position's
+    Brier-n, `variance_within_n` is due to the draws and falls with their number, `variance_between_n` to the position
+    and falls only with the number of positions.
     """
     parts = list(parts)
     names = parts[0][0]
@@ -220,11 +220,11 @@ def summarize(parts: Iterable[ClusteredScores]) -> dict[str, Any]:
         name = f"{whose}brier_lm"
         named |= {name: lm.value, f"{name}_error": lm.standard_error, f"{name}_reason": lm.reason}
     factor = interval_factor(result.clusters) if result.clusters > 1 else None
-    resting_on = {"clusters": result.clusters, "of": result.unit, "interval_factor": factor}
+    errors_of = {"clusters": result.clusters, "of": result.unit, "interval_factor": factor}
     return named | {
         "scored_positions": result.positions,
         "documents": result.documents,
-        "standard_errors": resting_on,
+        "standard_errors": errors_of,
     }
 
 

@@ -81,8 +81,8 @@ class BigramModel:
             at = torch.rand(len(first), dtype=torch.float64, generator=generator)
             pair = torch.searchsorted(sums, sums[low].lerp(sums[high], at), right=True) - 1
             following = self.following[torch.minimum(pair, (high - 1).clamp_(min=0))]
-            anew = torch.multinomial(unigram, len(first), replacement=True, generator=generator)
-            drawn.append(torch.where(low < high, following, anew))
+            fallback = torch.multinomial(unigram, len(first), replacement=True, generator=generator)
+            drawn.append(torch.where(low < high, following, fallback))
         return torch.stack(drawn[1:], 1)
 
 

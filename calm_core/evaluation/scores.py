@@ -170,7 +170,7 @@ def tokens_of(name: str) -> int:
 def _brier(read: ReadBatch, scored: ScoredPositions, draws: Draws, truth: Tensor) -> tuple[BrierTerms, Tensor | None]:
     """Brier-1..4 `[P', B, 4]` and the variance that the draws account for, None under the paper's protocol.
 
-    A head with likelihoods takes the form of far less noise, unless the protocol wants draws.
+    A head with likelihoods uses the estimate with far less noise, unless the protocol requires draws.
     """
     predicted = draws.predicted
     if read.held_out.protocol == "paper":

@@ -125,12 +125,12 @@ def _weighted(result: Mapping[str, Any], whose: str = "") -> list[str]:
 
 
 def _interval(result: Mapping[str, Any]) -> str:
-    """What stands behind the "±"."""
-    resting = result["standard_errors"]
-    if resting["interval_factor"] is None:
+    """What the "±" means."""
+    errors = result["standard_errors"]
+    if errors["interval_factor"] is None:
         return "no standard errors: all scored positions are of one block of one document"
-    clusters = resting["clusters"]
-    unit = "documents" if resting["of"] == "documents" else "blocks of positions of one document"
+    clusters = errors["clusters"]
+    unit = "documents" if errors["of"] == "documents" else "blocks of positions of one document"
     return f"±: half of a 95 % interval, by Student's t with {clusters - 1} degrees of freedom ({clusters} {unit})"
 
 

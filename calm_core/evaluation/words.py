@@ -1,4 +1,4 @@
-"""How many words of a generated text are words of the training documents: what a reader sees first."""
+"""The share of generated words that occur in the training documents."""
 
 import math
 import re
@@ -22,7 +22,7 @@ WORD = re.compile(r"[^\W\d_]+")
 
 @dataclass(frozen=True)
 class KnownShare:
-    """Which fraction of generated words is known.
+    """The fraction of generated words that the training documents have.
 
     Attributes:
         share: of the words.
@@ -40,7 +40,7 @@ class KnownShare:
 def words(text: str, whole: bool = True) -> list[str]:
     """The words of a text, which are its longest runs of letters, in lower case.
 
-    Where the text is not `whole`, a word at its very end may have been cut off and is left out.
+    Where the text is not `whole`, the word at its end may have been cut off and is not counted.
     """
     found = list(WORD.finditer(text))
     if found and not whole and found[-1].end() == len(text):

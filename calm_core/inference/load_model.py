@@ -22,7 +22,7 @@ from calm_core.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class DocumentFormat:
-    """How documents stand in the data that a model was trained on.
+    """How documents are stored in the data that a model was trained on.
 
     Attributes:
         eos: whether each ends with eos (`data.eos`).
@@ -46,7 +46,7 @@ class Loaded:
         autoencoder: frozen, in the model's precision; None where the head draws tokens itself (softmax).
         tokenizer: of the data the model was trained on.
         positions: chunks of context that the model was trained on.
-        documents: how documents stand in that data.
+        documents: how documents are stored in that data.
     """
 
     model: CalmModel
@@ -133,13 +133,13 @@ def experiment_of(checkpoint: Checkpoint) -> Experiment:
 
 
 def document_format(checkpoint: Checkpoint) -> DocumentFormat:
-    """How documents stand in the data of a checkpoint."""
+    """How documents are stored in the data of a checkpoint."""
     experiment = experiment_of(checkpoint)
     return documents_of_data(experiment.data, experiment.paths, checkpoint.state["identity"]["data"])
 
 
 def documents_of_data(data: DataConfig, paths: Paths, identity: Any) -> DocumentFormat:
-    """How documents stand in the data of this identity: as its stores say, or where they are gone, as `data` says."""
+    """How documents are stored in the data of this identity: as its stores say, or if they are gone, as `data` says."""
     eos, packing, tokens = data.eos, data.packing, identity
     if (paths.chunks / MANIFEST).exists():
         chunks = read_manifest(paths.chunks, "chunks")

@@ -1,4 +1,4 @@
-"""A prompt on its way to text: what it starts from, its tokens and text so far, the hidden states of its next chunk."""
+"""A prompt being continued: what it starts from, its tokens and text so far, the hidden states of its next chunk."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

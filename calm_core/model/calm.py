@@ -104,7 +104,7 @@ class CalmModel(nn.Module):
     ) -> Tensor | HeadLoss:
         """The losses against `target` on the last part, the hidden states for the next part on any other.
 
-        Without `side` a model leaves out its token loss, whose weights have zero gradients then.
+        Without `side` a model skips its token loss, whose weights then have zero gradients.
         """
         hidden = self.hidden(tokens)
         if not self.last:

@@ -244,7 +244,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class Kernels(Additive):
-    """What a unit of the pipeline executes for one micro-batch beside the arithmetic of its matrix products.
+    """What a unit of the pipeline executes for one micro-batch besides the arithmetic of its matrix products.
 
     Kernels add up (`+`) and repeat (`*`), so a unit's are written as its forward pass is. A view starts no kernel.
 
@@ -273,7 +273,7 @@ def pointwise(forward: int, backward: int, kernels: tuple[int, int] = (1, 1)) ->
 def product(leaf: bool = False) -> Kernels:
     """A product with a weight matrix: one product forward; backward one each for its input, unless a leaf, and weight.
 
-    A bias that it does not add by itself is counted by what follows (`bias_kernel`).
+    A bias that it does not add is counted by what follows (`bias_kernel`).
     """
     return Kernels(forward=1, backward=1 if leaf else 2)
 

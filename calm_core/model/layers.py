@@ -58,7 +58,7 @@ def column(config: "TransformerConfig | SingleRank", inputs: int, outputs: int, 
 def row(config: "TransformerConfig | SingleRank", inputs: int, outputs: int) -> nn.Module:
     """A linear layer with bias whose inputs are divided among tensor-parallel ranks, as `column` leaves them.
 
-    As that it returns its outputs and the bias that is still to be added.
+    Like `column`, it returns its outputs and the bias that is still to be added.
     """
     if isinstance(config, SingleRank):
         return replicate_all(single_rank.Linear(inputs, outputs, config.params_dtype), config)
@@ -189,7 +189,7 @@ def vocabulary_nats(
 
     Their gradient must be proportional to `counts` `[S, B]`, or one number where there are none.
 
-    With sequence parallelism each rank has its part of the logits of all positions, but hands out the losses of its own
+    With sequence parallelism each rank has its part of the logits of all positions, but returns the losses of its own
     positions. So the backward pass gathers the gradients of all losses, and sums those of `x` over the ranks.
     """
     nats = linear_cross_entropy(

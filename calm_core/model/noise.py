@@ -53,7 +53,7 @@ def stream_seed(seed: int, name: str, sample: int) -> int:
 class SampleNoise:
     """The streams of one micro-batch: `samples` holds the global index of each of its B samples.
 
-    `purpose` keeps streams apart that share seed and indices, such as those of training and of evaluation.
+    `purpose` separates streams that share seed and indices, such as those of training and of evaluation.
     """
 
     seed: int

@@ -39,8 +39,8 @@ def linear_cross_entropy(
 
     Products run in the inputs' dtype; softmax, losses and sums over blocks in float32 (float64 for float64).
 
-    The ranks of a `group` have the rows of one matrix in turn, as many each, and the same features, targets and counts.
-    Each gets the losses, the gradient of its rows, and its part of the features' gradient, whose sum is the caller's.
+    The ranks of a `group` divide the rows of one matrix equally, in order, and have the same features, targets and
+    counts. Each gets the losses, the gradient of its rows, and its part of the features' gradient, to be summed.
 
     Args:
         features: the inputs.
@@ -249,14 +249,14 @@ class _WithGradients(torch.autograd.Function):
         of_features, of_weight, counts = ctx.saved_tensors
         counts = counts.to(gradient.dtype)
         scale = gradient.sum() / counts.sum().clamp(min=torch.finfo(gradient.dtype).tiny)
-        apart = (gradient - scale * counts).abs().amax()
-        wrong = apart > 1e-3 * gradient.abs().amax()  # false of what is not finite: the step that follows refuses it
+        deviation = (gradient - scale * counts).abs().amax()
+        wrong = deviation > 1e-3 * gradient.abs().amax()  # false if not finite: the optimizer rejects that step
         torch._assert_async(~wrong, "the gradient is not proportional to the counts")
         return (of_features * scale).to(of_features.dtype), (of_weight * scale).to(ctx.dtype), None, None, None, None
 
 
 def kernels(load: Load, inputs: int, width: int, rows: int) -> Kernels:
-    """Kernels for `inputs` of this width and a matrix of so many rows, divided among the tensor-parallel ranks.
+    """Kernels for `inputs` of this width and a matrix of `rows`, divided among the tensor-parallel ranks.
 
     All products are in the forward pass; the backward pass multiplies the gradients by a number. Eagerly, the functions
     of `pointwise` pass over the logits of a block twelve times in float32; compiled, the sums read them twice, and the
@@ -273,7 +273,7 @@ def kernels(load: Load, inputs: int, width: int, rows: int) -> Kernels:
         passes = (12 * FLOAT32 + 3 * convert) * logits
         softmax = of.pointwise(passes, 0, kernels=((11 if narrow else 8) * blocks, 0))
     padding = padded_vocabulary(rows) > rows
-    added = (FLOAT32 + convert) * table * blocks if narrow else 0  # to the gradient of the matrix; a product adds else
+    added = (FLOAT32 + convert) * table * blocks if narrow else 0  # in float32 the product itself accumulates
     return softmax + Kernels(
         forward=2 + blocks * (12 + 2 * narrow + padding + (16 + narrow) * parallel),
         backward=16 + narrow,

@@ -2,7 +2,7 @@
 
 It is not part of the paper. The energy score alone teaches the backbone slowly, since its gradient reaches the hidden
 state through draws; a classifier of the next tokens teaches it directly. The classifier is a training aid: it is saved
-in checkpoints to resume a run, and neither sampling nor scoring nor an exported model has it.
+in checkpoints to resume a run; sampling, scoring and exported models do not use it.
 """
 
 from typing import TYPE_CHECKING
@@ -45,7 +45,7 @@ class TokenLoss(nn.Module):
             self.out = nn.ModuleList(column(config, d, rows, bias=False) for _ in range(tokens))
 
     def forward(self, hidden: Tensor, target: Target, noise: Noise) -> Tensor:
-        """Nats per token at each position this rank works on, `[S', B]` float32; unbiased where positions are left out.
+        """Nats per token at each position this rank works on, `[S', B]` float32; unbiased where positions are skipped.
 
         Args:
             hidden: `[S', B, d]`.

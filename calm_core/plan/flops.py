@@ -1,6 +1,6 @@
 """Parameters and floating-point operations of a model by closed form, from its shape alone (see `model.costs`).
 
-Two accountings are kept apart:
+There are two accountings, which must not be mixed:
 
 * `paper_*` counts as the CALM paper does, to compare with its table (`plan.paper` has the differences that remain);
 * `unit_costs` and `executed_training` count what this code must compute, for utilisation and for balanced stages.

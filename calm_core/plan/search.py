@@ -58,7 +58,7 @@ def chosen_micro_batch(
         if peak(chosen) <= USED * plan.device_memory_gib * GIB:
             return chosen
     if not sizes:
-        return replace(training, micro_batch=1)  # that the ranks do not divide the batch is said where it is refused
+        return replace(training, micro_batch=1)  # the ranks do not divide the batch: a later check refuses it
     raise UserError(
         f"{section}.micro_batch=auto: not even 1 fits in {USED:.0%} of {plan.device_memory_gib:.3g} GiB: set "
         "parallel.recompute=full, or spread the model over more ranks by parallel.tensor or parallel.pipeline."

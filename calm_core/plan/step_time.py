@@ -29,7 +29,7 @@ class Machine:
         matrices: rate of matrix products.
         memory: bytes that kernels read and write.
         launch: time of the host for a kernel.
-        message: time of a collective beside its bytes.
+        message: latency of a collective, besides its bytes.
         node: bytes sent to ranks of the same node.
         network: bytes sent to other nodes.
         node_ranks: ranks of a node.

@@ -71,7 +71,7 @@ _HARMLESS = {
     *(_DOCUMENT_EOS, _DOCUMENT_PACKING),
 }
 
-_CHECKED_APART = {"rope_scaling", "rope_parameters", "rope_theta", "head_dim", "rms_norm_eps"}
+_CHECKED_SEPARATELY = {"rope_scaling", "rope_parameters", "rope_theta", "head_dim", "rms_norm_eps"}
 
 
 _ARCHITECTURES = {"energy": "EnergyTransformer", "diffusion": "DiffusionTransformer", "flow": "FlowTransformer"}
@@ -156,7 +156,7 @@ def reference_calm(shape: ModelShape, longest: int) -> dict[str, Any]:
 
 
 def reference_documents(documents: DocumentFormat) -> dict[str, Any]:
-    """How documents stand in the data, under keys of our own, which the reference ignores."""
+    """How documents are stored in the data, under keys of our own, which the reference ignores."""
     return {_DOCUMENT_EOS: documents.eos, _DOCUMENT_PACKING: documents.packing}
 
 
@@ -207,7 +207,7 @@ def _require_understood(config: Mapping[str, Any], read: Collection[str], path: 
             raise UserError(
                 f"{path} says {key}={value!r}, but only {_FIXED[key][0]!r} can be imported: the network differs."
             )
-        if key not in {*read, *_FIXED, *_HARMLESS, *_CHECKED_APART} and value is not None:
+        if key not in {*read, *_FIXED, *_HARMLESS, *_CHECKED_SEPARATELY} and value is not None:
             raise UserError(
                 f"{path} says {key}={value!r}, which is not known here: remove the key if it changes nothing in the "
                 "network, otherwise the model cannot be imported."
@@ -238,8 +238,8 @@ def _rope_base(config: Mapping[str, Any], path: Path) -> dict[str, float]:
         if type(value) not in (int, float) or not 0 < value < float("inf"):
             raise UserError(f"{path} says {name}={value!r}: it must be a number above 0.")
     if len(set(bases.values())) > 1:
-        said = " and ".join(f"{name}={value}" for name, value in bases.items())
-        raise UserError(f"{path} says {said}: keep the one that the model was trained with.")
+        given = " and ".join(f"{name}={value}" for name, value in bases.items())
+        raise UserError(f"{path} says {given}: keep the one that the model was trained with.")
     return {"rope_base": float(next(iter(bases.values())))} if bases else {}
 
 

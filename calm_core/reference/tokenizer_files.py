@@ -56,7 +56,7 @@ def export_tokenizer(path: Path, target: Path) -> dict[str, int]:
 
 
 def _copy_names(source: Path, target: Path, tokenizer: Tokenizer, own: tokenizers.Tokenizer) -> None:
-    """The names of the control tokens: those beside a tokenizer.json, or else those that were found in it."""
+    """The names of the control tokens: those in the file next to tokenizer.json, or else those found in it."""
     if source.is_file():
         shutil.copyfile(source, target / NAMES)
         return

@@ -69,7 +69,7 @@ def write_folder(folder: Path, form: Form, tensors: Mapping[str, Tensor]) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     named = {name: tensors[_first_name(name)].to(DTYPES[dtype]) for name, dtype in form.dtypes.items()}
     with replacing(folder / WEIGHTS) as temporary:
-        # Names of one tensor become tensors of their own: the format knows no sharing.
+        # Each name gets its own copy: the format does not support shared tensors.
         save_file({name: tensor.clone() for name, tensor in named.items()}, temporary, metadata={"format": "pt"})
     write_text(folder / CONFIG, json.dumps(form.config, indent=1) + "\n")
 

@@ -57,7 +57,7 @@ class Trace:
         line: join them.
         dashed: whether the line is dashed.
         color: of the palette; by the order of the groups where it is None.
-        text: what hovering says of each point beside its values.
+        text: what hovering shows for each point in addition to its values.
         other_x: the same points by other units, from the name of the unit.
     """
 
@@ -121,7 +121,7 @@ def curve_with_band(records: Iterable[Record], key: str, name: str, **look: Any)
 
 
 def draw(figures: Sequence[Figure], *paths: Path, width: float = 6.0, height: float = 4.0) -> None:
-    """Draw figures beside each other into files, whose suffixes say their formats."""
+    """Draw figures side by side into files, whose suffixes say their formats."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(width * len(figures), height), layout="constrained")

@@ -1,4 +1,4 @@
-"""What happened to a training run: restarts, faults, hangs, and what its jobs on a cluster noted."""
+"""What happened to a training run: restarts, faults, hangs, and what its jobs on a cluster recorded."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -35,7 +35,7 @@ def shown_time(time: float) -> str:
 
 
 def _recorded(events: Sequence[Record]) -> Iterator[Incident]:
-    """What the run itself has written down; a start that follows no word of an end follows a crash."""
+    """What the run itself has recorded; a start after a run that did not record its end follows a crash."""
     last = ""
     for event in events:
         what = event["event"]
@@ -53,7 +53,7 @@ def _hung(run: Path) -> Iterator[Incident]:
 
 
 def _of_jobs(run: Path) -> Iterator[Incident]:
-    """What the jobs of the experiment on a cluster noted: those of the autoencoder's stages, or those of all others."""
+    """What the jobs of the experiment on a cluster recorded: those of the autoencoder's stages, or all others."""
     for journal in sorted((run.parent / "slurm").glob("*/journal.jsonl")):
         stage = journal.parent.name
         if ("autoencoder" in stage) != (run.name == "autoencoder"):

@@ -1,7 +1,7 @@
 """A self-contained page: figures with zoom and hover by plotly.js, tables, texts; no network.
 
 The data of all figures is one JSON element of the page, and a short script passes it to the basic bundle of plotly.js,
-which stands beside this module and is copied into the page.
+which lies next to this module and is copied into the page.
 """
 
 import html
@@ -79,7 +79,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """A text shown as it is; a note is small print, and links lead to files beside the page."""
+    """A text shown as it is; a note is small print, and links lead to files near the page."""
 
     text: str
     note: bool = False
@@ -88,7 +88,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what is below it; figures beside each other, the rest below one another; folded at first or not."""
+    """A heading and its contents: figures side by side, everything else one below another; initially folded or not."""
 
     title: str
     parts: Sequence[Figure | Table | Paragraph]

@@ -80,7 +80,7 @@ def read_training(folder: Path, name: str) -> Training:
 def trainings(runs: Sequence[Path]) -> list[Training]:
     """The training runs below the folders of experiments, or those that the folders are, each once.
 
-    Their names are the ends of their paths, of two parts or as many more as tell them apart.
+    Their names are the ends of their paths, of two parts or as many more as make them unique.
 
     Raises:
         UserError: if a folder holds none.
@@ -114,8 +114,8 @@ def write_comparison(runs: Sequence[Path], page: Path) -> None:
     write_page(page, ", ".join(training.name for training in found), sections)
 
 
-def _sections(runs: Sequence[Training], title: str, beside: Path) -> list[Section]:
-    """All that there is to show of some runs, on a page in the folder `beside`."""
+def _sections(runs: Sequence[Training], title: str, page_folder: Path) -> list[Section]:
+    """All that there is to show of some runs, on a page in the folder `page_folder`."""
     prefix = title.replace("/", "-")
     parts: list[tuple[str, Callable[[], list[Any]]]] = [
         ("", lambda: [_summary(runs), *_losses(runs, prefix)]),
@@ -126,8 +126,8 @@ def _sections(runs: Sequence[Training], title: str, beside: Path) -> list[Sectio
         ),
         (": samples", lambda: _samples(runs)),
         (": layout", lambda: _layout(runs)),
-        (": restarts and faults", lambda: _faults(runs, beside)),
-        (": profiles", lambda: _profiles(runs, beside)),
+        (": restarts and faults", lambda: _faults(runs, page_folder)),
+        (": profiles", lambda: _profiles(runs, page_folder)),
         (": configuration", lambda: _configuration(runs)),
     ]
     folded = (": samples", ": layout", ": profiles", ": configuration")
@@ -135,9 +135,9 @@ def _sections(runs: Sequence[Training], title: str, beside: Path) -> list[Sectio
 
 
 def _summary(runs: Sequence[Training]) -> Table:
-    """A column for each run: what it is, how far it has come, and its last scores beside the baselines.
+    """A column for each run: what it is, how far it has come, and its last scores next to the baselines.
 
-    A model by itself has beside it the autoregressive one that its experiment has trained.
+    A single model is shown next to the autoregressive one that its experiment has trained, if there is one.
     """
     shown = [*runs, *(_baseline(runs[0]) if len(runs) == 1 else [])]
     facts = [_facts(run) for run in shown]
@@ -146,7 +146,7 @@ def _summary(runs: Sequence[Training]) -> Table:
 
 
 def _baseline(run: Training) -> list[Training]:
-    """The autoregressive model of the same training FLOPs that the workflow has trained beside a model, if it has."""
+    """The autoregressive model of the same training FLOPs that the workflow has trained too, if there is one."""
     folder = run.folder.parent / BASELINE / "calm"
     known = run.folder.name == "calm" and (folder / "metrics.jsonl").exists()
     return [read_training(folder, "AR of equal training FLOPs")] if known else []
@@ -315,25 +315,32 @@ def _layout(runs: Sequence[Training]) -> list[Table]:
     return tables
 
 
-def _faults(runs: Sequence[Training], beside: Path) -> list[Table | Paragraph]:
+def _faults(runs: Sequence[Training], page_folder: Path) -> list[Table | Paragraph]:
     rows = [
         [run.name, shown_time(incident.time), *incident[1:]]
         for run in runs
         for incident in incidents(run.folder, run.events)
     ]
     table = [Table(["run", "time (UTC)", "step", "what", "details"], rows)] if rows else []
-    return [*table, *_links(runs, beside, "stacks of ranks that the watchdog ended", lambda run: stacks(run / "logs"))]
-
-
-def _profiles(runs: Sequence[Training], beside: Path) -> list[Paragraph]:
-    traces = "traces open in chrome://tracing or ui.perfetto.dev"
-    return _links(runs, beside, traces, lambda folder: sorted((folder / "profile").glob("*")))
-
-
-def _links(runs: Sequence[Training], beside: Path, title: str, find: Callable[[Path], list[Path]]) -> list[Paragraph]:
-    """Links from a page in the folder `beside` to files of the runs."""
     return [
-        Paragraph(f"{run.name}, {title}:", links={file.name: quote(os.path.relpath(file, beside)) for file in files})
+        *table,
+        *_links(runs, page_folder, "stacks of ranks that the watchdog ended", lambda run: stacks(run / "logs")),
+    ]
+
+
+def _profiles(runs: Sequence[Training], page_folder: Path) -> list[Paragraph]:
+    traces = "traces open in chrome://tracing or ui.perfetto.dev"
+    return _links(runs, page_folder, traces, lambda folder: sorted((folder / "profile").glob("*")))
+
+
+def _links(
+    runs: Sequence[Training], page_folder: Path, title: str, find: Callable[[Path], list[Path]]
+) -> list[Paragraph]:
+    """Links from a page in the folder `page_folder` to files of the runs."""
+    return [
+        Paragraph(
+            f"{run.name}, {title}:", links={file.name: quote(os.path.relpath(file, page_folder)) for file in files}
+        )
         for run in runs
         if (files := find(run.folder))
     ]

@@ -101,7 +101,7 @@ def analyse(config: ScalingConfig, rows: list[Row]) -> dict[str, Any]:
 def _of_measure(config: ScalingConfig, rows: list[Row], measure: str) -> dict[str, Any]:
     by_family = {f: losses((row for row in rows if row["family"] == f), measure) for f in families(config)}
     calm = losses((row for row in rows if row["family"] != BASELINE), measure)
-    # The baseline has another kind of head, hence a law of its own.
+    # The baseline has another kind of head, so it gets its own law.
     groups = {"CALM": (calm, [f for f in families(config) if f != BASELINE])}
     if config.grid.baseline:
         groups["AR"] = (by_family[BASELINE], [BASELINE])

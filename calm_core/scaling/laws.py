@@ -277,7 +277,7 @@ def draw_losses(
     from their posterior given the n - p contrasts of the losses that do not depend on the parameters (restricted
     likelihood; Patterson and Thompson 1971), with a prior uniform in the logarithms of both. Given the ratio, the
     scatter is sqrt(Q / chi-squared with n - p degrees of freedom), so that estimates have the t distribution with n - p
-    degrees of freedom. Few runs hardly determine the ratio, which makes intervals of what varies between runs long. The
+    degrees of freedom. A few runs hardly determine the ratio, so intervals of what varies between runs are wide. The
     deviations are taken to be at least as large as the standard errors on average.
 
     How often the intervals cover the truth is measured by tests/helpers/interval_coverage.py.

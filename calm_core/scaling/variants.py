@@ -68,7 +68,7 @@ def models(config: VariantsConfig) -> list[Model]:
     made: dict[str, Experiment] = {}
     for variant, varied in zip(config.variants, _varied(config), strict=True):
         made_by = str((varied.data, varied.tokenizer, varied.autoencoder, varied.autoencoder_training))
-        # With a head that reads latents, whatever the variant's is: others may need the autoencoder and the chunks.
+        # Always with a head that reads latents: other variants may need the autoencoder and the chunks.
         data = made.setdefault(made_by, replace(varied, run=str(run / "data" / variant.name), head=HeadConfig()))
         given = {name: str(getattr(data.paths, name)) for name in ("tokenizer", "tokens", "autoencoder", "chunks")}
         experiment = replace(

@@ -41,7 +41,7 @@ class HuggingFaceTokenizer:
         names = _names(path.with_name(NAMES))
         eos = _find(vocabulary, names, "eos_token", EOS)
         if eos is None:
-            raise UserError(f"{path} names no eos token: put the model's {NAMES} beside it, which does.")
+            raise UserError(f"{path} names no eos token: put the model's {NAMES}, which names it, next to it.")
         bos = _find(vocabulary, names, "bos_token", BOS)
         pad = _find(vocabulary, names, "pad_token", PAD)
         size = max(vocabulary.values()) + 1

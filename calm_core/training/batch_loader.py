@@ -27,8 +27,8 @@ def step_samples(
 class Loader:
     """Loads the micro-batches of each step in a thread during the previous step, and copies them to the device.
 
-    On a GPU the copies are asynchronous, on a stream of their own. The thread runs no model: what it does keeps neither
-    the device nor, for long, the interpreter from the step.
+    On a GPU the copies are asynchronous, on a stream of their own. The thread runs no model, so it
+    does not occupy the device, and the interpreter only for short times.
 
     Args:
         load: global sample indices -> micro-batch, a dataclass with tensors on the host.

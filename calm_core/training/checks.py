@@ -11,7 +11,7 @@ from calm_core.config.training_config import ParallelConfig, TrainingConfig
 from calm_core.errors import UserError
 from calm_core.training.run_log import RunFolder
 
-if TYPE_CHECKING:  # its annotations name Megatron-core, which a plan without data does not wait for
+if TYPE_CHECKING:  # importing it imports Megatron-core, which takes seconds that a plan without data does not need
     from calm_core.training.task import Task
 
 
@@ -102,7 +102,7 @@ def _progress(found: list[Path], task: "Task", settings: dict[str, Any]) -> RunP
 
 
 def none_undamaged(found: list[Path]) -> UserError:
-    """The refusal of a run of whose checkpoints none can be used."""
+    """The error of a run none of whose checkpoints can be used."""
     return UserError(
         f"{found[0].parent} holds no undamaged checkpoint: restore one, or move the folder away to start over."
     )

@@ -138,8 +138,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
     A CPU with a fixed number of threads always does. On a GPU attention, embeddings and cuBLAS add in varying order.
     Must be entered before the first matrix product on the GPU, because cuBLAS reads its setting once. An operation that
-    has no deterministic form raises an error: with `warn_only` PyTorch would run attention's non-deterministic backward
-    without a word. Compiled kernels take their block sizes, and so the order of their sums, by rule and not by trial.
+    has no deterministic form raises an error: with `warn_only` PyTorch would silently run attention's non-deterministic
+    backward. Compiled kernels take their block sizes, and so the order of their sums, by rule and not by trial.
     """
     if not wanted:
         yield

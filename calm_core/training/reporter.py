@@ -41,7 +41,7 @@ class Window:
 
     @property
     def data_wait(self) -> float:
-        """The part of the time spent waiting for data, 0 to 1."""
+        """The fraction of the time spent waiting for data."""
         return self.waited / len(self.metrics) / self.seconds
 
     def means(self) -> dict[str, float]:
@@ -54,7 +54,7 @@ class Window:
 
 
 class Reporter:
-    """Reports steps, evaluations and events on rank 0; other ranks only take part in what is collective.
+    """Reports steps, evaluations and events on rank 0; other ranks only take part in collective calls.
 
     A line of metrics has the means of loss, its terms and gradient norm over the steps since the last line; learning
     rate and counts are those of the step it names.
@@ -187,7 +187,7 @@ class Reporter:
         }
 
     def _mfu(self, flops: float) -> float | None:
-        """The part of the peak that `flops` per second are; None once the peak has turned out to be too low."""
+        """`flops` per second as a fraction of the peak; None once the measured peak has turned out to be too low."""
         if self._peak is not None and flops > self._peak:
             print(
                 f"mfu: unknown, since training exceeds the peak of {self._peak / 1e12:.3g} TFLOP/s, which was measured "

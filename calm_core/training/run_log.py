@@ -28,7 +28,7 @@ _BEFORE_CONFIG = {_LOCK, "logs", "save", "stop"}  # what may exist before the ru
 
 @dataclass(frozen=True)
 class LineFigure:
-    """A figure of a training record beside the loss, its terms and the samples.
+    """A figure of a training record other than the loss, its terms and the samples.
 
     Attributes:
         label: of its curve on the page of the run.
@@ -130,7 +130,7 @@ class RunLog:
 
 
 class Tracker(Protocol):
-    """A destination of records beside metrics.jsonl."""
+    """A destination of records besides metrics.jsonl."""
 
     def log(self, step: int, kind: str, values: Values) -> None:
         """Take over the numbers of a record, named KIND/NAME, and the texts of a sample."""

@@ -17,9 +17,8 @@ from calm_core.errors import ExitCode
 
 REPORT_SECONDS = 5.0  # between calls of `on_progress`
 
-STOP_SECONDS = (
-    60.0  # a process asked to stop has this long to save its work; torchrun gives its own children 30 of them
-)
+# A process asked to stop has this long to save its work; torchrun gives its own children 30 s.
+STOP_SECONDS = 60.0
 
 PR_SET_PDEATHSIG = 1
 

@@ -1,6 +1,6 @@
 """The stages from text to text: the script, product and launcher of each, and running them in order on one machine.
 
-A new stage is an entry in `stages`, its script, and a launcher if none of those there fits.
+A new stage is an entry in `stages`, its script, and a launcher if no existing one fits.
 """
 
 import os

@@ -167,7 +167,7 @@ def test_it_learns_its_chunks(k):
     model = small(k, token_dropout=0.0)
     tokens = random_chunks(8, 2, k)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    for step in range(max(600 // k, 150)):  # the fewer tokens, the slower they are told apart
+    for step in range(max(600 // k, 150)):  # with fewer tokens a chunk it learns more slowly
         loss = autoencoder_loss(model, tokens, SampleNoise(0, [2 * step, 2 * step + 1], CPU)).loss
         optimizer.zero_grad()
         loss.backward()

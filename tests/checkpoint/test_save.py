@@ -1,4 +1,4 @@
-"""Saving while training goes on, on one rank."""
+"""Saving while training continues, on one rank."""
 
 import errno
 import os
@@ -89,7 +89,7 @@ def saved(saves: Saver, step: int) -> Path:
 def test_what_cannot_be_written_is_known_and_the_one_before_stays(
     topology: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, code: str
 ) -> None:
-    """Room and permission are for the user to mend, who is told so; after another failure a retry may do."""
+    """Space and permissions are for the user to fix; after another failure a retry may succeed."""
     number, retry = getattr(errno, code), code in ("EIO", "ESTALE")
     words = rf"step-4 could not be written \(.*{os.strerror(number)}\)" + ("" if retry else ": earlier .* are intact")
     with Saver(tmp_path, stepped(topology, torch.float32), SavePolicy(2)) as saves:

@@ -50,7 +50,7 @@ def end(asked: bool, job: str = "7") -> dict:
         ([start(0), end(False), start(5), end(False)], 1),  # progress between them
         ([start(5), end(False), start(5), end(True), start(5)], 1),  # ended because Slurm asked
         ([start(5), end(True)], 0),
-        ([start(5, "6"), end(False, "6"), start(5)], 1),  # submitted anew by a person
+        ([start(5, "6"), end(False, "6"), start(5)], 1),  # submitted again by a person
         ([start(4), end(False)], 0),  # the attempt has made progress itself
     ],
 )

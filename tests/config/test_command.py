@@ -105,21 +105,21 @@ def test_bad_usage_is_one_sentence(capsys, argv, part):
 
 
 def refuse(*_) -> None:
-    raise UserError("The field is wrong: mend it.")
+    raise UserError("The field is wrong: fix it.")
 
 
 @pytest.mark.parametrize(
     ("rank", "agreed", "printed"),
     [
-        ("0", False, "The field is wrong: mend it.\n"),
-        ("0", True, "The field is wrong: mend it.\n"),
-        ("3", False, "rank 3: The field is wrong: mend it.\n"),
+        ("0", False, "The field is wrong: fix it.\n"),
+        ("0", True, "The field is wrong: fix it.\n"),
+        ("3", False, "rank 3: The field is wrong: fix it.\n"),
         ("3", True, ""),
     ],
 )
 def test_every_rank_prints_its_sentence_unless_all_have_the_same(monkeypatch, capsys, rank, agreed, printed):
     def fail(*_) -> None:
-        error = UserError("The field is wrong: mend it.")
+        error = UserError("The field is wrong: fix it.")
         error.on_all_ranks = agreed
         raise error
 

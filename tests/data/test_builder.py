@@ -288,7 +288,7 @@ def test_shares_cover_the_work_once():
 
 @pytest.mark.parametrize("text", ["3/3", "1", "-1/2", "1/0", "a/b", "1/2/3"])
 def test_what_is_no_share_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is no task"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a task"):
         ArrayTask.parse(text)
 
 

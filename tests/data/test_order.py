@@ -56,7 +56,7 @@ def test_a_batch_over_two_epochs_equals_its_samples_one_by_one():
 
 def test_order_depends_on_the_seed_and_is_fixed_for_good():
     assert not np.array_equal(SampleOrder(1000, 0).window(np.arange(50)), SampleOrder(1000, 1).window(np.arange(50)))
-    # Runs that stopped must go on as they began: these numbers may never change.
+    # Stopped runs must resume in the same order: these numbers may never change.
     assert SampleOrder(1000, 0).window(np.arange(8)).tolist() == [745, 386, 935, 600, 499, 931, 977, 368]
 
 

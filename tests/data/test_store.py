@@ -109,7 +109,7 @@ def test_pieces_of_a_shard_hold_its_documents(lengths, k, rows, skipped):
     found, begun = [], 0
     for begin in range(0, max(count, 1), rows):
         document, inside, continues = documents_of(-(-offsets // k), range(begin, min(begin + rows, count)))
-        assert inside.start == begun - continues  # none is missed and only one that goes on comes twice
+        assert inside.start == begun - continues  # none is missed, and only one that continues appears twice
         found += [inside[number] for number in document]
         begun = inside.stop
     assert begun == len(lengths)

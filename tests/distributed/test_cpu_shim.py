@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA the
 
 
 def test_versions_are_those_the_stand_ins_were_written_for() -> None:
-    """On failure: read what these versions take from CUDA anew, run the parity tests, then change this line."""
+    """On failure: check again what these versions take from CUDA, run the parity tests, then change this line."""
     assert (version("megatron-core"), version("deepspeed")) == ("0.16.1", "0.19.8")
 
 

@@ -67,7 +67,7 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
 def test_an_error_of_one_rank_before_there_is_a_group_is_printed() -> None:
     code, output = finish(torchrun(2, FAILING, "start"), seconds=100)
     assert code == ExitCode.USAGE, output
-    assert output.count("this rank alone refuses: mend it.\n") == 1
+    assert output.count("this rank alone refuses: fix it.\n") == 1
     assert "Traceback" not in output
 
 

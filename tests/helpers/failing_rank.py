@@ -19,7 +19,7 @@ from calm_core.errors import UserError
 def work(how: str) -> None:
     """Fail as told, or sum over the ranks and print it."""
     if how == "start" and os.environ["RANK"] == "1":
-        raise UserError("this rank alone refuses: mend it.")
+        raise UserError("this rank alone refuses: fix it.")
     with distributed(ParallelConfig()) as topology:
         if topology.rank == 1 and (how == "group" or os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"):
             raise RuntimeError("this rank alone fails")

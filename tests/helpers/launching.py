@@ -81,7 +81,7 @@ def forked(ranks: int, words: Sequence[str], seconds: float, **environment: str)
         late.start()
         try:
             code = _answer(server, "code")
-        except BaseException:  # its answer is still to come, to no one
+        except BaseException:  # its answer would still come, and be read as that of the next call
             _kill_tree(leader)
             _forking_server.cache_clear()
             raise

@@ -266,7 +266,7 @@ _PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 
 
 def _free_ports(count: int) -> list[int]:
-    """Consecutive free ports, below those that the system gives out by itself."""
+    """Consecutive free ports, below those that the system assigns automatically."""
     for first in random.sample(range(17000, 20000, 100), 30):  # at random: another cluster may be starting, too
         with suppress(OSError):
             for port in range(first, first + count):

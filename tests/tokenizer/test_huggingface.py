@@ -96,7 +96,9 @@ def test_special_tokens_by_the_names_beside_the_file(path, tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json turns the text 'e' into a control token"):
         load_tokenizer(tmp_path / "tokenizer.json")
     names.write_text(json.dumps({"eos_token": "<other>"}))
-    with pytest.raises(UserError, match=r"names no eos token: put the model's tokenizer_config\.json beside it"):
+    with pytest.raises(
+        UserError, match=r"names no eos token: put the model's tokenizer_config\.json, which names it, next to it"
+    ):
         load_tokenizer(tmp_path / "tokenizer.json")
     names.write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json is not valid JSON"):

@@ -47,7 +47,7 @@ def test_a_blend_trains_resumes_and_shows_its_documents(tiny: Path, capsys: pyte
 
 
 def test_latents_that_are_encoded_on_the_way_are_those_of_the_store(tiny: Path) -> None:
-    """Up to float16's rounding of the stored ones; and a run may go on with the other kind."""
+    """Up to float16's rounding of the stored ones; and a run may continue with the other kind."""
 
     def run(run: str, *changes: str) -> list[float]:
         places = [f"data.{name}={tiny}/{name}" for name in ("tokens", "chunks")]

@@ -154,7 +154,7 @@ def test_init_from_takes_the_weights_alone(whole: Path, tiny: Path, capsys: pyte
     assert "starting from all weights" in capsys.readouterr().out
     first = curve(tiny)[0]
     assert first[0] == 1
-    assert first[3] == curve(whole)[0][3]  # the schedule starts anew
+    assert first[3] == curve(whole)[0][3]  # the schedule starts again
     assert first[1] < curve(whole)[0][1]
     assert train(tiny, f"training.init_from={source}", "head.samples=6", "training.steps=2") == ExitCode.OK
     assert "resumed from " in capsys.readouterr().out

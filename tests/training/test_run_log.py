@@ -198,7 +198,7 @@ def test_tensorboard_reads_what_metrics_jsonl_has_also_after_a_resume(tmp_path: 
     assert found.Tensors(tag)[-1].tensor_proto.string_val == [b"The end"]
 
 
-def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(
+def test_a_tracker_that_fails_is_turned_off_and_the_run_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Failing:
@@ -214,7 +214,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_tracker_that_cannot_start_is_left_out(
+def test_a_tracker_that_cannot_start_is_turned_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)

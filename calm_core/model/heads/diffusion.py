@@ -133,9 +133,9 @@ def diffusion_losses(level: Level, x0: Tensor, noise: Tensor, output: Tensor) ->
     x_t = diffused(level, x0, noise)
     step = step_back(level, x_t, torch.cat([estimate.detach(), v], dim=-1))
     # The mean of the true step differs from the network's by the error of the noise alone.
-    apart = (level.beta / ((1 - level.signal) * (1 - level.beta)).sqrt()).to(x0.dtype) * (noise - estimate.detach())
+    distance = (level.beta / ((1 - level.signal) * (1 - level.beta)).sqrt()).to(x0.dtype) * (noise - estimate.detach())
     gap = level.log_floor.to(x0.dtype) - step.log_variance
-    divergence = (gap.exp() - 1 - gap + apart.square() * (-step.log_variance).exp()) / 2
+    divergence = (gap.exp() - 1 - gap + distance.square() * (-step.log_variance).exp()) / 2
     bound = torch.where(level.first, -log_bin_probability(x0, step), divergence)
     return error, bound.mean(-1) / math.log(2)
 

@@ -83,7 +83,7 @@ class ResidualBlock(nn.Module):
     """x + W_d( silu(g) * u ) with [g, u] = W_3 silu(W_2 silu(W_1 [LN(x), c])).
 
     W_1 [LN(x), c] = W_1x LN(x) + W_1c c: the second product depends on the position alone, so it is computed once
-    per position and not once per sample. Tensor parallelism: W_1 by columns (each half by itself), W_2 by rows, W_3 by
+    per position and not once per sample. Tensor parallelism: W_1 by columns (each half separately), W_2 by rows, W_3 by
     columns (g and u each split), W_d by rows; every rank holds the norm whole. The head computes LN(x) and the sum, as
     the sum of one block and the norm of the next are one function.
     """

@@ -38,7 +38,7 @@ def energy_loss(
     The G rows of `target_noise` split the S positions into G runs of ceil(S / G) neighbours, the last one possibly
     shorter; a run shares its draws, so that G = S gives every position draws of its own. The tensors are laid out
     as the model's, so nothing is transposed in memory. The draws z are not formed, and the gradient is computed with
-    the loss, slice by slice: apart from inputs and gradient, memory does not grow with S and B.
+    the loss, slice by slice: except for inputs and gradient, memory does not grow with S and B.
 
     Args:
         samples: head samples, `[S, B, N, l]`, N >= 2; the only input that receives a gradient.
