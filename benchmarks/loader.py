@@ -19,8 +19,8 @@ import torch
 
 from calm_core.autoencoder.model import Autoencoder
 from calm_core.config.model_config import AutoencoderConfig
+from calm_core.data.chunks import EncodedStore
 from calm_core.data.dataset import Blend, ChunkBatch, TrainingSamples, read_batch
-from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.order import SampleOrder
 from calm_core.data.store import ChunkStore, list_column, write_shard
 from calm_core.io import format_version, write_json

@@ -228,7 +228,7 @@ class ArrayTask:
         return cls(int(match[1]), int(match[2]))
 
 
-ALL = ArrayTask()
+WHOLE_TASK = ArrayTask()
 
 # The options of the scripts whose work can be divided, as `command.run` takes them.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -261,7 +261,7 @@ def carry_out(
         if builder.is_complete:
             return True
         if not finish:
-            run(shard or ALL)
+            run(shard or WHOLE_TASK)
         if shard:
             print(f"finished task {shard.index} of {shard.count}: {builder.folder}")
             return False

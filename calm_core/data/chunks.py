@@ -1,4 +1,6 @@
-"""Chunk stores: K tokens and their latents in float16, made from token shards and a frozen autoencoder.
+"""Chunks: K tokens and their latents in float16, made from token shards by a frozen autoencoder.
+
+They are stored by a build (`ChunkStoreBuild`), or computed whenever they are read (`EncodedStore`).
 
 With packing `pack` documents follow each other without a gap, across shards too: chunk c of a split holds its tokens
 from c·K on, and pad fills the last chunk of the split. With `align` each document begins a chunk, and pad fills its
@@ -8,8 +10,9 @@ Tokens are the same on every machine. Latents are rounded as the processor's ker
 instructions (AVX2, AVX-512, a GPU) write float16 values that may differ in the last bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,10 @@ from torch import Tensor
 
 from calm_core.autoencoder.model import Autoencoder, FoldedEncoder
 from calm_core.config.data_config import Packing, Verify
-from calm_core.data.builder import ALL, ArrayTask, StoreBuilder, carry_out, shard_name
-from calm_core.data.store import TokenStore, list_column, write_shard
+from calm_core.data.builder import WHOLE_TASK, ArrayTask, StoreBuilder, carry_out, shard_name
+from calm_core.data.store import ALL, TokenStore, list_column, write_shard
 from calm_core.errors import UserError
-from calm_core.io import format_version, read_manifest, store_hash
+from calm_core.io import format_version, read_manifest, source_hash, store_hash
 from calm_core.progress import Progress
 
 SHARD_ROWS = 1 << 20  # chunks in a shard at most: it is held in memory while it is written, 0.55 GB at l=128
@@ -136,7 +139,7 @@ class ChunkStoreBuild:
         special = {name: manifest[name] for name in ("vocab_size", "pad", "bos", "eos")}
         return cls(autoencoder, packing, StoreBuilder(folder, "chunks", made_from, names, **shape, **special), inputs)
 
-    def run(self, task: ArrayTask = ALL) -> None:
+    def run(self, task: ArrayTask = WHOLE_TASK) -> None:
         """Encode the token shards of a task that are not done yet.
 
         Raises:
@@ -282,3 +285,96 @@ def documents_of(starts: np.ndarray, rows: range) -> tuple[np.ndarray, range, bo
     before, *document, after = np.searchsorted(starts, around, side="right") - 1
     first, last = document[0] if rows.start else 0, document[-1]
     return np.array(document) - first, range(int(first), int(max(after, last + 1))), bool(before == first)
+
+
+class EncodedStore(TokenStore):
+    """One split of a token store, its documents packed into chunks; a row is a chunk, with the columns of `ChunkStore`.
+
+    The encoder is built on the autoencoder's device when the first latent is read. A training run reads only
+    the tokens, in a thread that runs during the step before, and has them encoded in the step.
+    """
+
+    read_columns = ("tokens",)
+
+    def __init__(
+        self,
+        folder: Path | str,
+        split: str,
+        autoencoder: Autoencoder,
+        verify: Verify = "auto",
+        share: slice = ALL,
+        encoder: Callable[[], FoldedEncoder] | None = None,
+    ) -> None:
+        """Open and verify one split, as `Store` does.
+
+        `encoder` returns the autoencoder's encoder, whose tables several stores share.
+
+        Raises:
+            UserError: as `Store` does, or if the autoencoder was trained with another tokenizer.
+        """
+        self.k, self.latent = autoencoder.k, autoencoder.config.latent
+        self._autoencoder = autoencoder
+        self._encoder = encoder or cache(partial(FoldedEncoder, autoencoder))
+        super().__init__(folder, split, verify, share)
+        require_tokenizer(autoencoder, self.tokenizer_hash, self.folder)
+
+    @property
+    def columns(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """The type and the shape of one row, for each column."""
+        tokens = self.shard(0).columns["tokens"].dtype
+        latents = {name: (np.dtype(np.float16), (self.latent,)) for name in ("mean", "log_std")}
+        return {"tokens": (tokens, (self.k,)), **latents}
+
+    @property
+    def identity(self) -> str:
+        """The identity of the chunk store made from the same tokens by the same autoencoder."""
+        return source_hash(source_of_chunks(self.tokenizer_hash, self.content_hash, self._autoencoder, self.packing))
+
+    @property
+    def common_properties(self) -> dict[str, Any]:
+        """What blended stores must have in common."""
+        return {**super().common_properties, "autoencoder": self._autoencoder.content_hash}
+
+    def __len__(self) -> int:
+        return -(-super().__len__() // self.k)
+
+    def fill(self, start: int, out: Mapping[str, np.ndarray]) -> None:
+        """Copy rows from `start` on into the arrays `[count, ...]` of the wanted columns."""
+        tokens = self._chunks(start, len(next(iter(out.values()))))
+        columns = {"tokens": tokens}
+        if out.keys() - columns.keys():
+            columns |= zip(("mean", "log_std"), encoded(self._encoder(), tokens), strict=True)
+        for name, target in out.items():
+            target[:] = columns[name]
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Chunks `[..., K]` on the autoencoder's device -> their columns mean and log_std there, `[..., l]` float16.
+
+        What is beyond the range of float16 becomes infinite.
+        """
+        blocks = tokens.reshape(-1, self.k).split(ENCODED_AT_ONCE)
+        columns = zip(*(self._encoder().encode(block) for block in blocks), strict=True)
+        mean, log_std = (torch.cat(column).half().view(*tokens.shape[:-1], self.latent) for column in columns)
+        return mean, log_std
+
+    def document_ids(self, start: int, count: int) -> np.ndarray:
+        """The documents that rows [start, start + count) begin in: int64 `[count]`, unique within the split."""
+        first, last = self._tokens_of(start, count)
+        return super().document_ids(first, last - first)[:: self.k]
+
+    def token_counts(self, limit: int = 1 << 26, share: slice = ALL) -> np.ndarray:
+        """How often each token id occurs in the first `limit` rows, as `Store` has it: int64 `[V]`."""
+        return super().token_counts(limit * self.k, share)
+
+    def _chunks(self, start: int, count: int) -> np.ndarray:
+        """The rows [start, start + count), `[count, K]`; pad fills the last one of the split."""
+        chunks = np.full((count, self.k), self.manifest["pad"], self.shard(0).columns["tokens"].dtype)
+        first, last = self._tokens_of(start, count)
+        super().fill(first, {"tokens": chunks.reshape(-1)[: last - first]})
+        return chunks
+
+    def _tokens_of(self, start: int, count: int) -> tuple[int, int]:
+        """The first token of the rows [start, start + count), and the first token after them."""
+        if start < 0 or count < 0 or start + count > len(self):
+            raise IndexError(f"rows {start} to {start + count} of {self.folder}, which has {len(self)}")
+        return start * self.k, min((start + count) * self.k, super().__len__())

@@ -13,7 +13,7 @@ from torch import Tensor
 from calm_core.autoencoder.model import Autoencoder, FoldedEncoder
 from calm_core.config.data_config import DataConfig, StoreShare, weights_of
 from calm_core.config.experiment import Paths
-from calm_core.data.encoded_store import EncodedStore
+from calm_core.data.chunks import EncodedStore
 from calm_core.data.order import BlendOrder, SampleOrder
 from calm_core.data.store import ALL, ChunkStore, Store, TokenStore
 from calm_core.errors import UserError

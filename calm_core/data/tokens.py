@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from calm_core.config.data_config import DataConfig
-from calm_core.data.builder import ALL, ArrayTask, StoreBuilder, carry_out, recorded_header, shard_name, spread
+from calm_core.data.builder import WHOLE_TASK, ArrayTask, StoreBuilder, carry_out, recorded_header, shard_name, spread
 from calm_core.data.corpus import (
     JUDGED_RECORDS,
     Block,
@@ -109,7 +109,7 @@ class TokenStoreBuild:
         builder = StoreBuilder(folder, "tokens", made_from, [group[0].name for group in groups], **properties)
         return cls(config, tokenizer, split, builder, groups)
 
-    def run(self, task: ArrayTask = ALL, workers: int = 1) -> None:
+    def run(self, task: ArrayTask = WHOLE_TASK, workers: int = 1) -> None:
         """Tokenize the inputs of a task that are not done yet.
 
         Raises:

@@ -8,8 +8,7 @@ import pytest
 from calm_core import config as configuration
 from calm_core.config.data_config import DataConfig
 from calm_core.config.experiment import Experiment
-from calm_core.data.chunks import build_chunks
-from calm_core.data.encoded_store import EncodedStore
+from calm_core.data.chunks import EncodedStore, build_chunks
 from calm_core.data.split import CHARACTERS_PER_TOKEN, HELD_OUT, TRAIN, Split, choose_split, held_out_tokens, split_of
 from calm_core.data.store import ChunkStore, TokenStore
 from calm_core.data.tokens import TokenStoreBuild, training_texts

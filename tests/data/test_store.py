@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 
 from calm_core.data import chunks as chunk_stores
 from calm_core.data import store as store_module
-from calm_core.data.chunks import build_chunks, chunked, documents_of
+from calm_core.data.chunks import EncodedStore, build_chunks, chunked, documents_of
 from calm_core.data.corpus import Tally, documents, records, sources
 from calm_core.data.dataset import Windows, read_batch
-from calm_core.data.encoded_store import EncodedStore
 from calm_core.data.split import Split
 from calm_core.data.store import ChunkStore, TokenStore, read_shard, verify_shards
 from calm_core.data.tokens import build_tokens
