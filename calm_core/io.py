@@ -187,7 +187,7 @@ def read_json(path: Path) -> Any:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file that holds one on each line, in order; [] if there is no file. NaN is read as None.
 
-    A line that is no JSON object is skipped: a crash can cut the last one short, and a later write can follow it.
+    A line that is not a JSON object is skipped: a crash can cut the last one short, and a later write can follow it.
     """
     records = []
     for line in path.read_bytes().splitlines() if path.exists() else ():

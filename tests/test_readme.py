@@ -19,7 +19,7 @@ from calm_core.data import builder as share
 
 PAGES = {page: page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
 TEXT = "\n".join(PAGES.values())
-BLOCKS = re.findall(r"^```\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)  # those of a language are no commands
+BLOCKS = re.findall(r"^```\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)  # those with a language are not commands
 
 NOT_RUN = {
     "make": "its targets are looked up; CI runs them",

@@ -129,7 +129,7 @@ def _weights_of(model_parts: Sequence[MegatronModule], only: tuple[str, ...] = (
 
 
 def _open(checkpoint: Checkpoint, wanted: Wanted) -> TensorFolder:
-    """The tensors of a checkpoint, verified to be whole and to include what each rank wants. Collective."""
+    """The tensors of a checkpoint, verified to be whole and to include what each rank needs. Collective."""
     verify(checkpoint)
 
     def open_checked() -> TensorFolder:

@@ -155,7 +155,7 @@ class SavePolicy:
 
     Attributes:
         keep: the newest checkpoints to keep.
-        every: steps between checkpoints; 0 saves only when told to.
+        every: steps between checkpoints; 0 saves only on request.
         milestones: further steps at which to save, whose checkpoints are always kept.
         background: write while training continues.
     """
@@ -183,7 +183,7 @@ class _Pending:
 
 
 class Saver:
-    """Saves checkpoints of an engine into `folder`, at the steps of its policy and when told to.
+    """Saves checkpoints of an engine into `folder`, at the steps of its policy and on request.
 
     `save` copies what this rank's optimizer holds to host memory and returns; `poll` at a later step, or `wait`,
     completes the checkpoint once all ranks have written. Until then it does not exist: if a process dies, the previous

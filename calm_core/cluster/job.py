@@ -115,7 +115,7 @@ def line_of(path: str, job: Job) -> list[str]:
     """The words of this task's line of a list, counted from 1; [] for a comment or beyond the end.
 
     Raises:
-        UserError: if the job is no array whose tasks are lines.
+        UserError: if the job is not an array whose tasks are lines.
     """
     lines = Path(path).read_text().splitlines()
     number = job.array[0] if job.array else 0

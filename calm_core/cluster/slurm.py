@@ -60,8 +60,8 @@ class Job:
     def of(cls, environment: Mapping[str, str]) -> "Job":
         """The job of a batch script with this environment.
 
-        A job that is submitted from within another one inherits that one's variables, and Slurm replaces only those
-        that the new job has too. What it may lack (array, restarts, GPUs) is therefore read from Slurm's record.
+        A job that is submitted from within another one inherits its variables, and Slurm replaces only those
+        that the new job has too. What it may not have (array, restarts, GPUs) is therefore read from Slurm's record.
 
         Raises:
             SlurmError: if Slurm does not answer.

@@ -28,7 +28,7 @@ Owner = Literal["weights", "training", "data", "chunks", "scores", "nothing"]
 weights:  shapes and function of the network: weights trained with another value do not fit.
 training: what training makes of the weights: loss, optimizer, schedule, batch.
 data:     the text and the tokens that are trained and scored on.
-chunks:   how the tokens are made into chunks: no matter to a model that reads tokens.
+chunks:   how the tokens are made into chunks: irrelevant to a model that reads tokens.
 scores:   which scores an evaluation reports.
 nothing:  none of these: where files are, how the work is divided, what is kept and shown.
 """

@@ -39,7 +39,7 @@ def read_shard(path: Path) -> pa.RecordBatch:
     """The record batch of a shard, memory-mapped: data is read when it is accessed.
 
     Raises:
-        UserError: if the file is missing or is no Arrow file.
+        UserError: if the file is missing or not an Arrow file.
     """
     try:
         with pa.memory_map(str(path)) as source:
@@ -153,7 +153,7 @@ class Store:
     latent: int
     """Dimensions of the latent of a row, 0 if there is none."""
     packing: Packing = "pack"
-    """How documents lie in the rows."""
+    """How documents are placed in the rows."""
 
     def __init__(self, folder: Path | str, split: str, verify: Verify = "auto", share: slice = ALL):
         """Open one split, `train` or `held_out`, and verify its shards, or this rank's `share` of them.

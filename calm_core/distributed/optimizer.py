@@ -90,7 +90,7 @@ def judge(loss: float, norm: float, recent: Sequence[tuple[float, float]], confi
 
 
 def limit(values: Sequence[float], deviations: float) -> float:
-    """The value that lies `deviations` robust standard deviations above the median of `values`."""
+    """The value `deviations` robust standard deviations above the median of `values`."""
     middle = median(values)
     deviation = _DEVIATION_PER_MAD * median(abs(value - middle) for value in values)
     return middle + deviations * max(deviation, _LEAST_DEVIATION * abs(middle))
@@ -252,5 +252,5 @@ def decay_start(steps: int, config: ScheduleConfig) -> int:
     return max(start, config.warmup)
 
 
-# Equal values have no deviation, and rounding errors are no spikes: the deviation is at least this part of the median.
+# Equal values have no deviation, and rounding errors are not spikes: the least deviation, as a fraction of the median.
 _LEAST_DEVIATION = 1e-3

@@ -120,7 +120,7 @@ def experiment_of_autoencoder(folder: Path) -> Experiment:
     """
     run = folder.absolute().parent
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{folder} does not lie in the run that trained it: give the folder frozen of that run.")
+        raise UserError(f"{folder} is not in the run that trained it: give the folder frozen of that run.")
     return replace(config.load(Experiment, run / "config.yaml", []), run=str(run.parent))
 
 

@@ -202,7 +202,7 @@ def _log_probability_of_truth(read: ReadBatch, scored: ScoredPositions) -> Tenso
 def _spreads(read: ReadBatch, scored: ScoredPositions, draws: Draws) -> dict[str, Tensor]:
     """The mean distance of two draws, and that of two draws of the true chunk's posterior.
 
-    The draws of a model that has learned little lie farther apart; those of one that has collapsed, closer together.
+    The draws of a model that has learned little are farther apart; those of one that has collapsed, closer together.
     """
     config, latents = read.model.config, draws.latents
     mean, std = (

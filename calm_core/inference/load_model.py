@@ -153,7 +153,7 @@ def documents_of_data(data: DataConfig, paths: Paths, identity: Any) -> Document
 def _check_fit(
     checkpoint: Checkpoint, shape: ModelShape, paths: Paths, tokenizer: Tokenizer, autoencoder: Autoencoder | None
 ) -> None:
-    """Compare hashes with those of the training data, as far as it still exists, and shapes with the model's."""
+    """Compare hashes with those of the training data, if it still exists, and shapes with the model's."""
     made_from = _made_from(checkpoint, paths)
     wanted = {made_from.get("tokenizer"), autoencoder and autoencoder.tokenizer_hash} - {None}
     if not wanted <= {tokenizer.content_hash} or tokenizer.vocab_size != shape.vocabulary:

@@ -72,7 +72,7 @@ def read_prompts(texts: Sequence[str], file: Path | None) -> list[str]:
 
 
 def require_text(prompts: Sequence[str]) -> None:
-    """Refuse prompts that are no Unicode text: bytes of a command line that are not UTF-8 become lone surrogates.
+    """Refuse prompts that are not valid Unicode: bytes of a command line that are not UTF-8 become lone surrogates.
 
     Raises:
         UserError: naming the prompt.
@@ -195,7 +195,7 @@ def new_requests(
     """A request for each prompt, with its seed: `options.seed` and those that follow it where none are given.
 
     Raises:
-        UserError: a prompt is no text, or takes more positions with `max_tokens` than the model was trained on.
+        UserError: a prompt is not valid text, or takes more positions with `max_tokens` than the model was trained on.
     """
     require_text([prompt for prompt in prompts if isinstance(prompt, str)])
     tokenizer, k = loaded.tokenizer, loaded.shape.k

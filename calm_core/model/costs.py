@@ -50,7 +50,7 @@ class Weights(Additive):
         split: parameters, of all kinds, that are divided among tensor-parallel ranks; each rank holds the rest whole.
         summed_outputs: width of the outputs that tensor-parallel ranks sum in the forward pass (`row`, `table`).
         summed_inputs: width of the inputs whose gradient they sum in the backward pass (`column`).
-        gathered_once: those of them that the backward pass does not gather once more (`vocabulary_matrix`).
+        gathered_once: those of them that the backward pass does not gather again (`vocabulary_matrix`).
         tensors: parameters in the sense of torch: matrices, biases, scales, shifts and tables.
     """
 
@@ -251,7 +251,7 @@ class Kernels(Additive):
     Attributes:
         forward: kernels started in the forward pass, matrix products included.
         backward: likewise in the backward pass.
-        moved_forward: bytes that those which are no matrix products read and write in the forward pass.
+        moved_forward: bytes that kernels other than matrix products read and write in the forward pass.
         moved_backward: likewise in the backward pass.
         messages_forward: collectives of the tensor-parallel group in the forward pass.
         messages_backward: likewise in the backward pass.

@@ -116,7 +116,7 @@ def tensor_group(config: "TransformerConfig | SingleRank") -> tuple[dist.Process
 
 
 def all_positions(x: Tensor, config: "TransformerConfig | SingleRank") -> int:
-    """The number of positions S of which `x` `[S', ...]` holds this tensor-parallel rank's own."""
+    """The number S of all positions, where `x` `[S', ...]` holds those of this tensor-parallel rank."""
     return x.shape[0] * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
 
 
@@ -128,7 +128,7 @@ def own_positions(x: Tensor, config: "TransformerConfig | SingleRank") -> Tensor
 
 
 def gathered_positions(x: Tensor, config: "TransformerConfig | SingleRank") -> Tensor:
-    """All rows `[S, ...]` of which `x` `[S', ...]` holds this tensor-parallel rank's own; not for gradients."""
+    """All rows `[S, ...]`, where `x` `[S', ...]` holds those of this tensor-parallel rank; not for gradients."""
     if not config.sequence_parallel:
         return x
     from calm_core.megatron import gather_from_sequence_parallel_region
@@ -137,7 +137,7 @@ def gathered_positions(x: Tensor, config: "TransformerConfig | SingleRank") -> T
 
 
 def split_positions(x: Tensor, config: "TransformerConfig | SingleRank") -> Tensor:
-    """`own_positions` of what all ranks computed alike; backward gathers the gradients of all positions."""
+    """`own_positions` of what all ranks have computed; backward gathers the gradients of all positions."""
     if not config.sequence_parallel:
         return x
     from calm_core.megatron import scatter_to_sequence_parallel_region

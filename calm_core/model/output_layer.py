@@ -87,7 +87,7 @@ def sampled_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, keys:
     Args:
         hidden: `[B, n, d]`.
         weight: `[V, d]`.
-        targets: `[B, n]`, of which a sample has at most `count` different ones.
+        targets: `[B, n]`, at most `count` different ones in a sample.
         keys: `[B, V]`, independent draws from U[0, 1).
         count: tokens that the softmax of a sample runs over.
     """
@@ -178,7 +178,7 @@ class _Part:
             self._sums, self._slope = pointwise.compiled(self._sums), pointwise.compiled(self._slope)
 
     def logits(self, features: Tensor, weight: Tensor) -> Tensor:
-        """Of these rows, `[n, V]`, -inf for those that are no token."""
+        """Of these rows, `[n, V]`, -inf for those that are not tokens."""
         logits = features @ weight.T
         if self.offsets is not None:
             logits = logits + self.offsets
@@ -210,7 +210,7 @@ class _Part:
         """The gradient, with respect to the logits, of the sum of losses times counts."""
         scale = counts.to(known.total.dtype).unsqueeze(1)
         slope = self._slope(logits, known.shift, scale / known.total, dtype)
-        # At the target the probability less one, of which both are float32.
+        # At the target the probability minus one, both in float32.
         at_goal = (torch.expm1(-known.nats.unsqueeze(1)) * scale).to(dtype)
         if known.own is not None:
             at_goal = torch.where(known.own, at_goal, slope.gather(1, known.goals))

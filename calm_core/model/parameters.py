@@ -63,7 +63,7 @@ def initialize(model_parts: Sequence[nn.Module], std: float, seed: int) -> None:
     A module can set another start on a parameter: `starts_at_zero`, or its own standard deviation `initial_std`.
 
     Each tensor has its own stream, seeded by (seed, global name), so any layout starts from the same model. A stream
-    cannot be entered in its middle, so whoever draws a tensor draws all of it: see `from_owners`. Collective.
+    can only be read from its beginning, so a rank that draws a tensor draws all of it: see `from_owners`. Collective.
     """
 
     def draw(piece: Piece, parameter: nn.Parameter) -> None:
@@ -102,8 +102,8 @@ def from_owners(
 def gather(model_parts: Sequence[nn.Module], whole: nn.Module | None) -> None:
     """Copy the weights of a model that is spread over ranks into a network that rank 0 holds whole. Collective.
 
-    One tensor is on its way at a time. The ranks of the first data-parallel replica, which rank 0 is one of, send their
-    slices of it to each other, by the group that they have for such messages; those of other replicas do nothing.
+    Tensors are sent one at a time. The ranks of the first data-parallel replica, which includes rank 0, broadcast their
+    slices of each in their model-parallel group; those of other replicas do nothing.
 
     Args:
         model_parts: what this rank holds of the model.
@@ -168,7 +168,7 @@ def _initialize(piece: Piece, local: Tensor, parameter: nn.Parameter, std: float
 
 
 def global_shape(piece: Piece, local: Tensor) -> list[int]:
-    """The shape of the global tensor of which `local` is this rank's shard."""
+    """The shape of the global tensor that `local` is this rank's shard of."""
     shape = list(local.shape)
     if piece.dim is not None:
         from calm_core.megatron import parallel_state

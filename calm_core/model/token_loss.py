@@ -98,7 +98,7 @@ def _every(x: Tensor, every: int, offset: Tensor) -> Tensor:
 
 
 def weights(shape: ModelShape, uses: int = 1) -> Weights:
-    """The parameters, of which the matrix that all tokens share counts `uses` times; none without a token loss."""
+    """The parameters, the matrix that all tokens share counted `uses` times; none without a token loss."""
     if shape.token_loss is None:
         return Weights()
     d, rank = shape.backbone.hidden, shape.token_loss.rank

@@ -59,7 +59,7 @@ class Machine:
         )
 
     def link(self, size: int, stride: int) -> float:
-        """Bytes/s that a rank of a group sends, for a group of `size` ranks of which each is `stride` after another.
+        """Bytes/s that a rank of a group sends, for a group of `size` ranks that are `stride` apart.
 
         A group within a node uses the node's links. A ring over nodes enters and leaves each node once, by the network
         devices of all the group's ranks in it.
@@ -79,7 +79,7 @@ class StepTime(Additive):
         tensor: messages of the tensor-parallel group that nothing hides, with the sum of a replicated head's gradients.
         bubble: waiting for other pipeline stages.
         borders: messages between pipeline stages.
-        gradients: sum of the gradients over the data-parallel group, as far as nothing hides it.
+        gradients: sum of the gradients over the data-parallel group, the part that nothing hides.
         weights: gathering the new weights.
         update: norm, clipping and the optimizer.
     """
@@ -135,7 +135,7 @@ def unit_messages(shape: ModelShape, load: Load) -> list[tuple[int, int]]:
     """Bytes that a rank sends to its tensor-parallel group for each micro-batch, forward and backward, by unit.
 
     The ranks sum the output of a `row`, and the gradient of the input of a `column`. With sequence parallelism a sum is
-    a reduce-scatter and an all-gather, as many bytes, and the input of a `column` is gathered once more in the backward
+    a reduce-scatter and an all-gather, as many bytes, and the input of a `column` is gathered again in the backward
     pass, unless its gradient is known by then. The losses' own exchange, a number per position, is omitted.
     """
     entrance, *layers, _ = flops.unit_weights(shape)

@@ -368,7 +368,7 @@ def _base(file: str) -> tuple[dict[str, Any], str]:
         try:
             given = configuration.with_absolute_paths(configuration.load(Experiment, Path(file), []))
             return dict(configuration.flatten(configuration.to_dict(given))), file
-        except UserError:  # the file has changed since, and is no configuration now
+        except UserError:  # the file has changed since, and is not a configuration any more
             pass
     return dict(configuration.flatten(configuration.to_dict(Experiment()))), "the defaults"
 

@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
 
 
 def text_tokens_among(tokens: Iterable[int], encode: Callable[[str], Iterable[int]], names: Iterable[str]) -> set[int]:
-    """Which of these `tokens` some text encodes to, as far as trials with their `names` show."""
+    """Which of these `tokens` some text encodes to, found by trials with their `names`."""
     trials = [trial for name in names for trial in (name, f"a{name}b", f"a {name} b", f" {name}", f"{name}\n{name}")]
     return set(tokens) & {token for trial in trials for token in encode(trial)}
 
@@ -74,7 +74,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """The tokenizer in a sentencepiece `.model`, a `tokenizer.json` or a tiktoken rank file, recognized by its content.
 
     Raises:
-        UserError: if it is missing, is none of these, lacks the special tokens, or turns text into them.
+        UserError: if it is missing, is none of these, has no special tokens, or turns text into them.
     """
     path = Path(path)
     try:

@@ -33,7 +33,7 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, content: bytes, path: Path) -> None:
-        """Raises: UserError: if the content is no tokenizer, no eos is known, or text encodes to control tokens."""
+        """Raises: UserError: if the content is not a tokenizer, no eos is known, or text encodes to control tokens."""
         # The work is divided among processes; the library's threads, as many in each, would contend for the cores.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._tokenizer = _load(content, path)

@@ -40,7 +40,7 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, content: bytes, path: str = "the model") -> None:
-        """Raises: UserError: if the content is no such model, or lacks bos or eos."""
+        """Raises: UserError: if the content is not such a model, or has no bos or eos."""
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:

@@ -159,7 +159,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 class StepProfiler:
-    """Profiles the steps that the configuration names, as far as they are not done yet.
+    """Profiles those steps of the configuration that are not done yet.
 
     Each rank writes `rank-R.json.gz`, which chrome://tracing and Perfetto open, and `rank-R.txt` into the folder.
     """

@@ -13,7 +13,7 @@ SOUND = {"problems": [], "network_error": "", "unreached": []}
         (ExitCode.OK, True, 1, False),  # finished before the time limit
         (ExitCode.USAGE, False, 1, False),
         (ExitCode.USAGE, True, 1, False),
-        (ExitCode.STOPPED, True, 9, True),  # preempted again and again, which is no failure
+        (ExitCode.STOPPED, True, 9, True),  # preempted again and again, which is not a failure
         (ExitCode.STOPPED, False, 1, False),
         (-9, True, 9, True),  # killed at the time limit while it saved
         (ExitCode.FAILED, False, 1, True),

@@ -56,7 +56,7 @@ def test_an_autoencoder_is_found_in_its_run_and_nowhere_else(run):
     assert find_autoencoder(run.parent) is None
     assert experiment_of_autoencoder(run / "frozen").paths.tokens == run.parent / "tokens"
     lonely = shutil.copytree(run / "frozen", run.parent.parent / "lonely" / "frozen")
-    with pytest.raises(UserError, match="does not lie in the run"):
+    with pytest.raises(UserError, match="is not in the run"):
         experiment_of_autoencoder(lonely)
 
 

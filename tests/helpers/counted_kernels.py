@@ -35,7 +35,7 @@ SIDE = TokenLossConfig(weight=1.0, rank=8)
 
 
 class CountedKernels(TorchDispatchMode):
-    """Attributes: `kernels` started, bytes `moved` by those that are no matrix products, `messages`, bytes `sent`."""
+    """Attributes: `kernels` started, bytes `moved` by those other than matrix products, `messages`, bytes `sent`."""
 
     def __init__(self) -> None:
         super().__init__()

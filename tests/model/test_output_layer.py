@@ -25,7 +25,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features, a matrix with rows that are no tokens and would have the most probability, targets, counts."""
+    """Features, a matrix with rows that are not tokens but would be the most probable ones, targets, counts."""
     generator = torch.Generator().manual_seed(0)
     features, weight = (torch.randn(rows, R, generator=generator) for rows in (N, ROWS))
     weight[V:] *= 30

@@ -54,7 +54,7 @@ def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
     log.close()
 
     def refuse(name: str) -> None:
-        pytest.fail(f"{name} is no JSON")
+        pytest.fail(f"{name} is not JSON")
 
     record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
     assert record == {
