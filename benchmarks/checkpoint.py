@@ -1,8 +1,8 @@
-"""How long training stands still for a checkpoint of the demo's model: in the background, and written while it waits.
+"""How long training waits for a checkpoint of the demo's model, written in the background and while it waits.
 
-One run, saves of both kinds in turn, with training steps in between: `background` counts the copy to the host and the
-completion at a later step's boundary; `waiting` copies, writes, syncs and completes before the next step. Beside them a
-training step of the same model, without a save and while one is being written. Medians.
+One run with saves of both kinds alternately and training steps in between: `background` counts the copy to the host
+and the completion at a later step's boundary; `waiting` copies, writes, syncs and completes before the next step. For
+comparison, a training step of the same model, without a save and while one is being written. Medians.
 
 usage: [torchrun --nproc-per-node N] python benchmarks/checkpoint.py [--saves 5]
 """

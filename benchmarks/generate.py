@@ -1,9 +1,9 @@
-"""Tokens per second of generation at a temperature: the plain way against ours, one prompt, weights of random numbers.
+"""Tokens per second of generation at a temperature, by a plain implementation and by ours: one prompt, random weights.
 
-The plain way reads the whole prefix again for each chunk, decodes every draw to float32 logits, and counts equal
+The plain one reads the whole prefix again for each chunk, decodes every draw to float32 logits, and counts equal
 chunks in a Python dictionary. Ours keeps keys and values, decodes a draw only as long as others agree with it, and
-compares few of the logits where draws lie close together. How much that saves depends on the draws, so three kinds are
-measured: draws that differ, draws that are alike but no two the same, and the one draw of a head that starts at zero.
+compares few of the logits where draws are close together. How much that saves depends on the draws, so three kinds are
+measured: draws that differ, draws that are similar but never equal, and the one draw of a head that starts at zero.
 
 Then CALM against an autoregressive model on the same backbone, both by ours: tokens per second, and the memory of the
 weights and of keys and values.

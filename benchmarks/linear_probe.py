@@ -1,9 +1,9 @@
-"""What the hidden states of a CALM know of the next chunk, and how much of it the head's draws say.
+"""How well the hidden states of a CALM predict the next chunk, and how much of that the head's draws reach.
 
 A linear classifier is trained on the frozen hidden states of training windows, one for each token of the next chunk,
-and scored at held-out positions by Brier-n, exactly; beside it stand the draws of the head from the same hidden states.
-Brier-1 compares features and head: what the classifier has more, the head leaves unsaid. For n > 1 the classifier
-takes the tokens of a chunk as independent, which draws need not.
+and scored exactly at held-out positions by Brier-n; the head's draws from the same hidden states are scored there too.
+Brier-1 compares features and head: the difference is what the head does not express. For n > 1 the classifier treats
+the tokens of a chunk as independent; the head draws them jointly.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The loader at 1x, 10x and 100x the rows: tokens/s, private memory and start-up time must not depend on them.
 
 The stores are synthetic (K=4, l=128, uint16 tokens and float16 latents), in a temporary folder, 5.8 GB at the default
-sizes. They are read once into the page cache, then by new processes in the way of a training run, each window once per
+sizes. They are read once into the page cache, then by new processes as in a training run, each window once per
 process. For comparison: copying the same bytes in memory, indexing the rows by arrays, and encoding in place of stored
 latents.
 """

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of the paper's models by closed form, beside its table: `python benchmarks/paper_table.py`.
+"""Parameters and FLOPs of the paper's models by closed form, and its table: `python benchmarks/paper_table.py`.
 
 Needs no data: the shapes are those of configs/*.yaml.
 """

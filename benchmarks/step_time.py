@@ -2,12 +2,12 @@
 
 Start it by `python -m calm_core.distributed.torchrun --standalone --nproc-per-node 2 benchmarks/step_time.py`. Rates
 of the machine are fitted on the first layout alone: operators are timed one by one, which gives the rate of matrix
-products and that of all others, and what the step takes beside them is the host's cost for each. A message of known
+products and that of all others; the rest of the step is the host's cost for each. A message of known
 size gives the link. Times are those of processors, so a busy machine disturbs them little; a rank that waits for a
 pipeline's other stages takes none. Prints each layout's measured and predicted milliseconds and their ratio.
 
-With `--published` it prints predictions beside the rates of GPUs that torchtitan publishes (docs/performance.md of
-pytorch/torchtitan), by the default rates of `plan.*` but for memory and network. Its runs shard weights too, overlap
+With `--published` it compares predictions with the rates of GPUs that torchtitan publishes (docs/performance.md of
+pytorch/torchtitan), by the default rates of `plan.*` except for memory and network. Its runs shard weights too, overlap
 messages, and recompute some activations, which this plan counts otherwise.
 """
 

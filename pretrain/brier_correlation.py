@@ -1,6 +1,7 @@
 """BrierLM against cross-entropy on autoregressive models of several sizes: Pearson's r, RUN/correlation.json and .png.
 
-Trains the models one after another and scores each several times on the way; run again it continues where it stopped.
+Trains the models one after another and scores each several times during training. Run again, it continues where it
+stopped.
 """
 
 from calm_core.config import command

@@ -1,6 +1,6 @@
 """The whole workflow as one command: tokenizer, tokens, autoencoder, chunks, CALM, evaluation, samples, summary.
 
-Each stage runs the script that one would run by hand, with the same configuration. A second run skips finished stages;
+Each stage runs the script that a user would run, with the same configuration. A second run skips finished stages;
 a run that was killed continues where it stopped.
 """
 

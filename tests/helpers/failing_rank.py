@@ -17,7 +17,7 @@ from calm_core.errors import UserError
 
 
 def work(how: str) -> None:
-    """Fail as told, or sum over the ranks and print it."""
+    """Fail as requested, or sum over the ranks and print it."""
     if how == "start" and os.environ["RANK"] == "1":
         raise UserError("this rank alone refuses: fix it.")
     with distributed(ParallelConfig()) as topology:

@@ -1,6 +1,6 @@
 """`train_calm.py` with a fault in rank 1: `faulty_rank.py hang|spike|die|stale CONFIG [key=value ...]`.
 
-`hang`: it never comes back from the first micro-batch of step 3. `spike`: its loss in step 7 is fifty times too large.
+`hang`: it never returns from the first micro-batch of step 3. `spike`: its loss in step 7 is fifty times too large.
 `die`: it is killed when step 5 is done and step 6 has not begun. The faults count this process's micro-batches, two a
 step. `stale`: it sees no checkpoints, as on a file system that shows new files late.
 """

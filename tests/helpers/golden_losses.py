@@ -1,7 +1,7 @@
 """The first 20 losses of the demo's configuration; `python tests/helpers/golden_losses.py` records them again.
 
 The configuration is `configs/demo.yaml` in float32; its corpus, tokenizer and untrained autoencoder are made from
-seeds, so that nothing but this project's code and its pinned packages stands behind the numbers. Record them again only
+seeds, so that the numbers depend only on this project's code and its pinned packages. Record them again only
 when a change is meant to change what is trained, and say so.
 """
 

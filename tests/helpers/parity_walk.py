@@ -181,7 +181,7 @@ def fill_up(batches: list[ChunkBatch], padding: int) -> None:
 
 @contextmanager
 def noise_watched() -> Iterator[list[str]]:
-    """Fingerprints of all that is drawn meanwhile, one for each sample."""
+    """Fingerprints of everything drawn in this block, one for each sample."""
     seen: list[str] = []
     drawn = SampleNoise._stack
 
