@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from calm_core.config.scaling_config import ScalingConfig
-from calm_core.plan import flops
 from calm_core.scaling.laws import (
     Array,
     JointLaw,
@@ -20,7 +19,7 @@ from calm_core.scaling.laws import (
     fit_power_law,
     interval,
 )
-from calm_core.scaling.points import BASELINE, families, model_size, shape_of
+from calm_core.scaling.points import BASELINE, families, flops_per_token, model_size, shape_of
 from calm_core.scaling.results import Row
 
 MAX_DEPTH = 256  # of the models that a prediction chooses from
@@ -308,7 +307,7 @@ def best_model(
 
 def _size_and_tokens(config: ScalingConfig, family: str, depth: int, budget: float) -> tuple[int, float]:
     shape = shape_of(config, family, depth)
-    return model_size(shape), budget / flops.paper_training(shape, 1, config.grid.context // shape.k)
+    return model_size(shape), budget / flops_per_token(shape, config.grid.context // shape.k)
 
 
 def _depths() -> list[int]:

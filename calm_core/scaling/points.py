@@ -12,6 +12,7 @@ from calm_core.config.scaling_config import LadderConfig, ScalingConfig
 from calm_core.errors import UserError
 from calm_core.evaluation.tables import table
 from calm_core.io import MANIFEST, read_manifest
+from calm_core.model import token_loss
 from calm_core.plan import flops
 from calm_core.plan.flops import AutoencoderShape
 from calm_core.plan.layout import check_layout, pipeline_split
@@ -99,8 +100,8 @@ class Point:
         return step * self.global_batch * self.context
 
     def training_flops(self, tokens: float) -> float:
-        """Training FLOPs for `tokens` tokens in the paper's accounting, at this window."""
-        return flops.paper_training(self.shape, 1, self.positions) * tokens
+        """Training FLOPs for `tokens` tokens (see `flops_per_token`)."""
+        return flops_per_token(self.shape, self.positions) * tokens
 
     @property
     def size(self) -> int:
@@ -114,6 +115,12 @@ def model_size(shape: ModelShape) -> int:
     return sum(flops.parameters(shape).values()) - flops.embedding(shape).parameters - output
 
 
+def flops_per_token(shape: ModelShape, positions: int) -> float:
+    """Training FLOPs of a token: what the paper counts, and a token side loss, which the paper does not have."""
+    side = token_loss.training_flops(shape, positions) / (positions * shape.k)
+    return flops.paper_training(shape, 1, positions) + side
+
+
 def shape_of(config: ScalingConfig, family: str, depth: int) -> ModelShape:
     """The shape of the family's model of this depth."""
     baseline = family == BASELINE
@@ -121,7 +128,7 @@ def shape_of(config: ScalingConfig, family: str, depth: int) -> ModelShape:
     head: HeadConfig = replace(config.base.head, kind="softmax") if baseline else config.base.head
     latent = 0 if baseline else config.grid.latent_per_token * k
     backbone = rung(depth, config.ladder, config.base.model).backbone
-    return ModelShape(backbone, head, config.vocabulary, k, latent)
+    return ModelShape(backbone, head, config.vocabulary, k, latent, None if baseline else config.base.token_loss)
 
 
 def families(config: ScalingConfig) -> list[str]:
@@ -225,7 +232,7 @@ def _point(config: ScalingConfig, family: str, depth: int, seed: int) -> Point:
     shape = shape_of(config, family, depth)
     together = _windows_together(config, shape, f"{family} at depth {depth}")
     windows = max(1, round(of_rung.batch_tokens / grid.context / together)) * together
-    per_token = flops.paper_training(shape, 1, grid.context // shape.k)
+    per_token = flops_per_token(shape, grid.context // shape.k)
     tokens = [budget / per_token if grid.budget == "flops" else budget for budget in sorted(grid.budgets)]
     steps = tuple(round(count / (windows * grid.context)) for count in tokens)
     if steps[0] < 1 or len(set(steps)) < len(steps):
@@ -266,8 +273,8 @@ def hours(config: ScalingConfig, point: Point) -> float:
 def plan_table(config: ScalingConfig) -> str:
     """The models of the study, one per line, then the autoencoders, the totals, and warnings.
 
-    parameters: all of the model; N: without the tables of V rows; FLOPs/token: of training, with N head samples, in the
-    paper's accounting; decoding: of inference, with the autoencoder's decoder; batch: tokens a step; hours: on the
+    parameters: all of the model; N: without the tables of V rows; FLOPs/token: of training, with N head samples (see
+    `flops_per_token`); decoding: of inference, with the autoencoder's decoder; batch: tokens a step; hours: on the
     configured hardware, by the FLOPs that this code executes.
     """
     planned = points(config)

@@ -36,8 +36,8 @@ Row = dict[str, Any]
 def collect(config: ScalingConfig) -> list[Row]:
     """A row for each model and each budget it has reached, from the evaluations in the runs' metrics.
 
-    flops are of training in the paper's accounting, without the autoencoder, whose FLOPs (spent once for all models of
-    a K) are a column of their own. A measure that a model does not have is None.
+    flops are of training (see `flops_per_token`), without the autoencoder, whose FLOPs (spent once for all models of a
+    K) are a column of their own. A measure that a model does not have is None.
 
     Raises:
         UserError: if a model or an autoencoder was trained by other settings than the study's, or models were scored

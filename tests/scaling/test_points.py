@@ -7,13 +7,14 @@ from calm_core import config as configuration
 from calm_core.checkpoint.folder import list_checkpoints, retire
 from calm_core.cluster.launcher import Launcher, describe_layout
 from calm_core.config.experiment import PipelineConfig
-from calm_core.config.model_config import BackboneConfig
+from calm_core.config.model_config import BackboneConfig, TokenLossConfig
 from calm_core.config.scaling_config import DEFAULT_CONFIG, GridConfig, LadderConfig, ScalingConfig
 from calm_core.config.training_config import ParallelConfig
 from calm_core.errors import UserError
 from calm_core.io import format_version, write_json
 from calm_core.plan import flops
 from calm_core.scaling.points import (
+    BASELINE,
     autoencoder_flops,
     experiment,
     family_experiment,
@@ -54,6 +55,22 @@ def test_every_model_of_a_budget_costs_the_same(study: ScalingConfig) -> None:
     for point in planned:
         for step, budget in zip(point.budget_steps, study.grid.budgets, strict=True):
             assert point.training_flops(point.tokens(step)) == pytest.approx(budget, rel=0.1)
+
+
+def test_a_budget_pays_for_the_side_loss(study: ScalingConfig) -> None:
+    side = replace(study.base.training, token_loss=TokenLossConfig(weight=2, rank=8))
+    aided = {point.name: point for point in points(replace(study, base=replace(study.base, training=side)))}
+    for plain in points(study):
+        with_side = aided[plain.name]
+        if plain.family == BASELINE:
+            assert with_side == plain
+            continue
+        # Of a chunk: Linear(d -> rank K), then rank x V for each of its K tokens, forward and twice backward.
+        d, k, vocabulary = plain.rung.backbone.hidden, plain.k, study.vocabulary
+        cost = 6 * (d * 8 * k + k * 8 * vocabulary) / k
+        assert with_side.training_flops(1) - plain.training_flops(1) == pytest.approx(cost)
+        assert with_side.steps < plain.steps
+        assert with_side.size == plain.size
 
 
 def test_an_experiment_is_its_point(study: ScalingConfig) -> None:
