@@ -101,6 +101,11 @@ def on_every_rank(action: Callable[[], T]) -> list[T]:
     return [result for result, _ in outcomes]
 
 
+def meet(device: torch.device) -> None:
+    """Wait until all ranks have called this. Collective; NCCL waits on a device, and warns where none is named."""
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+
+
 def own_share() -> slice:
     """This rank's share of a list that the ranks divide among them."""
     return slice(dist.get_rank(), None, dist.get_world_size())

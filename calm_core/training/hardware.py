@@ -122,10 +122,10 @@ def explain_out_of_memory(section: str) -> Iterator[None]:
         if not known and not any(words in str(error) for words in _OUT_OF_MEMORY):
             raise
         first, *_ = str(error).splitlines() or [type(error).__name__]
-        raise UserError(
-            f"out of memory ({first}): lower {section}.micro_batch, set parallel.recompute=full, "
-            "or spread the model over more ranks by parallel.tensor or parallel.pipeline."
-        ) from error
+        advice = [f"lower {section}.micro_batch"]
+        if section == "training":  # the autoencoder has no other layout
+            advice += ["set parallel.recompute=full", "or spread the model by parallel.tensor or parallel.pipeline"]
+        raise UserError(f"out of memory ({first}): {', '.join(advice)}.") from error
 
 
 # A workspace for each cuBLAS stream; without it the order of its sums may differ between runs.

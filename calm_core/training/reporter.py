@@ -10,11 +10,11 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
 from calm_core.checkpoint.save import Saved
 from calm_core.config.load_config import CHECKOUT
 from calm_core.config.training_config import TrainingConfig
+from calm_core.distributed.collectives import meet
 from calm_core.distributed.engine import Engine
 from calm_core.distributed.optimizer import Update
 from calm_core.training.hardware import backends, device_name, peak_flops, peak_memory
@@ -73,7 +73,7 @@ class Reporter:
         self._task, self._config, self._folder, self._engine = task, config, folder, engine
         self._topology, self._write = engine.topology, write_page
         parameters = engine.parameter_count()
-        dist.barrier()  # ranks that share a machine measure its peak at the same time
+        meet(self._topology.device)  # ranks that share a machine measure its peak at the same time
         peak, source = peak_flops(self._topology.device, engine.dtype)
         self._peak: float | None = peak * self._topology.world
         self._log = None

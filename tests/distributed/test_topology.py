@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from calm_core.config.training_config import ParallelConfig
 from calm_core.distributed import topology as topology_module
+from calm_core.distributed.collectives import meet
 from calm_core.distributed.topology import distributed
 from calm_core.errors import UserError
 
@@ -86,6 +87,15 @@ def test_the_timeout_reaches_every_group_and_no_group_is_made_twice() -> None:
         assert len(groups) > 5
         assert timeouts == {timedelta(minutes=7)}
         assert parallel_state._DATA_PARALLEL_GROUP_GLOO is None
+
+
+def test_ranks_meet_on_their_own_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL warns, on every rank, where it has to guess the device."""
+    asked = []
+    monkeypatch.setattr(dist, "barrier", lambda **how: asked.append(how))
+    for device in ("cuda:3", "cpu"):
+        meet(torch.device(device))
+    assert asked == [{"device_ids": [3]}, {"device_ids": None}]
 
 
 @pytest.mark.parametrize(("world", "left"), [(1, ["left"]), (2, [])])
