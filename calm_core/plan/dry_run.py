@@ -17,7 +17,7 @@ from calm_core.plan import flops, table
 from calm_core.plan.account import account, data_cost, evaluation_time, run_cost
 from calm_core.plan.autoencoder_account import autoencoder_shape, describe
 from calm_core.plan.flops import AutoencoderShape
-from calm_core.plan.layout import rank_groups
+from calm_core.plan.layout import check_layout, rank_groups
 from calm_core.plan.search import candidates, largest_micro_batch
 
 Check = Callable[[Experiment, int], list[Path]]
@@ -31,6 +31,7 @@ def plan_calm(experiment: Experiment, sections: tuple[str, ...], check: Check) -
         UserError: if the run could not start with this configuration.
     """
     layout, plan, shape = experiment.parallel, experiment.plan, model_shape(experiment)
+    check_layout(shape, experiment.training.positions, layout)
     world = _world(experiment, layout.tensor * layout.pipeline)
     training = largest_micro_batch(shape, experiment.training, layout, plan, world)
     found = account(shape, training, layout, plan, world)

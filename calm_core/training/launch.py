@@ -18,6 +18,7 @@ from calm_core.data.store import ALL, Store
 from calm_core.distributed.collectives import on_every_rank, own_share, sum_over_ranks
 from calm_core.distributed.topology import Topology, distributed
 from calm_core.errors import ExitCode
+from calm_core.evaluation.held_out import scored_offsets
 from calm_core.io import MANIFEST
 from calm_core.plan.autoencoder_account import autoencoder_shape
 from calm_core.plan.autoencoder_account import largest_micro_batch as fitting_autoencoder_batch
@@ -97,7 +98,9 @@ def check_calm(experiment: Experiment, world: int) -> list[Path]:
     awaited = _not_there(stores if reads_tokens else [paths.autoencoder, *stores])
     if experiment.samples.while_training and not paths.tokenizer.exists():
         awaited.append(paths.tokenizer)
-    if not awaited:
+    if awaited:  # what the shape alone says; the plan has checked that the layout fits it
+        scored_offsets(config.positions, 1 if reads_tokens else data.k)
+    else:
         task = _calm_task(experiment, calm_rows(experiment), torch.device("cpu"))
         check_start(task, config, layout, world, folder, resolved(experiment))
     return awaited

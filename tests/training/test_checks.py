@@ -123,6 +123,22 @@ def test_a_run_that_can_start_or_has_ended_is_planned(
         assert "checked as when the training starts" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["parallel.tensor=3"], "parallel.tensor=3 does not divide the 2 key/value heads"),
+        (["training.token_loss.weight=1", "training.token_loss.every=5"], "token_loss.every=5 does not divide"),
+        (["training.positions=1"], "has no position to score"),
+    ],
+)
+def test_what_no_data_could_mend_is_refused_without_data(
+    changes: list[str], words: str, tmp_path: Path, tiny: Path
+) -> None:
+    """A plan on a laptop is for a run that can start elsewhere."""
+    experiment = config.load(Experiment, tiny / "config.yaml", [f"run={tmp_path / 'none'}", *changes])
+    assert words in refusal(lambda: plan_calm(experiment, (), check_calm))
+
+
 def test_what_is_not_there_yet_is_named(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "none"
     changes = [f"run={run}", "samples.while_training=true"]
