@@ -30,7 +30,7 @@ def logit_rows(vocabulary: int, device: str) -> int:
 
 
 class Additive:
-    """A dataclass of numbers that add up (`+`) and repeat (`*`) field by field."""
+    """A dataclass of numbers that add up (`+`) and repeat (`*`) field by field; tuples are joined."""
 
     def __add__(self, more: Self) -> Self:
         return type(self)(*(getattr(self, field.name) + getattr(more, field.name) for field in fields(self)))
@@ -50,7 +50,8 @@ class Weights(Additive):
         split: parameters, of all kinds, that are divided among tensor-parallel ranks; each rank holds the rest whole.
         summed_outputs: width of the outputs that tensor-parallel ranks sum in the forward pass (`row`, `table`).
         summed_inputs: width of the inputs whose gradient they sum in the backward pass (`column`).
-        gathered_once: those of them that the backward pass does not gather again (`vocabulary_matrix`).
+        gathered_once: those of them that the backward pass does not gather again, and whose gradient it sums when no
+            product is left to compute (`vocabulary_matrix`).
         tensors: parameters in the sense of torch: matrices, biases, scales, shifts and tables.
     """
 
@@ -243,8 +244,21 @@ class Activations:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A matrix product: its FLOPs, and the bytes of the matrices that it reads and writes."""
+
+    flops: int
+    moved: int
+
+    @classmethod
+    def of(cls, width: int, rows: int, inputs: int, outputs: int, matrices: int = 1) -> "Product":
+        """`[rows, inputs] @ [inputs, outputs]` of numbers of `width` bytes; each of so many blocks has a matrix."""
+        return cls(2 * rows * inputs * outputs, width * (rows * (inputs + outputs) + matrices * inputs * outputs))
+
+
+@dataclass(frozen=True)
 class Kernels(Additive):
-    """What a unit of the pipeline executes for one micro-batch besides the arithmetic of its matrix products.
+    """What a unit of the pipeline executes for one micro-batch.
 
     Kernels add up (`+`) and repeat (`*`), so a unit's are written as its forward pass is. A view starts no kernel.
 
@@ -255,6 +269,9 @@ class Kernels(Additive):
         moved_backward: likewise in the backward pass.
         messages_forward: collectives of the tensor-parallel group in the forward pass.
         messages_backward: likewise in the backward pass.
+        products_forward: matrix products of the forward pass.
+        products_backward: those that only a backward pass needs, also where they are computed before it.
+        beside: for each of `messages_backward` that a GPU sends while it computes, the product that it computes.
     """
 
     forward: int = 0
@@ -263,6 +280,9 @@ class Kernels(Additive):
     moved_backward: int = 0
     messages_forward: int = 0
     messages_backward: int = 0
+    products_forward: tuple[Product, ...] = ()
+    products_backward: tuple[Product, ...] = ()
+    beside: tuple[Product, ...] = ()
 
 
 def pointwise(forward: int, backward: int, kernels: tuple[int, int] = (1, 1)) -> Kernels:
@@ -270,24 +290,39 @@ def pointwise(forward: int, backward: int, kernels: tuple[int, int] = (1, 1)) ->
     return Kernels(kernels[0] if forward else 0, kernels[1] if backward else 0, forward, backward)
 
 
-def product(leaf: bool = False) -> Kernels:
+def product(load: Load, rows: int, inputs: int, outputs: int, leaf: bool = False) -> Kernels:
     """A product with a weight matrix: one product forward; backward one each for its input, unless a leaf, and weight.
 
-    A bias that it does not add is counted by what follows (`bias_kernel`).
+    Each of the three reads two of the same three matrices and writes the third. A bias that it does not add is counted
+    by what follows (`bias_kernel`).
     """
-    return Kernels(forward=1, backward=1 if leaf else 2)
+    one = (Product.of(load.width, rows, inputs, outputs),)
+    backward = one if leaf else 2 * one
+    return Kernels(1, len(backward), products_forward=one, products_backward=backward)
 
 
-def column_product(load: Load) -> Kernels:
-    """The product of a `column` layer, with the messages that gather its input and sum its input's gradient."""
+def linear_product(load: Load, inputs: int, outputs: int, uses: int = 1, leaf: bool = False) -> Kernels:
+    """The product of a `linear` layer, applied `uses` times at each own position."""
+    return product(load, load.own_rows * uses, inputs, outputs, leaf)
+
+
+def column_product(load: Load, inputs: int, outputs: int, uses: int = 1) -> Kernels:
+    """The product of a `column` layer, with the messages that gather its input and sum its input's gradient.
+
+    The backward pass gathers the input again beside the product for the gradient of the input, and sums this gradient
+    beside that of the weights.
+    """
     parallel, gathers = int(load.layout.tensor > 1), int(load.layout.sequence)
-    return product() + Kernels(messages_forward=gathers, messages_backward=parallel + gathers)
+    products = product(load, load.rows * uses, inputs, outputs // load.layout.tensor)
+    beside = products.products_forward * (parallel + gathers)
+    return products + Kernels(messages_forward=gathers, messages_backward=len(beside), beside=beside)
 
 
-def row_product(load: Load) -> Kernels:
+def row_product(load: Load, inputs: int, outputs: int, uses: int = 1) -> Kernels:
     """The product of a `row` layer, with the messages that sum its output and gather its output's gradient."""
     parallel, gathers = int(load.layout.tensor > 1), int(load.layout.sequence)
-    return product() + Kernels(messages_forward=parallel, messages_backward=gathers)
+    products = product(load, load.rows * uses, inputs // load.layout.tensor, outputs)
+    return products + Kernels(messages_forward=parallel, messages_backward=gathers)
 
 
 def conversion(load: Load, width: int, backward: int = 1) -> Kernels:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from calm_core.config.model_config import padded_vocabulary
 from calm_core.model import costs as of
 from calm_core.model import pointwise
-from calm_core.model.costs import FLOAT32, Activations, Kernels, Load, logit_rows
+from calm_core.model.costs import FLOAT32, Activations, Kernels, Load, Product, logit_rows
 
 ROWS_AT_ONCE = 256  # inputs whose logits are held at a time: 32 MB at V = 32,000 in float32
 
@@ -258,10 +258,12 @@ class _WithGradients(torch.autograd.Function):
 def kernels(load: Load, inputs: int, width: int, rows: int) -> Kernels:
     """Kernels for `inputs` of this width and a matrix of `rows`, divided among the tensor-parallel ranks.
 
-    All products are in the forward pass; the backward pass multiplies the gradients by a number. Eagerly, the functions
-    of `pointwise` pass over the logits of a block twelve times in float32; compiled, the sums read them twice, and the
+    All products start in the forward pass, each once a block; those of the gradients count with the backward pass, as
+    an evaluation has none. The backward pass multiplies the gradients by a number. Eagerly, the functions of
+    `pointwise` pass over the logits of a block twelve times in float32; compiled, the sums read them twice, and the
     slope reads and writes them. The ranks exchange one message a block; with sequence parallelism they gather the
-    inputs, and backward the gradients of the losses. Backward they sum the gradients of the inputs.
+    inputs, and backward the gradients of the losses. Backward they sum the gradients of the inputs, and no product is
+    left to hide that.
     """
     parallel, gathers, narrow = load.layout.tensor > 1, load.layout.sequence, load.width < FLOAT32
     part = padded_vocabulary(rows) // load.layout.tensor
@@ -274,6 +276,7 @@ def kernels(load: Load, inputs: int, width: int, rows: int) -> Kernels:
         softmax = of.pointwise(passes, 0, kernels=((11 if narrow else 8) * blocks, 0))
     padding = padded_vocabulary(rows) > rows
     added = (FLOAT32 + convert) * table * blocks if narrow else 0  # in float32 the product itself accumulates
+    products = (Product.of(load.width, inputs, width, part, blocks),)
     return softmax + Kernels(
         forward=2 + blocks * (12 + 2 * narrow + padding + (16 + narrow) * parallel),
         backward=16 + narrow,
@@ -281,6 +284,8 @@ def kernels(load: Load, inputs: int, width: int, rows: int) -> Kernels:
         moved_backward=2 * load.width * inputs * width + (2 * FLOAT32 + convert) * table,
         messages_forward=blocks * parallel + gathers,
         messages_backward=parallel + gathers,
+        products_forward=products,
+        products_backward=2 * products,
     )
 
 

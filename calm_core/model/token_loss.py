@@ -131,7 +131,9 @@ def kernels(shape: ModelShape, load: Load) -> Kernels:
     if not side.rank:
         choice += Kernels(forward=learned, backward=learned - 1)
         return choice + output_layer.kernels(load, inputs, d, shape.vocabulary) * learned
-    features = of.product() + of.pointwise(0, load.whole(side.rank * _predicted(shape)) // side.every)
+    width = side.rank * _predicted(shape)
+    features = of.product(load, load.own_rows // side.every, d, width)
+    features += of.pointwise(0, load.whole(width) // side.every)
     return choice + features + output_layer.kernels(load, inputs * learned, side.rank, shape.vocabulary)
 
 

@@ -142,7 +142,7 @@ def _stage(
     def own(units: list[int]) -> int:
         return sum(sum(part) for part in by_part(units, split)[stage :: layout.pipeline])
 
-    sent = [sum(passes) for passes in unit_messages(shape, load)]
+    sent = [unit.forward + unit.backward for unit in unit_messages(shape, load)]
     parameters = own(rank_parameters(shape, layout))
     gradients_sent, weights_sent = data_parallel_traffic(parameters, data_size, load.width)
     parts = layout.pipeline * layout.virtual

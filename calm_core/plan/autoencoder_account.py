@@ -14,7 +14,7 @@ from calm_core.plan.flops import AutoencoderShape
 from calm_core.plan.layout import accumulation
 from calm_core.plan.memory import states
 from calm_core.plan.search import chosen_micro_batch
-from calm_core.plan.step_time import Machine, StepTime, UnitWork, accumulation_pass, stage_pass, update_time
+from calm_core.plan.step_time import Machine, Sent, StepTime, UnitWork, accumulation_pass, stage_pass, update_time
 from calm_core.plan.table import GIB, cost_lines, time_lines
 
 TENSORS = 25  # weights and biases: see `calm_core.autoencoder.model`
@@ -87,8 +87,7 @@ def step_time(
     shape: AutoencoderShape, load: Load, outputs: int, machine: Machine, micro_batches: int, world: int
 ) -> StepTime:
     """The time of a step on `world` data-parallel ranks of `micro_batches` each, with logits of `outputs` tokens."""
-    work = flops.autoencoder_training(shape, outputs) * load.rows
-    unit = UnitWork(work // 3, work - work // 3, kernels(shape, load, outputs), 0, 0)
+    unit = UnitWork(kernels(shape, load, outputs), Sent())
     parameters = flops.autoencoder_parameters(shape)
     passed = stage_pass(machine, load, [unit])
     each = passed + accumulation_pass(machine, load, parameters, TENSORS)
@@ -108,18 +107,20 @@ def kernels(shape: AutoencoderShape, load: Load, outputs: int) -> Kernels:
 
     def block(times: int) -> Kernels:
         whole, wide = load.whole(times * h), load.whole(times * shape.ffn)
-        feed_forward = of.product() * 3 + of.pointwise(5 * wide, 9 * wide, kernels=(2, 3))
+        products = of.linear_product(load, h, shape.ffn, times) * 2 + of.linear_product(load, shape.ffn, h, times)
+        feed_forward = products + of.pointwise(5 * wide, 9 * wide, kernels=(2, 3))
         sums = of.pointwise(3 * whole, 6 * whole, kernels=(1, 2))  # the residual; gradients of the norm's output
         return of.rms_norm_kernels(load, times * h) + feed_forward + sums
 
-    def linear(outputs: int) -> Kernels:
-        return of.product() + of.pointwise(0, load.whole(outputs))  # the bias's gradient
+    def linear(inputs: int, outputs: int) -> Kernels:
+        return of.linear_product(load, inputs, outputs) + of.pointwise(0, load.whole(outputs))  # the bias's gradient
 
     look_up = of.pointwise(2 * load.whole(k * h), 2 * load.whole(k * h) + load.width * shape.vocabulary * h)
-    encoder = look_up + block(k) + linear(h) + block(1) + of.rms_norm_kernels(load, h) + linear(2 * shape.latent)
+    encoder = look_up + block(k) + linear(k * h, h) + block(1)
+    encoder += of.rms_norm_kernels(load, h) + linear(h, 2 * shape.latent)
     draws = of.noise_kernels(load, load.positions * (k + 2 * shape.latent)) * 3
     posterior = of.pointwise(30 * latents, 20 * latents, kernels=(20, 16))
-    decoder = linear(h) + block(1) + linear(k * h) + block(k) + of.rms_norm_kernels(load, k * h)
+    decoder = linear(shape.latent, h) + block(1) + linear(h, k * h) + block(k) + of.rms_norm_kernels(load, k * h)
     sampled = outputs < shape.vocabulary
     samples = load.micro_batch if sampled else 1  # each with a matrix of its own
     loss = output_layer.kernels(_eager(load), load.rows * k // samples, h, outputs) * samples

@@ -1,18 +1,20 @@
 """The time of a training step by its parts: what each rank computes, moves, launches and sends, and what overlaps.
 
-A GPU works while the host launches the kernels that follow, so a pass takes the longer of the two. There the gradient
-of a matrix's input is summed over the tensor-parallel ranks while the gradient of its weights is computed. A CPU does
-one after the other. Kernels are counted as `model.costs` does; a head counts its own.
+A matrix product takes as long as its FLOPs, or as the bytes that it reads and writes where those take longer: with few
+inputs or outputs. A GPU works while the host launches the kernels that follow, so a pass takes the longer of the two.
+There the gradient of the input of a `column` is summed over the tensor-parallel ranks while that of its weights is
+computed (`Kernels.beside`); all other messages are waited for. A CPU does one after the other. Kernels are counted as
+`model.costs` does; a head counts its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
 from calm_core.config.experiment import PlanConfig
 from calm_core.config.model_config import ModelShape, padded_vocabulary
 from calm_core.model import costs, token_loss
-from calm_core.model.costs import FLOAT32, Additive, Kernels, Load, Weights
+from calm_core.model.costs import FLOAT32, Additive, Kernels, Load, Product, Weights
 from calm_core.model.heads import head_module
 from calm_core.plan import flops
 from calm_core.plan.layout import by_part
@@ -58,6 +60,10 @@ class Machine:
             node_ranks=plan.node_devices,
         )
 
+    def products(self, products: Iterable[Product]) -> float:
+        """Seconds of matrix products, each by its FLOPs or by its bytes."""
+        return sum(max(each.flops / self.matrices, each.moved / self.memory) for each in products)
+
     def link(self, size: int, stride: int) -> float:
         """Bytes/s that a rank of a group sends, for a group of `size` ranks that are `stride` apart.
 
@@ -101,38 +107,35 @@ class StepTime(Additive):
 
 
 @dataclass(frozen=True)
-class UnitWork:
-    """What a rank does for a unit of the model in one micro-batch: FLOPs, kernels, bytes sent, by pass."""
+class Sent(Additive):
+    """Bytes that a rank sends to its tensor-parallel group for a unit of the model in one micro-batch.
 
-    forward: int
-    backward: int
+    Attributes:
+        forward: in the forward pass.
+        backward: in the backward pass.
+        beside: those of `backward` that belong to `Kernels.beside`.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    beside: int = 0
+
+
+@dataclass(frozen=True)
+class UnitWork:
+    """What a rank does for a unit of the model in one micro-batch."""
+
     kernels: Kernels
-    sent_forward: int
-    sent_backward: int
+    sent: Sent
 
 
 def unit_work(shape: ModelShape, load: Load) -> list[UnitWork]:
     """The work of each unit of `flops.unit_weights` on one of the tensor-parallel ranks."""
-    tensor, samples = load.layout.tensor, load.micro_batch
-    again = load.layout.recompute == "full"
-    units = zip(
-        flops.unit_costs(shape, load.positions),
-        unit_kernels(shape, load),
-        unit_messages(shape, load),
-        strict=True,
-    )
-    work = []
-    for cost, kernels, (forward, backward) in units:
-        repeated = cost.forward if again and cost.name.startswith("layer") else 0
-        flops_forward, flops_backward = cost.forward, cost.training - cost.forward + repeated
-        work.append(
-            UnitWork(flops_forward * samples // tensor, flops_backward * samples // tensor, kernels, forward, backward)
-        )
-    return work
+    return [UnitWork(*each) for each in zip(unit_kernels(shape, load), unit_messages(shape, load), strict=True)]
 
 
-def unit_messages(shape: ModelShape, load: Load) -> list[tuple[int, int]]:
-    """Bytes that a rank sends to its tensor-parallel group for each micro-batch, forward and backward, by unit.
+def unit_messages(shape: ModelShape, load: Load) -> list[Sent]:
+    """What a rank sends to its tensor-parallel group for each micro-batch, by unit.
 
     The ranks sum the output of a `row`, and the gradient of the input of a `column`. With sequence parallelism a sum is
     a reduce-scatter and an all-gather, as many bytes, and the input of a `column` is gathered again in the backward
@@ -141,21 +144,21 @@ def unit_messages(shape: ModelShape, load: Load) -> list[tuple[int, int]]:
     entrance, *layers, _ = flops.unit_weights(shape)
     head = head_module(shape.head.kind).costs(shape).training_weights
     head = head.replicated if load.layout.head == "replicated" else head
-    sent = [_sent(load, unit) for unit in (entrance, *layers, head)]
+    sent = [_sent(load, load.rows, unit) for unit in (entrance, *layers, head)]
     if load.layout.recompute == "full":  # the second forward pass sends again what the first one did
-        sent[1:-1] = [(forward, backward + forward) for forward, backward in sent[1:-1]]
+        sent[1:-1] = [each + Sent(backward=each.forward) for each in sent[1:-1]]
     if shape.token_loss:
-        side = _sent(load, token_loss.applied(shape))
-        sent[-1] = tuple(a + b // shape.token_loss.every for a, b in zip(sent[-1], side, strict=True))
+        sent[-1] += _sent(load, load.rows // shape.token_loss.every, token_loss.applied(shape))
     return sent
 
 
-def _sent(load: Load, weights: Weights) -> tuple[int, int]:
+def _sent(load: Load, rows: int, weights: Weights) -> Sent:
     tensor, outputs, inputs = load.layout.tensor, weights.summed_outputs, weights.summed_inputs
-    widths = (2 * outputs, 2 * inputs)
+    beside = 2 * (inputs - weights.gathered_once)
+    widths = (2 * outputs, 2 * inputs, beside)
     if load.layout.sequence:
-        widths = (outputs + inputs, outputs + 2 * inputs - weights.gathered_once)
-    return tuple(load.rows * load.width * width * (tensor - 1) // tensor for width in widths)
+        widths = (outputs + inputs, outputs + 2 * inputs - weights.gathered_once, beside)
+    return Sent(*(rows * load.width * width * (tensor - 1) // tensor for width in widths))
 
 
 def forward_pass(machine: Machine, load: Load, units: Sequence[UnitWork]) -> StepTime:
@@ -169,20 +172,19 @@ def stage_pass(machine: Machine, load: Load, units: Sequence[UnitWork]) -> StepT
 
 
 def _pass(machine: Machine, load: Load, units: Sequence[UnitWork], *, forward: bool) -> StepTime:
-    def total(name: str) -> int:
-        return sum(getattr(unit.kernels, f"{name}_{'forward' if forward else 'backward'}") for unit in units)
-
-    launches = sum(unit.kernels.forward if forward else unit.kernels.backward for unit in units)
-    products = sum(unit.forward if forward else unit.backward for unit in units) / machine.matrices
-    moved, messages = total("moved") / machine.memory, total("messages")
-    sent = sum(unit.sent_forward if forward else unit.sent_backward for unit in units)
-    tensor = sent / machine.link(load.layout.tensor, 1) + messages * machine.message
-    host = launches * machine.launch
+    kernels, sent = sum((unit.kernels for unit in units), Kernels()), sum((unit.sent for unit in units), Sent())
+    which, link = "forward" if forward else "backward", machine.link(load.layout.tensor, 1)
+    host = getattr(kernels, which) * machine.launch
+    products = machine.products(getattr(kernels, f"products_{which}"))
+    moved = getattr(kernels, f"moved_{which}") / machine.memory
+    latency = getattr(kernels, f"messages_{which}") * machine.message
+    tensor = getattr(sent, which) / link + latency
     if not machine.asynchronous:
         return StepTime(matrices=products, memory=moved, host=host, tensor=tensor)
-    hidden = 0.0 if forward else sum(unit.forward for unit in units) / machine.matrices  # the weights' gradients
-    tensor = max(0.0, tensor - hidden)
-    late = host + messages * machine.message - products - moved - tensor
+    if not forward:
+        beside = sent.beside / link + len(kernels.beside) * machine.message
+        tensor -= min(beside, machine.products(kernels.beside))
+    late = host + latency - products - moved - tensor
     return StepTime(matrices=products, memory=moved, host=max(0.0, late), tensor=tensor)
 
 
@@ -288,7 +290,10 @@ def unit_kernels(shape: ModelShape, load: Load) -> list[Kernels]:
     layer = _layer(shape, load)
     if load.layout.recompute == "full":
         layer += Kernels(
-            backward=layer.forward, moved_backward=layer.moved_forward, messages_backward=layer.messages_forward
+            backward=layer.forward,
+            moved_backward=layer.moved_forward,
+            messages_backward=layer.messages_forward,
+            products_backward=layer.products_forward,
         )
     mean = Kernels(forward=2)  # of the losses
     last = head_module(shape.head.kind).kernels(shape, load.of_head) + token_loss.kernels(shape, load) + mean
@@ -311,9 +316,9 @@ def _entrance(shape: ModelShape, load: Load) -> Kernels:
         return look_up + rotary
     expanded, reduced = load.split(2 * d), load.whole(d)
     products = (
-        costs.column_product(load)
+        costs.column_product(load, k * d, 2 * d)
         + costs.silu_kernel(load, expanded)
-        + costs.row_product(load)
+        + costs.row_product(load, 2 * d, d)
         + costs.bias_kernel(reduced)
     )
     return look_up + rotary + products + costs.layer_norm_kernel(reduced)
@@ -327,18 +332,21 @@ def _layer(shape: ModelShape, load: Load) -> Kernels:
     whole, query, key = load.whole(d), load.split(d), load.split(key_value)
     joint = query + 2 * key
     added = costs.pointwise(3 * whole, 3 * whole)  # the residual, and backward its two gradients
+    # The products of the attention kernel stay on the chip: their causal half, as `flops.unit_costs` counts them.
+    pairs = (Product(2 * d * load.rows * (load.positions + 1) // load.layout.tensor, 0),)
     attention = (
         costs.rms_norm_kernels(load, d)
-        + costs.column_product(load)
+        + costs.column_product(load, d, d + 2 * key_value)
         + costs.fused(load, 2 * joint, 2 * joint, _rotated_heads(query, key))
         + costs.pointwise(joint + query, 2 * (joint + query))
-        + costs.row_product(load)
+        + Kernels(products_forward=pairs, products_backward=2 * pairs)
+        + costs.row_product(load, d, d)
     )
     feed_forward = (
         costs.fused(load, 4 * whole, 4 * whole, added + costs.rms_norm_kernels(load, d))
-        + costs.column_product(load)
+        + costs.column_product(load, d, 2 * backbone.ffn)
         + costs.swiglu_kernels(load, ffn, biased=False)
-        + costs.row_product(load)
+        + costs.row_product(load, backbone.ffn, d)
         + added
     )
     return attention + feed_forward

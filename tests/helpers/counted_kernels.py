@@ -35,33 +35,54 @@ SIDE = TokenLossConfig(weight=1.0, rank=8)
 
 
 class CountedKernels(TorchDispatchMode):
-    """Attributes: `kernels` started, bytes `moved` by those other than matrix products, `messages`, bytes `sent`."""
+    """What starts.
+
+    Attributes:
+        kernels: started.
+        moved: bytes that those other than matrix products read and write.
+        products: bytes that matrix products read and write.
+        messages: sent.
+        sent: bytes of them.
+        beside: those of `messages` that are not waited for where they start.
+        sent_beside: bytes of these.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels = self.moved = self.messages = self.sent = 0
+        self.kernels = self.moved = self.products = self.messages = self.sent = self.beside = self.sent_beside = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = str(func)
         if name.startswith("c10d."):
-            self._count_message(name, args)
+            self._count_message(func, args)
         elif not func.is_view and not name.startswith(NO_KERNEL):
             self.kernels += 1
             if name.startswith(BY_INDEX):
                 self.moved += 2 * args[2].numel() * args[0].itemsize + args[2].nbytes
-            elif not name.startswith(PRODUCTS):
-                read = {x.data_ptr(): x.nbytes for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
-                written = [x.nbytes for x in tree_iter(out) if isinstance(x, torch.Tensor)]
-                self.moved += sum(read.values()) + sum(written)
+            elif name.startswith(PRODUCTS):
+                self.products += _bytes(args, out)
+            else:
+                self.moved += _bytes((args, kwargs), out)
         return out
 
-    def _count_message(self, name: str, args: Any) -> None:
+    def _count_message(self, func: Any, args: Any) -> None:
         whole = max((x.nbytes for x in tree_iter(args) if isinstance(x, torch.Tensor)), default=0)
         ranks = dist.get_world_size()
-        times = 2 if "allreduce" in name else 1
+        times = 2 if "allreduce" in str(func) else 1
+        sent = times * whole * (ranks - 1) // ranks
         self.messages += 1
-        self.sent += times * whole * (ranks - 1) // ranks
+        self.sent += sent
+        named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+        if named.get("async_op", True):
+            self.beside += 1
+            self.sent_beside += sent
+
+
+def _bytes(read: Any, written: Any) -> int:
+    """Bytes of tensors that are read, each once, and of those that are written."""
+    once = {x.data_ptr(): x.nbytes for x in tree_iter(read) if isinstance(x, torch.Tensor)}
+    return sum(once.values()) + sum(x.nbytes for x in tree_iter(written) if isinstance(x, torch.Tensor))
 
 
 def shape_of(kind: str = "energy", layers: int = 2, blocks: int = 2, side: TokenLossConfig | None = None) -> ModelShape:
@@ -90,7 +111,7 @@ def counted(shape: ModelShape, layout: ParallelConfig, dtype: torch.dtype) -> di
         loss = output.loss.mean() if output.side is None else (output.loss + output.side).mean()
     with backward:
         loss.backward()
-    names = ("kernels", "moved", "messages", "sent")
+    names = ("kernels", "moved", "products", "messages", "sent", "beside", "sent_beside")
     passes = {"forward": forward, "backward": backward}
     return {which: {name: getattr(each, name) for name in names} for which, each in passes.items()}
 
@@ -102,8 +123,11 @@ def planned(shape: ModelShape, layout: ParallelConfig, dtype: torch.dtype) -> di
         which: {
             "kernels": sum(getattr(unit.kernels, which) for unit in work),
             "moved": sum(getattr(unit.kernels, f"moved_{which}") for unit in work),
+            "products": sum(each.moved for unit in work for each in getattr(unit.kernels, f"products_{which}")),
             "messages": sum(getattr(unit.kernels, f"messages_{which}") for unit in work),
-            "sent": sum(getattr(unit, f"sent_{which}") for unit in work),
+            "sent": sum(getattr(unit.sent, which) for unit in work),
+            "beside": sum(len(unit.kernels.beside) for unit in work) if which == "backward" else 0,
+            "sent_beside": sum(unit.sent.beside for unit in work) if which == "backward" else 0,
         }
         for which in ("forward", "backward")
     }

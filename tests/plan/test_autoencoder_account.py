@@ -1,4 +1,4 @@
-"""The plan's activations of the autoencoder against the tensors that autograd saves."""
+"""The plan's activations of the autoencoder against the tensors that autograd saves; its products."""
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from calm_core.config.training_config import ParallelConfig
 from calm_core.model import output_layer
 from calm_core.model.costs import FLOAT32, Load
 from calm_core.model.noise import SampleNoise
-from calm_core.plan.autoencoder_account import activations, autoencoder_shape
+from calm_core.plan import flops
+from calm_core.plan.autoencoder_account import activations, autoencoder_shape, kernels
 
 S, B, K, V = 32, 2, 4, 512
 
@@ -39,3 +40,11 @@ def test_the_activations_kept_are_the_tensors_that_autograd_saves(hidden: int, s
     predicted -= block + another
     print(f"hidden {hidden}, sampled {sampled}: predicted {predicted}, measured {measured}")
     assert predicted == pytest.approx(measured, rel=0.015)
+
+
+@pytest.mark.parametrize("outputs", [256, V])
+def test_the_products_have_all_flops_of_the_autoencoder(outputs: int) -> None:
+    shape = autoencoder_shape(AutoencoderConfig(hidden=64, latent=16), V, K)
+    found = kernels(shape, Load(S, B, ParallelConfig()), outputs)
+    products = (*found.products_forward, *found.products_backward)
+    assert sum(each.flops for each in products) == S * B * flops.autoencoder_training(shape, outputs)

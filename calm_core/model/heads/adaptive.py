@@ -114,7 +114,7 @@ def costs(shape: ModelShape, outputs: int, sampling_evaluations: int) -> HeadCos
     )
 
 
-def kernels(shape: ModelShape, load: Load, loss: Kernels) -> Kernels:
+def kernels(shape: ModelShape, load: Load, outputs: int, loss: Kernels) -> Kernels:
     """Of the final norm, this network on N = `head.samples` latents per position, and a loss of kernels `loss`."""
     d, blocks = shape.backbone.hidden, shape.head.block_count(shape.backbone.layers)
     n = shape.head.samples
@@ -122,12 +122,12 @@ def kernels(shape: ModelShape, load: Load, loss: Kernels) -> Kernels:
     modulated = of.layer_norm_kernel(wide) + of.pointwise(8 * wide, 6 * wide, kernels=(3, 2))
     gated = of.bias_kernel(wide) + of.pointwise(6 * wide, 6 * wide, kernels=(2, 2))
     block = (
-        of.product()
+        of.linear_product(load, d, 3 * d, n)
         + of.pointwise(0, 3 * wide)  # the bias's gradient
         + of.fused(load, 4 * wide, 6 * wide, modulated)  # LN(x) * (1 + scale) + shift
-        + of.column_product(load)
+        + of.column_product(load, d, d, n)
         + of.silu_kernel(load, narrow)
-        + of.row_product(load)
+        + of.row_product(load, d, d, n)
         + of.fused(load, 4 * wide, 5 * wide, gated)  # x + gate * out
         + of.pointwise(0, 3 * wide)  # the gradients of x add up
         + of.pointwise(0, 9 * wide, kernels=(0, 2))  # gradients of shift, scale and gate; of the modulation
@@ -135,10 +135,13 @@ def kernels(shape: ModelShape, load: Load, loss: Kernels) -> Kernels:
     draws = of.noise_kernels(load, load.positions * n) + of.noise_kernels(load, load.positions * n * shape.latent) * 2
     latents = of.conversion(load, n * shape.latent, 0) + of.conversion(load, n * shape.latent)
     features = of.pointwise(5 * load.float32(n * TIME_FEATURES), 0, (8, 0)) + of.conversion(load, n * TIME_FEATURES, 0)
-    time = features + of.product(leaf=True) + of.pointwise(2 * wide, 3 * wide)
-    condition = of.product() * 2 + of.pointwise(2 * wide + whole, 4 * wide + whole, kernels=(1, 4))
+    time = features + of.linear_product(load, TIME_FEATURES, d, n, leaf=True) + of.pointwise(2 * wide, 3 * wide)
+    condition = of.linear_product(load, d, d, n) + of.linear_product(load, d, d)
+    condition += of.pointwise(2 * wide + whole, 4 * wide + whole, kernels=(1, 4))
     silu = of.pointwise(2 * wide, 3 * wide)
-    ends = of.product(leaf=True) + of.product() * 2 + modulated + silu
+    first = of.linear_product(load, shape.latent, d, n, leaf=True)
+    last = of.linear_product(load, d, 2 * d, n) + of.linear_product(load, d, outputs, n)
+    ends = first + last + modulated + silu
     biases = of.pointwise(0, 4 * wide, kernels=(0, 3))
     network = time + condition + block * blocks + ends + biases
     return of.rms_norm_kernels(load, d) + draws + latents + network + loss

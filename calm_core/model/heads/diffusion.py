@@ -230,7 +230,8 @@ def costs(shape: ModelShape) -> HeadCosts:
 def kernels(shape: ModelShape, load: Load) -> Kernels:
     """Of the final norm, the network and its loss, whose bound takes 113 elementwise kernels forward."""
     size = load.float32(shape.head.samples * shape.latent)
-    return adaptive.kernels(shape, load, loss=pointwise(190 * size, 120 * size, kernels=(113, 73)))
+    loss = pointwise(190 * size, 120 * size, kernels=(113, 73))
+    return adaptive.kernels(shape, load, outputs=2 * shape.latent, loss=loss)
 
 
 def activations(shape: ModelShape, load: Load) -> Activations:

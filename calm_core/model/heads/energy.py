@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from calm_core.config.model_config import HeadConfig, ModelShape
 from calm_core.model import costs as of
-from calm_core.model.costs import FLOAT32, Activations, HeadCosts, Kernels, Load, target_bytes
+from calm_core.model.costs import FLOAT32, Activations, HeadCosts, Kernels, Load, Product, target_bytes
 from calm_core.model.heads import HeadLoss, Target
 from calm_core.model.heads.energy_loss import DISTANCES_AT_ONCE, energy_loss
 from calm_core.model.layers import all_positions, column, layer_norm, linear, own_layers, own_positions, row
@@ -141,18 +141,19 @@ def kernels(shape: ModelShape, load: Load) -> Kernels:
     joined = of.pointwise(2 * narrow + split, narrow + split)  # the halves of W_1; backward sums over the samples
     summed = of.bias_kernel(wide) + of.pointwise(3 * wide, 3 * wide)  # the residual
     block = (
-        of.column_product(load) * 2
+        of.column_product(load, d, d, n)
+        + of.column_product(load, d, d)
         + of.fused(
             load,
             2 * narrow + split,
             3 * narrow + split,
             of.bias_kernel(split) + joined + of.silu_kernel(load, narrow, biased=False),
         )
-        + of.row_product(load)
+        + of.row_product(load, d, d, n)
         + of.silu_kernel(load, wide)
-        + of.column_product(load)
+        + of.column_product(load, d, 2 * d, n)
         + of.swiglu_kernels(load, narrow)
-        + of.row_product(load)
+        + of.row_product(load, d, d, n)
         + of.fused(load, 4 * wide, 4 * wide, summed + of.layer_norm_kernel(wide))
         + of.pointwise(0, 3 * whole)  # the gradients of the condition add up
     )
@@ -160,8 +161,8 @@ def kernels(shape: ModelShape, load: Load) -> Kernels:
         of.noise_kernels(load, load.positions * n * head.noise)
         + of.pointwise(2 * FLOAT32 * load.rows * n * head.noise, 0)  # to [-1/2, 1/2]
         + of.conversion(load, n * head.noise, 0)
-        + of.product(leaf=True)
-        + of.product()
+        + of.linear_product(load, head.noise, d, n, leaf=True)
+        + of.linear_product(load, d, d)
         + of.pointwise(0, wide)  # biases: added by the products, summed by kernels of their own
         + of.pointwise(0, whole)
         + of.layer_norm_kernel(wide)
@@ -170,9 +171,9 @@ def kernels(shape: ModelShape, load: Load) -> Kernels:
     latent = load.whole(n * shape.latent)
     output = (
         of.layer_norm_kernel(wide)
-        + of.column_product(load)
+        + of.column_product(load, d, d, n)
         + of.silu_kernel(load, narrow)
-        + of.row_product(load)
+        + of.row_product(load, d, shape.latent, n)
         + of.bias_kernel(latent)
     )
     return of.rms_norm_kernels(load, d) + entrance + block * blocks + output + _loss_kernels(shape, load)
@@ -182,7 +183,8 @@ def _loss_kernels(shape: ModelShape, load: Load) -> Kernels:
     """Of the target draws and the energy loss, which computes its gradient in the forward pass.
 
     In every slice of the positions the distances to the targets are read or written 16 times, and for each offset
-    between two samples their differences 13 times; compiled, the distances 4 times and the differences never.
+    between two samples their differences 13 times; compiled, the distances 4 times and the differences never. Products
+    are in float32, with a matrix of draws for every `target_group` positions.
     """
     n, m, latent = shape.head.samples, shape.head.target_samples, shape.latent
     distances = load.own_rows * n * m
@@ -195,7 +197,10 @@ def _loss_kernels(shape: ModelShape, load: Load) -> Kernels:
         started = 5 + slices * (30 + 14 * (n - 1)), 4
     draws = -(-load.positions // shape.head.target_group) * m * latent
     loss = of.pointwise(moved, 2 * load.float32(n * latent), kernels=started)
-    return of.noise_kernels(load, draws) + of.conversion(load, n * latent) + loss
+    runs = -(-load.own_rows // shape.head.target_group)
+    spread, inner = (Product.of(FLOAT32, load.own_rows * uses, latent, m, runs) for uses in (1, n))
+    products = Kernels(products_forward=(spread, inner), products_backward=(inner,))
+    return of.noise_kernels(load, draws) + of.conversion(load, n * latent) + loss + products
 
 
 def activations(shape: ModelShape, load: Load) -> Activations:

@@ -87,7 +87,7 @@ def costs(shape: ModelShape) -> HeadCosts:
 def kernels(shape: ModelShape, load: Load) -> Kernels:
     """Of the final norm, the network and its loss: the line, its noise and target, and the squared error."""
     size = load.float32(shape.head.samples * shape.latent)
-    return adaptive.kernels(shape, load, loss=pointwise(24 * size, 8 * size, kernels=(13, 8)))
+    return adaptive.kernels(shape, load, outputs=shape.latent, loss=pointwise(24 * size, 8 * size, kernels=(13, 8)))
 
 
 def activations(shape: ModelShape, load: Load) -> Activations:
