@@ -194,7 +194,9 @@ def check_skipped(progress: RunProgress, engine: Engine, config: TrainingConfig)
         reason = f"the loss or its gradient was a spike for {spikes} steps running (training.spikes)"
     else:
         return
-    raise UserError(
-        f"training stopped at step {progress.step}: {reason}; the weights are those of the last good step, and "
-        "metrics.jsonl names the documents of the skipped steps; try a lower learning rate."
+    stopped = UserError(
+        f"training stopped at step {progress.step}: {reason}; metrics.jsonl names the documents of the skipped steps; "
+        "try a lower learning rate: the next start continues from the last checkpoint."
     )
+    stopped.on_all_ranks = True
+    raise stopped

@@ -77,8 +77,9 @@ def test_a_loss_that_is_no_number_changes_nothing(tiny: Path, monkeypatch: pytes
 
 def test_too_many_of_them_stop_the_run(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = r"stopped at step 4: .* not finite for 2 steps running .*training\.bad_steps"
-    with forward_step_of(monkeypatch, poison({3, 4, 5}, tiny)), pytest.raises(UserError, match=words):
+    with forward_step_of(monkeypatch, poison({3, 4, 5}, tiny)), pytest.raises(UserError, match=words) as stopped:
         train(tiny, "training.save_every=2", "training.bad_steps=2")
+    assert stopped.value.on_all_ranks  # one of them prints it
     assert steps_saved(tiny) == [2]
 
 
