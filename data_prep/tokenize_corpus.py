@@ -5,11 +5,14 @@ after them completes the store: the same, to the byte, as one machine makes.
 """
 
 import os
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from calm_core.config import command
 from calm_core.config.experiment import Experiment
 from calm_core.data.builder import OPTIONS, ArrayTask, carry_out
+from calm_core.data.corpus import Source, sources
 from calm_core.data.split import held_out_tokens
 from calm_core.data.tokens import TokenStoreBuild
 from calm_core.io import read_manifest
@@ -22,14 +25,12 @@ def prepare(experiment: Experiment, dry_run: bool, shard: ArrayTask | None = Non
     """Tokenize the corpus or one task of it, unless done already; or print what would be done."""
     data, paths = experiment.data, experiment.paths
     if dry_run and not paths.tokenizer.exists():
-        print(f"would tokenize {', '.join(data.corpus)} with {paths.tokenizer} (not there yet): {paths.tokens}")
+        print(_intention(sources(data.corpus), f"{paths.tokenizer} (not there yet)", paths.tokens))
         return
     build = TokenStoreBuild.begin(data, load_tokenizer(paths.tokenizer), paths.tokens, held_out_tokens(experiment))
     print(build.split, flush=True)
     if dry_run and not build.builder.is_complete:
-        files = [source for group in build.groups for source in group]
-        size = sum(source.path.stat().st_size for source in files) / 1e6
-        print(f"would tokenize {len(files)} files of {size:,.1f} MB with {paths.tokenizer}: {paths.tokens}")
+        print(_intention([source for group in build.groups for source in group], paths.tokenizer, paths.tokens))
         return
     run = partial(build.run, workers=data.workers or len(os.sched_getaffinity(0)))
     if not carry_out(build.builder, run, build.finish, shard, finish):
@@ -40,6 +41,11 @@ def prepare(experiment: Experiment, dry_run: bool, shard: ArrayTask | None = Non
     counts = {name: count for name, count in manifest["records"].items() if name != "examples"}
     print(f"records: {', '.join(f'{count:,} {name}' for name, count in counts.items())}")
     print(f"finished: {paths.tokens}")
+
+
+def _intention(files: Sequence[Source], tokenizer: object, store: Path) -> str:
+    size = sum(source.path.stat().st_size for source in files) / 1e6
+    return f"would tokenize {len(files)} files of {size:,.1f} MB with {tokenizer}: {store}"
 
 
 if __name__ == "__main__":

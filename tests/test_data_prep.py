@@ -62,6 +62,17 @@ def test_from_text_to_chunks(experiment, capsys):
     assert ChunkStore(folder / "chunks", "held_out").k == 2
 
 
+@pytest.mark.parametrize(("name", "made"), [("train_tokenizer", "run/tokenizer"), ("tokenize_corpus", "run/tokens")])
+def test_a_dry_run_before_anything_is_made_checks_the_corpus(name, made, experiment, capsys):
+    assert run(name, experiment, "--dry-run") == 0
+    assert "would" in (said := capsys.readouterr().out)
+    assert "1 files" in said
+    assert str(experiment.parent / made) in said
+    for corpus, advice in ((experiment.parent, "name the files in it"), ("absent.txt", "there is no such file")):
+        assert run(name, experiment, "--dry-run", f"data.corpus={corpus}") == 2
+        assert advice in capsys.readouterr().err
+
+
 def test_shares_and_a_finish_make_the_stores(experiment, capsys):
     small, folder = "data.shard_bytes=500", experiment.parent / "run"
     run("train_tokenizer", experiment)
