@@ -163,11 +163,13 @@ def _draw_trace(trace: Trace, axes: "Axes", color: str) -> None:
 
 
 def _scale(axis: Axis, ticks: Any, set_scale: Callable[..., Any], set_limits: Callable[..., Any]) -> None:
-    from matplotlib.ticker import NullFormatter, PercentFormatter
+    from matplotlib.ticker import NullFormatter, PercentFormatter, StrMethodFormatter
 
     if axis.log:
         set_scale("log", base=axis.log)
         ticks.set_minor_formatter(NullFormatter())
+    if axis.log == 2:
+        ticks.set_major_formatter(StrMethodFormatter("{x:g}"))  # 1, 2, 4 and not powers of two
     if axis.percent:
         ticks.set_major_formatter(PercentFormatter(xmax=1))
     if axis.least is not None or axis.most is not None:

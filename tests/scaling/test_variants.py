@@ -72,4 +72,4 @@ def test_finished_models_become_rows_and_the_rows_a_table(shipped: VariantsConfi
     lines = variants.report(rows).splitlines()
     three = next(line for line in lines if line.startswith("weight-2 "))
     assert "11.000% ± 2.484%" in three  # 4.303 standard deviations of 1 % over the root of 3
-    assert next(line for line in lines if line.startswith("ar ")).split()[5] == "10.000%"
+    assert next(line for line in lines if line.startswith("random-token ")).split()[5] == "10.000%"
