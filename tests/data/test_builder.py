@@ -26,7 +26,7 @@ from calm_core.data.tokens import TokenStoreBuild, build_tokens
 from calm_core.errors import UserError
 from calm_core.io import MANIFEST, hash_file, read_json, read_manifest, write_json
 
-# A build that stops at a given shard, which is half written under its temporary name, and waits to be killed.
+# A build that stops at given shards, half written under their temporary names, and waits to be killed.
 STALLED = """
 import sys, time
 from pathlib import Path
@@ -39,7 +39,7 @@ what, stop, folder, source, maker, corpus, held_out, shard_bytes = sys.argv[1:]
 write = tokens.write_shard
 
 def stalling(path, columns, metadata):
-    if path.name == stop:
+    if path.name in stop.split():
         path.with_name(f".{path.name}.there-1.partial").write_text("half a shard")
         print("stalled", flush=True)
         time.sleep(60)
@@ -56,7 +56,7 @@ else:
 
 
 def kill_at(stop: str, what: str, folder: Path, source: Path, maker: Path, config: DataConfig) -> None:
-    """Run a build in another process until it is in the middle of shard `stop`, then kill -9 it."""
+    """Run a build in another process until it is in the middle of a shard named in `stop`, then kill -9 it."""
     settings = [config.corpus[0], str(config.held_out), str(config.shard_bytes)]
     command = [sys.executable, "-c", STALLED, what, stop, str(folder), str(source), str(maker), *settings]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -78,7 +78,8 @@ def journal(folder: Path) -> set[str]:
 
 def test_a_killed_tokenization_resumes_and_ends_the_same(config, tokens, tokenizer, tokenizer_path, tmp_path):
     folder, stop = tmp_path / "tokens", "train-00001-00002.arrow"
-    kill_at("train-00000-00000.arrow", "tokens", folder, Path(), tokenizer_path, config)
+    # While one worker waits at the first shard, the other may reach the last: it must not finish that one.
+    kill_at(f"train-00000-00000.arrow {stop}", "tokens", folder, Path(), tokenizer_path, config)
     kill_at(stop, "tokens", folder, Path(), tokenizer_path, config)
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("train-*.arrow")}
     entries = [json.loads((folder / JOURNAL / name).read_text()) for name in journal(folder)]
